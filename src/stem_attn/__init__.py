@@ -1,0 +1,9 @@
+"""Stem: training-free block-sparse attention for the prefill of long prompts (arXiv 2603.06274)."""
+
+from stem_attn.api import select_blocks, stem_attention
+from stem_attn.attention import block_sparse_attention
+from stem_attn.blocks import BlockSelection
+from stem_attn.config import StemConfig
+
+__version__ = "0.1.0"
+__all__ = ["BlockSelection", "StemConfig", "block_sparse_attention", "select_blocks", "stem_attention"]

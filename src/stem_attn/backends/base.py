@@ -1,0 +1,89 @@
+"""What a backend is: attention over a selection, and where it can, a faster way to make the selection."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.config import StemConfig
+from stem_attn.scoring import block_scores
+from stem_attn.selection import select_top_blocks
+
+
+class Backend(ABC):
+    """Select blocks and compute exact attention over them on some kind of device.
+
+    Inputs reach a backend validated: shapes, dtypes and devices agree, heads divide, `Tq <= Tk`, and the selection
+    fits. `why_*` methods return None for yes, and otherwise the reason as a clause.
+    """
+
+    name: str
+    selector: str | None = None
+    """Name of the backend that makes this one's selections; None: it makes its own."""
+
+    def why_unavailable(self) -> str | None:
+        """Say why this machine cannot run the backend at all (a missing package or device)."""
+        return None
+
+    @abstractmethod
+    def why_unsupported(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None) -> str | None:
+        """Say why the backend cannot take these inputs."""
+
+    @abstractmethod
+    def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:
+        """Tell whether automatic choice should try this backend: the fastest known for such inputs."""
+
+    def select(
+        self, q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig, scale: float, budget: Tensor
+    ) -> BlockSelection:
+        """Score the blocks and keep the best; in plain torch unless a backend overrides it.
+
+        Args:
+            q: [B, Hq, Tq, D], any strides.
+            k: [B, Hkv, Tk, D].
+            v: [B, Hkv, Tk, Dv].
+            config: The method.
+            scale: Factor of the logits.
+            budget: int32 [Qb] or [B, Qb] on the CPU; blocks, not yet clipped to the causal ones.
+        """
+        grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
+        return select_top_blocks(block_scores(q, k, v, config, scale), budget, grid, config)
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: BlockSelection,
+        *,
+        scale: float,
+        window: int | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over the kept blocks.
+
+        Args:
+            q: [B, Hq, Tq, D], any strides.
+            k: [B, Hkv, Tk, D].
+            v: [B, Hkv, Tk, Dv].
+            selection: The kept blocks of every query block and head.
+            scale: Factor of the logits.
+            window: Tokens of a causal sliding window to apply inside the kept blocks, or None.
+            return_lse: Whether the log-sum-exp is wanted.
+
+        Returns:
+            out [B, Hq, Tq, Dv] made by `empty_output`, and the natural log-sum-exp float32 [B, Hq, Tq] or None.
+        """
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """Allocate attention's output, [B, Hq, Tq, Dv] in q's dtype.
+
+    Tokens come before heads in memory, as a model's output projection wants them, so that adapters need no copy.
+    """
+    batch, heads, q_len, _ = q.shape
+    return torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)

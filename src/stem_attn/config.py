@@ -1,0 +1,211 @@
+"""StemConfig: every setting of the method, validated once.
+
+The fields fall in four groups: the block grid, the Output-Aware Metric (which blocks), Token Position-Decay
+(how many blocks), and the two settings that only whole-model adapters read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+ValueTerm = Literal["none", "log", "zscore"]
+DecayStart = Literal["first_row", "plateau"]
+ForcedBlocks = Literal["inside", "on_top"]
+RatioSteps = tuple[tuple[int | None, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StemConfig:
+    """Say how Stem scores, budgets and selects key blocks.
+
+    `n` below is the number of blocks of the whole prompt, `ceil(prompt_len / block_size)`, and a row is one
+    query block. All counts are per query block and per head.
+
+    Args:
+        block_size: Tokens in a query block and in a key block; a multiple of 16 from 16 to 128.
+        stride: Tokens between the positions that antidiagonal scoring pairs; it divides `block_size`. Smaller
+            is cheaper and coarser: a pooled block has `stride * head_dim` numbers.
+        value_term: What a key block's value magnitude adds to its score. `"log"`: the block's largest
+            `max(0, log |v|)` (paper, Eq. 7); `"zscore"`: the official code's rectified z-score over the
+            sequence, which looks at future tokens; `"none"`: nothing.
+        value_weight: Weight of the value term, in natural-log units of attention (beta, lambda).
+        budget_ratio: Kept blocks of the first rows as a share of `n`. One number, or steps
+            `((below, ratio), ..., (None, ratio))`: the first step with `n < below` applies.
+        budget_bias: Blocks added to `ratio * n`.
+        budget_floor: Blocks that every row keeps at least.
+        dense_below: Prompts of fewer blocks than this keep everything.
+        decay: The last row keeps this share of what the first row keeps (mu, alpha), in (0, 1]. Token
+            Position-Decay is linear in between.
+        decay_from: Where the decay starts. `"first_row"`: at row 0 (paper, Eq. 3); `"plateau"`: at the first row
+            that has more causal blocks than the budget, from which point a float64 linspace is floored
+            (official code).
+        sink_blocks: Key blocks at the start of the sequence that are always kept.
+        local_blocks: Key blocks up to and including the diagonal one that are always kept; at least 1.
+        forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
+        dense_layers: Indices of the layers that an adapter leaves dense; negative ones count from the end.
+        min_seq_len: Tokens; shorter prompts keep everything, and an adapter leaves them to dense attention.
+
+    Raises:
+        ValueError: A field has the wrong type or lies outside its range.
+
+    Source: Stem (arXiv 2603.06274), Sections 3.1 (Token Position-Decay) and 3.2 (Output-Aware Metric).
+    """
+
+    block_size: int = 128
+    stride: int = 8
+    value_term: ValueTerm = "log"
+    value_weight: float = 0.2
+    budget_ratio: RatioSteps | float = 0.1
+    budget_bias: int = 12
+    budget_floor: int = 1
+    dense_below: int = 0
+    decay: float = 0.7
+    decay_from: DecayStart = "plateau"
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    forced_blocks: ForcedBlocks = "inside"
+    dense_layers: tuple[int, ...] = ()
+    min_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget_ratio", _ratio_steps(self.budget_ratio))
+        object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
+        _check_int("block_size", self.block_size, 16, 128)
+        if self.block_size % 16:
+            raise ValueError(f"block_size must be a multiple of 16, got {self.block_size}")
+        _check_int("stride", self.stride, 1, self.block_size)
+        if self.block_size % self.stride:
+            raise ValueError(f"stride must divide block_size {self.block_size}, got {self.stride}")
+        _check_choice("value_term", self.value_term, ValueTerm)
+        _check_float("value_weight", self.value_weight, 0.0, math.inf)
+        for name in ("budget_bias", "dense_below", "sink_blocks", "min_seq_len"):
+            _check_int(name, getattr(self, name), 0)
+        _check_int("budget_floor", self.budget_floor, 1)
+        _check_int("local_blocks", self.local_blocks, 1)
+        _check_float("decay", self.decay, 0.0, 1.0)
+        if self.decay == 0:
+            raise ValueError("decay must be above 0, got 0")
+        _check_choice("decay_from", self.decay_from, DecayStart)
+        _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
+
+    def ratio(self, n: int) -> float:
+        """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
+        return next(ratio for below, ratio in _ratio_steps(self.budget_ratio) if below is None or n < below)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> StemConfig:
+        """Return a named configuration, with some fields replaced.
+
+        Args:
+            name: `"default"`; `"official"`, the authors' torch code; or `"paper"`, the published equations.
+            overrides: Fields of `StemConfig` to replace.
+
+        Raises:
+            ValueError: The preset or a field is unknown, or a value is out of range.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> StemConfig:
+        """Build a config from plain values; unknown names are refused.
+
+        Raises:
+            ValueError: A field is unknown, or a value is out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"unknown config field {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> StemConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is not a JSON object of known fields with values in range.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a config must be a JSON object: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"a config must be a JSON object, got {type(fields).__name__}")
+        return cls.from_dict(fields)
+
+    def to_json(self) -> str:
+        """Return every field as one JSON object."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+# What is left out here stands at the field's default.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "official": {
+        "value_term": "zscore",
+        "budget_ratio": ((160, 0.2), (None, 0.1)),
+        "budget_bias": 30,
+        "dense_below": 56,
+        "sink_blocks": 4,
+        "local_blocks": 4,
+        "forced_blocks": "on_top",
+        "dense_layers": (0, 1),
+        "min_seq_len": 0,
+    },
+    "paper": {
+        "budget_ratio": ((129, 0.2), (None, 0.1)),  # 16K tokens are 128 blocks
+        "budget_bias": 0,
+        "budget_floor": 54,
+        "decay_from": "first_row",
+        "sink_blocks": 4,
+        "local_blocks": 4,
+        "min_seq_len": 8192,
+    },
+}
+
+
+def _ratio_steps(value: Any) -> RatioSteps:
+    """Normalise one ratio, or a sequence of (below, ratio) pairs, to steps that end without a bound."""
+    steps = value if isinstance(value, tuple | list) else ((None, value),)
+    expected = "budget_ratio must be a number or ((below, ratio), ..., (None, ratio)) with rising bounds"
+    try:
+        pairs = tuple((below, ratio) for below, ratio in steps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}, got {value!r}") from error
+    bounds = [below for below, _ in pairs[:-1]]
+    if not pairs or pairs[-1][0] is not None or any(type(b) is not int for b in bounds):
+        raise ValueError(f"{expected}, got {value!r}")
+    if bounds != sorted(set(bounds)):
+        raise ValueError(f"{expected}, got {value!r}")
+    for _, ratio in pairs:
+        _check_float("budget_ratio", ratio, 0.0, 1.0)
+    return tuple((below, float(ratio)) for below, ratio in pairs)
+
+
+def _layer_indices(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list) or any(type(i) is not int for i in value):
+        raise ValueError(f"dense_layers must be a sequence of layer indices, got {value!r}")
+    return tuple(value)
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if type(value) is not int or value < low or (high is not None and value > high):
+        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f"{name} must be an int {span}, got {value!r}")
+
+
+def _check_float(name: str, value: Any, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
