@@ -1,0 +1,48 @@
+"""The prefill as one opaque operator, which is what torch.compile sees of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stem_attn.integrations.hf.prefill import prefill
+from stem_attn.integrations.hf.state import State
+
+
+def prefill_op(
+    state: State,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None,
+    dense_layer: bool,
+) -> Tensor:
+    """Do what `prefill` does, within a graph: it is decided when the graph runs, not when it is traced."""
+    out: Tensor = _op(
+        query, key, value, mask, query.shape[3] ** -0.5 if scale is None else scale, dense_layer, state.key
+    )
+    return out
+
+
+# It reads masks on the host, which a CUDA graph must not record.
+@torch.library.custom_op("stem_attn::hf_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _op(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dense_layer: bool, state_key: int
+) -> Tensor:
+    # All that SDPA's wrapper reads of the module.
+    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
+    state = State.by_key(state_key)
+    return prefill(state, module, query, key, value, mask, scale=scale, dense_layer=dense_layer)
+
+
+@_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dense_layer: bool, state_key: int
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

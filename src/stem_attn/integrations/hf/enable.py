@@ -1,0 +1,175 @@
+"""Switch a model to Stem and back, and ask what it did."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from stem_attn import backends
+from stem_attn.config import StemConfig
+from stem_attn.integrations.hf.forward import stem_attention_forward
+from stem_attn.integrations.hf.masks import stem_mask
+from stem_attn.integrations.hf.refuse import why_refused
+from stem_attn.integrations.hf.state import ATTRIBUTE, State, Stats, normalize_prompt_len
+
+NAME = "stem"
+_DEFAULT = StemConfig()
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def register() -> None:
+    """Make `attn_implementation="stem"` known to transformers, with the default config.
+
+    Prefer `enable`. A model loaded with the bare name is not checked: some architectures take the name, never call the
+    function and lose their masks, which is silently wrong. It has no stats and no prompt length either.
+    """
+    AttentionInterface.register(NAME, stem_attention_forward)
+    AttentionMaskInterface.register(NAME, stem_mask)
+
+
+def enable(
+    model: Model,
+    config: StemConfig | str = _DEFAULT,
+    *,
+    prompt_len: int | Sequence[int] | Tensor | None = None,
+    backend: str = "auto",
+) -> Model:
+    """Route a model's prefill through Stem; decode and all that Stem does not cover stay dense.
+
+    Enabling again replaces the settings and starts new counts. Of a model with several towers only the text tower
+    changes.
+
+    Args:
+        model: A transformers model.
+        config: The method, or a preset's name.
+        prompt_len: Tokens of the whole prompt, padding not counted: one int or one a batch row. Tell it, or use
+            `prompt_length`, when the prompt comes in chunks; otherwise chunks are budgeted by what they see.
+        backend: `"auto"` or a name from `stem_attn.backends.available()`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model's attention cannot be routed (the reason is given), or an argument is wrong. The model
+            is then as it was before.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel (not a wrapper), got {type(model).__name__}")
+    if isinstance(config, str):
+        config = StemConfig.preset(config)
+    if not isinstance(config, StemConfig):
+        raise ValueError(f"config must be a StemConfig or a preset's name, got {type(config).__name__}")
+    if backend not in ("auto", *backends.names()):
+        raise ValueError(f"backend must be one of auto, {', '.join(backends.names())}; got {backend!r}")
+    lengths = normalize_prompt_len(prompt_len)
+    reason = why_refused(model, config)
+    if reason:
+        raise ValueError(f"{type(model).__name__} cannot run with stem: {reason}")
+
+    disable(model)
+    register()
+    state = State(config, lengths, backend, previous=_implementations(model))
+    try:
+        model.set_attn_implementation(_target(model))
+        switched = [m for m in model.modules() if _implementation(m) == NAME]
+        if not switched:
+            raise ValueError("transformers did not accept the attention implementation")
+    except Exception as error:
+        _restore(state)
+        raise ValueError(f"{type(model).__name__} cannot run with stem: {error}") from error
+    for module in (model, *switched):
+        setattr(module, ATTRIBUTE, state)
+    return model
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Undo `enable`: every part of the model gets its attention implementation back. Otherwise do nothing."""
+    for module in model.modules():
+        state = module.__dict__.pop(ATTRIBUTE, None)
+        if state is not None:
+            _restore(state)
+
+
+def stats(model: PreTrainedModel) -> Stats:
+    """Return what the attention calls of an enabled model were.
+
+    Raises:
+        ValueError: The model is not enabled.
+    """
+    return _state(model).stats()
+
+
+def reset_stats(model: PreTrainedModel) -> None:
+    """Start counting anew.
+
+    Raises:
+        ValueError: The model is not enabled.
+    """
+    _state(model).reset()
+
+
+@contextlib.contextmanager
+def prompt_length(model: PreTrainedModel, prompt_len: int | Sequence[int] | Tensor) -> Iterator[None]:
+    """Tell the whole prompt's length while its chunks run, for instance around `generate(prefill_chunk_size=...)`.
+
+    The last chunk, however short, then counts as prefill; a chunk of a single token stays dense.
+
+    Args:
+        model: An enabled model.
+        prompt_len: Tokens, padding not counted: one int or one a batch row.
+
+    Raises:
+        ValueError: The model is not enabled, or the length is not a positive int.
+    """
+    state = _state(model)
+    outer = state.prompt_len
+    state.prompt_len = normalize_prompt_len(prompt_len)
+    try:
+        yield
+    finally:
+        state.prompt_len = outer
+
+
+def _state(model: PreTrainedModel) -> State:
+    state = getattr(model, ATTRIBUTE, None)
+    if not isinstance(state, State):
+        raise ValueError(f"{type(model).__name__} is not enabled: call enable(model) first")
+    return state
+
+
+def _target(model: PreTrainedModel) -> str | dict[str, str]:
+    """Return what to pass to `set_attn_implementation` so that only the text tower changes."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return NAME
+    for key in model.config.sub_configs:
+        if getattr(model.config, key, None) is text:
+            return {key: NAME}
+    raise ValueError("its text model is nested too deeply: enable the part that holds the text model")
+
+
+def _implementation(module: Any) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
+    """Return every config in a model with its attention implementation."""
+    found: dict[int, Any] = {}
+    todo = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while todo:
+        config = todo.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            todo += [sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None]
+    # A model loaded with the bare name goes back to dense attention.
+    before = ((config, config._attn_implementation) for config in found.values())
+    return [(config, "sdpa" if name == NAME else name) for config, name in before]
+
+
+def _restore(state: State) -> None:
+    for config, name in state.previous:
+        config._attn_implementation = {"": name}  # this config only: a plain string would go down to its parts

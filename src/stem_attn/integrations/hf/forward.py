@@ -1,0 +1,107 @@
+"""The attention function that transformers calls, once per layer and forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stem_attn.config import StemConfig
+from stem_attn.integrations.hf import compiled, dense
+from stem_attn.integrations.hf.prefill import prefill
+from stem_attn.integrations.hf.state import ATTRIBUTE, State
+
+# For models loaded with attn_implementation="stem" and never given to enable().
+_unmanaged = State(StemConfig())
+
+# Arguments that change what attention computes, with the reason for dense and whether SDPA ignores or refuses them.
+_SPECIAL = {
+    "softcap": ("softcap", True),
+    "s_aux": ("attention sinks", True),
+    "sinks": ("attention sinks", True),
+    "position_bias": ("position bias", False),
+    "indices": ("token indices", False),
+    "block_indices": ("token indices", False),
+    "cu_seq_lens_q": ("packed sequences", False),
+}
+
+
+def stem_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attend sparsely, within a band or densely.
+
+    Args:
+        module: The attention module.
+        query: [B, Hq, L, D].
+        key: [B, Hkv, n, D], not repeated.
+        value: [B, Hkv, n, Dv].
+        attention_mask: What `masks.stem_mask` returned: None, compact or 4-D.
+        dropout: Probability; above 0 in training only.
+        scaling: Factor of the logits, or None for 1 / sqrt(D).
+        kwargs: What else the model passes.
+
+    Returns:
+        ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
+
+    Raises:
+        ValueError: Continuous batching, which keeps K and V in pages.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError("stem does not support continuous batching (generate_batch): its K and V are paged")
+    state: State = getattr(module, ATTRIBUTE, _unmanaged)
+    reason, eager = _why_dense(module, query, key, value, attention_mask, dropout, kwargs)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            state.count_dense(reason, query.shape[0] * query.shape[2])
+        return dense.attend(
+            module, query, key, value, attention_mask, eager=eager, dropout=dropout, scaling=scaling, **kwargs
+        )
+    dense_layer = _is_dense_layer(module, state.config)
+    run = compiled.prefill_op if torch.compiler.is_compiling() else prefill
+    return run(state, module, query, key, value, attention_mask, scale=scaling, dense_layer=dense_layer), None
+
+
+def _why_dense(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[str | None, bool]:
+    """Say why the form of a call rules out sparse attention, and whether the model's eager function must run."""
+    for name, (reason, eager) in _SPECIAL.items():
+        if kwargs.get(name) is not None:
+            return reason, eager
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return "not causal", False
+    if module.training or dropout:
+        return "training", False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "gradients (use torch.no_grad())", False
+    if kwargs.get("output_attentions"):
+        return "output_attentions", False
+    if query.shape[2] == 1:
+        return "decode", False
+    if mask is not None and mask.ndim != 2:
+        return "4-D mask", False
+    return None, False
+
+
+def _is_dense_layer(module: torch.nn.Module, config: StemConfig) -> bool:
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or not config.dense_layers:
+        return False
+    layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
+    return layer in config.dense_layers or layer - layers in config.dense_layers

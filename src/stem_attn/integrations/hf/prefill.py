@@ -1,0 +1,123 @@
+"""One call that may be sparse: decide between sparse, banded and dense, and attend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from stem_attn.api import stem_attention
+from stem_attn.attention import block_sparse_attention
+from stem_attn.blocks import BlockSelection
+from stem_attn.integrations.hf import dense, masks
+from stem_attn.integrations.hf.state import State
+
+
+def prefill(
+    state: State,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None,
+    dense_layer: bool,
+) -> Tensor:
+    """Attend causally, over the selected blocks where that pays.
+
+    Args:
+        state: The model's settings and counters.
+        module: The attention module, for the dense fallback.
+        query: [B, Hq, L, D], L > 1.
+        key: [B, Hkv, n, D]; places that the mask does not cover are ignored.
+        value: [B, Hkv, n, Dv].
+        mask: None (the queries are the first tokens), or a compact mask.
+        scale: Factor of the logits, or None for 1 / sqrt(D).
+        dense_layer: Whether the layer is one of `config.dense_layers`.
+
+    Returns:
+        [B, L, Hq, Dv]; zeros at padded queries of sparse and banded calls.
+
+    Raises:
+        ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size.
+    """
+    batch, _, q_len, _ = query.shape
+    keys = q_len if mask is None else mask.shape[1]
+    padding = masks.Padding(((0, keys),) * batch, None, True) if mask is None else masks.read(mask)
+    told_lens = state.prompt_lens(batch)
+    reason = _why_dense(state, padding, told_lens, q_len, keys)
+    rows = padding.rows or ()
+    lens = told_lens or [end - first for first, end in rows]
+    window = padding.window if padding.window is not None and padding.window < max(lens) else None
+    if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
+        reason = "dense layer"
+    if reason is not None:
+        state.count_dense(reason, batch * q_len)
+        out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
+        return out
+
+    if window is None:
+        state.count("sparse", batch * q_len)
+        if told_lens is None and keys > q_len:
+            state.count_unknown_prompt_len()
+    else:
+        state.count("banded", batch * q_len)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        if window is None:
+            return _sparse(state, q, k, v, scale, lens)
+        return _banded(state, q, k, v, scale, window)
+
+    # Rows that are padded alike go together; otherwise each row is cut to its real tokens.
+    alike = len(set(rows)) == 1
+    parts = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
+    if alike and rows[0] == (0, keys):
+        return attend(query, key[:, :, :keys], value[:, :, :keys], lens).transpose(1, 2).contiguous()
+    out = query.new_zeros(batch, q_len, query.shape[1], value.shape[3])
+    offset = keys - q_len
+    for which, (first, end) in parts:
+        start, stop = max(first - offset, 0), end - offset
+        if start < stop:
+            part = attend(
+                query[which, :, start:stop], key[which, :, first:end], value[which, :, first:end], lens[which]
+            )
+            out[which, start:stop] = part.transpose(1, 2)
+    return out
+
+
+def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None, q_len: int, keys: int) -> str | None:
+    """Say why this call is not for sparse or banded attention, or return None."""
+    few = keys > q_len and q_len < state.config.block_size  # a prompt's last short chunk, or a decode step of several
+    if padding.rows is None:
+        return "decode" if few else "padding between tokens"
+    seen = [end - first for first, end in padding.rows]
+    if told_lens is None:
+        if few:
+            return "decode"
+    elif any(n > told for n, told in zip(seen, told_lens, strict=True)):
+        if few:
+            return "decode"
+        raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {seen}")
+    return "short prompt" if max(told_lens or seen) < state.config.min_seq_len else None
+
+
+def _sparse(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]) -> Tensor:
+    out, selection = stem_attention(
+        q, k, v, config=state.config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
+    )
+    state.count_selection(selection)
+    return out
+
+
+def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
+    band = BlockSelection.band(
+        batch=q.shape[0],
+        heads=q.shape[1],
+        window=window,
+        block_size=state.config.block_size,
+        q_len=q.shape[2],
+        k_len=k.shape[2],
+        device=q.device,
+    )
+    return block_sparse_attention(q, k, v, band, scale=scale, window=window, backend=state.backend)

@@ -1,0 +1,29 @@
+"""Which models cannot run with Stem, and why."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from stem_attn.config import StemConfig
+
+# Models that declare no SDPA support because of softcap or sinks, and that were seen to match their eager attention.
+_CHECKED_WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})
+
+
+def why_refused(model: PreTrainedModel, config: StemConfig) -> str | None:
+    """Say why a model's attention cannot be routed, as the end of a sentence, or return None."""
+    text = model.config.get_text_config()
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config.get_text_config() is m.config]
+    for part in [model, *parts]:
+        if not part._can_set_attn_implementation():
+            return f"{type(part).__name__} does not call its attention through transformers' attention interface"
+    if any(name.rpartition(".")[2] == "indexer" for name, _ in model.named_modules()):
+        return "it has trained sparse attention (an indexer), which Stem would replace"
+    if not any("Attention" in type(m).__name__ for m in model.modules()):
+        return "it has no attention layers"
+    if not all(part._supports_sdpa for part in parts) and text.model_type not in _CHECKED_WITHOUT_SDPA:
+        return f"{text.model_type} does not support SDPA, to which dense calls go"
+    layers = text.num_hidden_layers
+    if any(not -layers <= i < layers for i in config.dense_layers):
+        return f"dense_layers {config.dense_layers} are not all layers of a model with {layers}"
+    return None
