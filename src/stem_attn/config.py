@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 ValueTerm = Literal["none", "log", "zscore"]
@@ -70,6 +70,7 @@ class StemConfig:
     forced_blocks: ForcedBlocks = "inside"
     dense_layers: tuple[int, ...] = ()
     min_seq_len: int = 4096
+    _json: str = field(init=False, repr=False, compare=False)  # ready-made, for torch.compile cannot trace json
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget_ratio", _ratio_steps(self.budget_ratio))
@@ -91,6 +92,7 @@ class StemConfig:
             raise ValueError("decay must be above 0, got 0")
         _check_choice("decay_from", self.decay_from, DecayStart)
         _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
+        object.__setattr__(self, "_json", json.dumps({name: getattr(self, name) for name in field_names()}))
 
     def ratio(self, n: int) -> float:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
@@ -118,10 +120,9 @@ class StemConfig:
         Raises:
             ValueError: A field is unknown, or a value is out of range.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
+        unknown = sorted(set(fields) - set(field_names()))
         if unknown:
-            raise ValueError(f"unknown config field {', '.join(unknown)}; known: {', '.join(known)}")
+            raise ValueError(f"unknown config field {', '.join(unknown)}; known: {', '.join(field_names())}")
         return cls(**fields)
 
     @classmethod
@@ -141,7 +142,12 @@ class StemConfig:
 
     def to_json(self) -> str:
         """Return every field as one JSON object."""
-        return json.dumps(dataclasses.asdict(self))
+        return self._json
+
+
+def field_names() -> tuple[str, ...]:
+    """Return the names of the fields that a user may set."""
+    return tuple(f.name for f in dataclasses.fields(StemConfig) if f.init)
 
 
 # What is left out here stands at the field's default.

@@ -98,11 +98,11 @@ def _zscore_term(v: Tensor, config: StemConfig) -> Tensor:
     norms = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
     groups = norms.shape[-1] // config.stride
     if groups < 2:  # no deviation to speak of
-        return norms.new_zeros(*norms.shape[:2], -(-norms.shape[-1] // config.block_size))
+        return torch.zeros(*norms.shape[:2], -(-norms.shape[-1] // config.block_size), device=v.device)
     whole = norms[..., : groups * config.stride]
     logs = (torch.unflatten(whole, -1, (groups, config.stride)).amax(-1) + 1e-6).log_()
     std, mean = torch.std_mean(logs, dim=-1, keepdim=True)
-    z = ((logs - mean) / (std + 1e-6)).clamp_(min=0)
+    z: Tensor = ((logs - mean) / (std + 1e-6)).clamp_(min=0)
     per_block = config.block_size // config.stride
     blocks = -(-norms.shape[-1] // config.block_size)
     padded = F.pad(z, (0, blocks * per_block - groups))

@@ -101,6 +101,6 @@ def _load(name: str) -> tuple[Backend | None, str | None]:
     module, _, attribute = _CLASSES[name].partition(":")
     try:
         backend: Backend = getattr(importlib.import_module(module), attribute)()
+        return backend, backend.why_unavailable()
     except ImportError as error:
-        return None, f"{error}"
-    return backend, backend.why_unavailable()
+        return None, str(error)

@@ -1,0 +1,58 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stem_attn import BlockSelection, StemConfig
+from stem_attn.blocks import BlockGrid
+from stem_attn.scoring import block_scores
+
+VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.safetensors"))
+
+# Keeps about a fifth of the blocks at a few hundred tokens.
+SMALL = StemConfig(block_size=16, budget_ratio=0.15, budget_bias=2, min_seq_len=0)
+
+
+def make_qkv(
+    q_len: int,
+    k_len: int | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 32,
+    v_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    k_len = k_len or q_len
+
+    def draw(h: int, t: int, d: int) -> Tensor:
+        return torch.randn(batch, h, t, d, generator=gen).to(dtype)
+
+    return draw(heads, q_len, dim), draw(kv_heads, k_len, dim), draw(kv_heads, k_len, v_dim or dim)
+
+
+def assert_same_blocks(selection: BlockSelection, expected: Tensor, scores: Tensor, rounding: float) -> None:
+    """Kept blocks are `expected`, except that blocks whose scores nearly tie with the cutoff may change places.
+
+    `scores` are exact; `rounding` is how far the selection's own scores may be from them. A block may differ only if
+    its score is within 4 roundings of the lowest kept one (the cutoff) among the blocks that expected keeps freely.
+    """
+    mask = selection.to_mask()
+    assert mask.shape == expected.shape
+    assert torch.equal(mask.sum(-1), expected.sum(-1))
+    for row in (mask != expected).any(-1).nonzero().tolist():
+        kept, wanted, score = mask[tuple(row)], expected[tuple(row)], scores[tuple(row)]
+        swapped = score[kept != wanted]
+        assert swapped.max() - swapped.min() <= 4 * rounding, (row, swapped)
+
+
+def score_rounding(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, exact: Tensor, scale: float) -> float:
+    """Largest error of the fast path's scores."""
+    grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
+    causal = torch.arange(grid.k_blocks) <= grid.block_ids()[:, None]
+    return float((block_scores(q, k, v, config, scale) - exact)[..., causal].abs().max())

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from stem_attn import StemConfig
+from stem_attn.blocks import BlockGrid
+from stem_attn.budget import block_budget
+from stem_attn.reference import reference_budget
+
+
+@pytest.mark.parametrize("preset", ["default", "official", "paper"])
+@pytest.mark.parametrize("blocks", [1, 30, 55, 56, 57, 64, 100, 128, 159, 160, 256, 1000])
+def test_equals_the_reference(preset, blocks):
+    config = StemConfig.preset(preset)
+    length = blocks * 128 - 5
+    budget = block_budget(config, length, BlockGrid(length, length, 128))
+    assert budget.tolist() == reference_budget(config, length)
+
+
+def test_official_by_hand():
+    config = StemConfig.preset("official")
+
+    def rows(blocks):
+        return block_budget(config, blocks * 128, BlockGrid(blocks * 128, blocks * 128, 128)).tolist()
+
+    assert rows(55) == [55] * 55  # below 56 blocks everything is kept
+    assert rows(100)[:50] == [50] * 50  # int(0.2 * 100 + 30), until row 50
+    assert rows(100)[50:53] == [50, 49, 49]
+    assert rows(100)[-1] == 35  # 0.7 * 50
+    assert rows(1000)[0] == 130  # int(0.1 * 1000 + 30)
+    assert rows(1000)[-1] == 91
+
+
+def test_paper_by_hand():
+    config = StemConfig.preset("paper")
+    n = 1024  # 128K tokens: k_start = 102.4, k(i) = floor(102.4 - 102.4 * 0.3 / 1024 * i) = floor(102.4 - 0.03 i)
+    budget = block_budget(config, n * 128, BlockGrid(n * 128, n * 128, 128)).tolist()
+    assert [budget[i] for i in (0, 10, 14, 1023)] == [102, 102, 101, 71]
+    floor = block_budget(config, 32768, BlockGrid(32768, 32768, 128)).tolist()
+    assert floor == [54] * 256  # 0.1 n is less than the least total
+    short = block_budget(config, 8191, BlockGrid(8191, 8191, 128)).tolist()
+    assert short == [64] * 64
+
+
+@pytest.mark.parametrize("preset", ["default", "official", "paper"])
+def test_a_chunk_has_the_rows_of_the_whole_prompt(preset):
+    config = StemConfig.preset(preset, block_size=32)
+    whole = block_budget(config, 20000, BlockGrid(20000, 20000, 32))
+    for q_len, k_len in [(512, 512), (512, 9000), (77, 12345), (1, 20000)]:
+        grid = BlockGrid(q_len, k_len, 32)
+        chunk = block_budget(config, 20000, grid)
+        assert torch.equal(chunk, whole[grid.first_block : grid.k_blocks])
