@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from stem_attn.config import StemConfig
+from stem_attn.config import StemConfig, field_names
 from stem_attn.errors import InputError
 
 
@@ -27,8 +26,7 @@ def config_from_options(preset: str, overrides: Sequence[str], /, **defaults: An
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            known = ", ".join(f.name for f in dataclasses.fields(StemConfig))
-            raise InputError(f"--set takes field=value, got {text!r}; fields: {known}")
+            raise InputError(f"--set takes field=value, got {text!r}; fields: {', '.join(field_names())}")
         try:
             fields[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
