@@ -1,7 +1,7 @@
 """Block-sparse attention in plain torch: made for CPUs, runs on any device.
 
-A task is one query block of one head. Tasks are sorted by how many key blocks they keep, so that a batch of tasks
-of about equal counts is two batched matmuls over gathered keys and values. It makes no difference whether heads and
+A task is one query block of one head. Tasks are sorted by how many key blocks they keep, and a batch of tasks of
+nearly equal counts is two batched matmuls over gathered keys and values. So it makes no difference whether heads and
 batch rows keep equally many blocks.
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from stem_attn.backends.base import Backend, empty_output
 from stem_attn.blocks import BlockSelection
 
-# Logits of one batch of tasks: more costs cache misses, fewer costs calls.
-_BATCH_LOGITS = 2**20
+# Logits in a batch of tasks: more of them leave the cache, fewer make more calls.
+_BATCH_LOGITS = 2**19
 
 
 class CpuBackend(Backend):
-    """Gather the kept blocks of a batch of query blocks and attend with batched matmuls.
+    """Gather the kept blocks of a batch of query blocks, and attend with batched matmuls.
 
-    Half precisions are computed in float32: without native instructions a bfloat16 matmul is many times slower,
-    and float32 logits lose nothing.
+    Half precisions are computed in float32: a bfloat16 matmul is many times slower on a CPU without instructions for
+    it, and would round the logits.
     """
 
     name = "cpu"
@@ -50,86 +50,118 @@ class CpuBackend(Backend):
         heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
 
+        # N tasks: below, [N, ...] is in their order.
+        counts, order = selection.counts.flatten().sort(descending=True, stable=True)
+        row = order % grid.q_blocks
+        head = order // grid.q_blocks % heads
+        sample = order // (grid.q_blocks * heads)
+        first = (sample * kv_heads + head // (heads // kv_heads)) * grid.k_blocks  # block 0 of the task's KV head
+        diagonal = first + row + grid.first_block
+        blocks = selection.indices.flatten(0, 2)[order] + first.int()[:, None]  # [N, S]
+
         # Whole query blocks: a partial first block is padded in front, a partial last one behind.
         before = grid.offset - grid.first_block * size
         after = grid.q_blocks * size - before - q_len
-        partial = before + after > 0
-        padded = F.pad(q, (0, 0, before, after)) if partial else q
-        q_blocks = torch.unflatten(padded, 2, (grid.q_blocks, size))  # [B, Hq, Qb, size, D]
-        out = empty_output(padded, v)
-        out_blocks = torch.unflatten(out, 2, (grid.q_blocks, size))
-        lse_blocks = q.new_empty(q_blocks.shape[:4], dtype=torch.float32) if return_lse else None
-        k_blocks = _to_blocks(k, grid.k_blocks, size, compute)
-        v_blocks = _to_blocks(v, grid.k_blocks, size, compute)
+        padded = F.pad(q, (0, 0, before, after)) if before + after else q
+        queries = torch.unflatten(padded, 2, (grid.q_blocks, size))[sample, head, row].to(compute)  # [N, size, D]
+        keys = _to_blocks(k, grid.k_blocks, size, compute)
+        values = _to_blocks(v, grid.k_blocks, size, compute)
+        result = queries.new_empty(len(order), size, v.shape[3])
+        peak = queries.new_empty(len(order), size, 1)
+        total = queries.new_empty(len(order), size, 1)
 
-        counts = selection.counts.flatten()
-        order = counts.argsort(descending=True, stable=True)
-        counts = counts[order]
         batches = _batches(counts.tolist(), size)
-        gathered = max(width * (stop - start) for start, stop, width in batches)  # blocks
-        logits_buffer = k_blocks.new_empty(gathered * size * size)
-        k_buffer = k_blocks.new_empty(gathered, size * k.shape[3])
-        v_buffer = k_blocks.new_empty(gathered, size * v.shape[3])
-
-        future = k_blocks.new_full((size, size), -math.inf).triu_(1)
+        room = max((stop - start) * width for start, stop, width in batches)  # blocks
+        key_buffer = keys.new_empty(room, keys.shape[1])
+        value_buffer = values.new_empty(room, values.shape[1])
+        logit_buffer = keys.new_empty(room * size * size)
+        future = keys.new_full((size, size), -math.inf).triu_(1)
         for start, stop, width in batches:
-            tasks, task, n = stop - start, order[start:stop], width * size
-            row = task % grid.q_blocks
-            head = task // grid.q_blocks % heads
-            sample = task // (grid.q_blocks * heads)
+            tasks = slice(start, stop)
+            kept, padding = _pack_right(blocks[tasks, :width], counts[tasks])
+            chosen, used = kept.flatten(), kept.numel()
+            torch.index_select(keys, 0, chosen, out=key_buffer[:used])
+            torch.index_select(values, 0, chosen, out=value_buffer[:used])
+            batch_keys = key_buffer[:used].view(stop - start, width * size, -1)
+            batch_values = value_buffer[:used].view(stop - start, width * size, -1)
+            logits = logit_buffer[: used * size * size].view(stop - start, size, width * size)
 
-            # Slots are packed to the right, so that the diagonal block is the last one of every task.
-            slot = torch.arange(width, device=q.device) - (width - counts[start:stop, None])  # [tasks, width]
-            kept = selection.indices[sample, head, row, :width].long().gather(1, slot.clamp(min=0))
-            block = kept + ((sample * kv_heads + head // (heads // kv_heads)) * grid.k_blocks)[:, None]
-            keys = k_buffer[: tasks * width]
-            values = v_buffer[: tasks * width]
-            torch.index_select(k_blocks, 0, block.flatten(), out=keys)
-            torch.index_select(v_blocks, 0, block.flatten(), out=values)
+            # In base 2: exp2 is the cheaper exponential.
+            logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale * math.log2(math.e))
+            logits[:, :, -size:] += future  # the last slot holds the diagonal block
+            by_slot = torch.unflatten(logits, 2, (width, size))
+            if padding is not None:
+                slots = int(padding.sum(-1).max())
+                by_slot[:, :, :slots].masked_fill_(padding[:, None, :slots, None], -math.inf)
+            if window is not None:
+                _hide_left_of_window(by_slot, diagonal[tasks, None] - kept, padding, window)
+            torch.amax(logits, -1, keepdim=True, out=peak[tasks])
+            torch.sum(logits.sub_(peak[tasks]).exp2_(), -1, keepdim=True, out=total[tasks])
+            torch.bmm(logits, batch_values, out=result[tasks])
 
-            # Base 2: exp2 is the cheaper exponential.
-            logits = logits_buffer[: tasks * size * n].view(tasks, size, n)
-            queries = q_blocks[sample, head, row].to(compute)
-            logits.baddbmm_(queries, keys.view(tasks, n, -1).mT, beta=0, alpha=scale * math.log2(math.e))
-            logits[:, :, -size:] += future
-            ages = (row + grid.first_block)[:, None] - kept  # in blocks
-            _hide(logits, ages, slot < 0, size, window)
-
-            peak = logits.amax(-1, keepdim=True)
-            total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
-            result = torch.bmm(logits, values.view(tasks, n, -1)).div_(total)
-            out_blocks[sample, head, row] = result.to(q.dtype)
-            if lse_blocks is not None:
-                lse_blocks[sample, head, row] = ((peak + total.log2()) * math.log(2)).squeeze(-1).float()
-
-        if partial:
+        out = empty_output(padded, v)
+        torch.unflatten(out, 2, (grid.q_blocks, size))[sample, head, row] = result.div_(total).to(q.dtype)
+        if before + after:
             out = empty_output(q, v).copy_(out[:, :, before : before + q_len])
-        lse = None if lse_blocks is None else lse_blocks.flatten(2)[:, :, before : before + q_len].contiguous()
-        return out, lse
+        if not return_lse:
+            return out, None
+        lse = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
+        lse[sample, head, row] = (total.log2_().add_(peak) * math.log(2)).squeeze(-1).float()
+        return out, lse.flatten(2)[:, :, before : before + q_len].contiguous()
 
 
-def _hide(logits: Tensor, ages: Tensor, padding: Tensor, size: int, window: int | None) -> None:
-    """Set the logits of padding slots, and of keys that have left the window, to -inf.
+def _batches(counts: list[int], size: int) -> list[tuple[int, int, int]]:
+    """Cut tasks, sorted by falling counts, into batches (start, stop, largest count) of nearly equal counts."""
+    batches = []
+    threads = torch.get_num_threads()
+    start = 0
+    while start < len(counts):
+        width = counts[start]
+        limit = max(1, _BATCH_LOGITS // (width * size * size))
+        if limit > threads:
+            limit -= limit % threads  # a matmul of the batch for every thread
+        stop = start + 1
+        while stop < min(start + limit, len(counts)) and counts[stop] >= width - max(1, width // 16):
+            stop += 1
+        batches.append((start, stop, width))
+        start = stop
+    return batches
+
+
+def _pack_right(blocks: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Shift every task's blocks to the right, so that the diagonal block comes last.
 
     Args:
-        logits: [tasks, size, width * size], changed in place.
-        ages: int64 [tasks, width]; how many blocks a slot's key block lies before its query block.
-        padding: bool [tasks, width]; slots that hold no block. They come first, then the oldest blocks.
-        size: Tokens a block.
-        window: Tokens of the sliding window, or None.
+        blocks: int32 [tasks, width], left-packed in ascending order.
+        counts: int32 [tasks], falling.
+
+    Returns:
+        The blocks, and bool [tasks, width], true in the slots on the left that stay empty, or None if none does.
+        An empty slot repeats the task's first block.
     """
-    outside = padding
-    if window is not None:
-        outside = padding | ((ages + 1) * size > window)  # the block's first key and the last query
-    width = int(outside.sum(-1).max())
-    if width == 0:
-        return
-    hidden = padding[:, None, :width, None]
-    if window is not None:
-        token = torch.arange(size, device=logits.device)
-        distance = (ages[:, :width] * size)[:, None, :, None] + (token[:, None, None] - token)
-        hidden = hidden | (distance >= window)
-    torch.unflatten(logits, 2, (-1, size))[:, :, :width].masked_fill_(hidden, -math.inf)
+    width = blocks.shape[1]
+    if int(counts[-1]) == width:
+        return blocks, None
+    slot = torch.arange(width, device=blocks.device) - (width - counts[:, None])
+    return blocks.gather(1, slot.clamp(min=0)), slot < 0
+
+
+def _hide_left_of_window(logits: Tensor, ages: Tensor, padding: Tensor | None, window: int) -> None:
+    """Set the logits of keys that have left the window to -inf.
+
+    Args:
+        logits: [tasks, size, width, size], changed in place.
+        ages: int [tasks, width]; blocks from a slot's key block to the task's query block.
+        padding: bool [tasks, width]; empty slots, or None.
+        window: Tokens of the sliding window.
+    """
+    size = logits.shape[1]
+    edge = (ages + 1) * size > window  # the last query does not see the block's first key
+    # The oldest blocks come first, behind empty slots.
+    slots = int((edge if padding is None else edge | padding).sum(-1).max())
+    token = torch.arange(size, device=logits.device)
+    distance = ages[:, None, :slots, None] * size + token[:, None, None] - token
+    logits[:, :, :slots].masked_fill_(distance >= window, -math.inf)
 
 
 def _to_blocks(x: Tensor, blocks: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -140,18 +172,3 @@ def _to_blocks(x: Tensor, blocks: int, size: int, dtype: torch.dtype) -> Tensor:
         whole[:, :, :length] = x
         x = whole
     return x.view(-1, size * dim)
-
-
-def _batches(counts: list[int], size: int) -> list[tuple[int, int, int]]:
-    """Cut tasks, sorted by falling counts, into batches (start, stop, largest count) of nearly equal counts."""
-    batches = []
-    start = 0
-    while start < len(counts):
-        width = counts[start]
-        limit = min(len(counts), start + max(1, _BATCH_LOGITS // (width * size * size)))
-        stop = start + 1
-        while stop < limit and counts[stop] >= width - max(1, width // 16):
-            stop += 1
-        batches.append((start, stop, width))
-        start = stop
-    return batches
