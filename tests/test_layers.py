@@ -17,6 +17,7 @@ LAYERS = [
     {"backends"},
     {"attention"},
     {"api"},
+    {"varlen"},
     {"integrations"},
     {"errors"},
     {"report"},

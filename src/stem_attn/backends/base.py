@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +79,34 @@ class Backend(ABC):
         Returns:
             out [B, Hq, Tq, Dv] made by `empty_output`, and the natural log-sum-exp float32 [B, Hq, Tq] or None.
         """
+
+    def attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float
+    ) -> Tensor:
+        """Attend within each of several sequences packed one after the other; one by one unless overridden.
+
+        Args:
+            q: [T, Hq, D], the query tokens of all sequences.
+            k: [Tk, Hkv, D], the key tokens of all sequences.
+            v: [Tk, Hkv, Dv].
+            selections: One a sequence, each of batch 1; their lengths say where a sequence starts.
+            scale: Factor of the logits.
+
+        Returns:
+            out [T, Hq, Dv] in q's dtype.
+        """
+        outs = []
+        q_stop = k_stop = 0
+        for selection in selections:
+            q_start, q_stop = q_stop, q_stop + selection.q_len
+            k_start, k_stop = k_stop, k_stop + selection.k_len
+            q_part, k_part, v_part = (
+                x[start:stop].transpose(0, 1)[None]
+                for x, start, stop in ((q, q_start, q_stop), (k, k_start, k_stop), (v, k_start, k_stop))
+            )
+            out, _ = self.attend(q_part, k_part, v_part, selection, scale=scale, window=None, return_lse=False)
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
