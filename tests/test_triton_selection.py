@@ -1,0 +1,215 @@
+"""The Triton selection against the plain torch one: on a GPU, or in Triton's CPU interpreter where there is none."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import VECTORS, assert_same_blocks, make_qkv
+from stem_attn import BlockSelection, StemConfig
+from stem_attn.blocks import BlockGrid
+from stem_attn.budget import block_budget
+from stem_attn.reference import reference_scores
+from stem_attn.scoring import block_scores
+from stem_attn.selection import select_top_blocks
+from test_selection import load_vector
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if GPU else "cpu"
+SCALE = 0.25
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_workspaces():
+    """Fill every uninitialised tensor with NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_config(**fields) -> StemConfig:
+    """Keep about a fifth of the blocks, so that rows of a few blocks already choose."""
+    return StemConfig(**{"block_size": 16, "budget_ratio": 0.15, "budget_bias": 1, "min_seq_len": 0, **fields})
+
+
+def select(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: Tensor | None = None, scale: float = SCALE
+) -> BlockSelection:
+    from stem_attn.backends.triton import TritonBackend
+
+    if budget is None:
+        budget = make_budget(q, k, config)
+    made = TritonBackend().select(*(x.to(DEVICE) for x in (q, k, v)), config=config, scale=scale, budget=budget)
+    return BlockSelection(made.indices.cpu(), made.counts.cpu(), made.block_size, made.q_len, made.k_len)
+
+
+def make_budget(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
+    return block_budget(config, k.shape[2], BlockGrid(q.shape[2], k.shape[2], config.block_size))
+
+
+def select_plainly(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: Tensor | None = None) -> BlockSelection:
+    grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
+    if budget is None:
+        budget = make_budget(q, k, config)
+    return select_top_blocks(block_scores(q, k, v, config, SCALE), budget, grid, config)
+
+
+def assert_equal(made: BlockSelection, expected: BlockSelection) -> None:
+    assert torch.equal(made.counts, expected.counts)
+    assert torch.equal(made.indices, expected.indices)
+    assert made.indices.dtype == made.counts.dtype == torch.int32
+    assert (made.block_size, made.q_len, made.k_len) == (expected.block_size, expected.q_len, expected.k_len)
+
+
+@pytest.mark.parametrize(
+    ("fields", "q_len", "k_len", "shape"),
+    [
+        ({"stride": 4, "value_term": "none"}, 100, 200, {"dim": 24}),  # a prefix that ends inside a block
+        ({"stride": 8, "forced_blocks": "on_top"}, 64, 160, {"heads": 3, "kv_heads": 1, "dim": 16, "v_dim": 40}),
+        ({"stride": 2, "value_term": "zscore"}, 1, 150, {"batch": 2, "dim": 20}),
+        ({"stride": 16, "value_term": "zscore", "sink_blocks": 0, "local_blocks": 1}, 111, 111, {"heads": 2}),
+        ({"block_size": 32, "stride": 1}, 130, 290, {"heads": 2, "kv_heads": 2, "dim": 8}),
+        ({"block_size": 64, "value_term": "zscore", "forced_blocks": "on_top"}, 500, 500, {"heads": 2, "dim": 80}),
+        ({"block_size": 128, "local_blocks": 1, "value_weight": 3.0}, 1025, 1025, {"heads": 1, "kv_heads": 1}),
+        ({"decay_from": "first_row", "budget_floor": 3}, 63, 144, {}),
+        ({"value_term": "zscore"}, 9, 9, {}),  # one whole group has no deviation
+    ],
+)
+def test_equals_the_plain_selection(fields, q_len, k_len, shape):
+    config = make_config(**fields)
+    q, k, v = make_qkv(q_len, k_len, **{"heads": 4, "kv_heads": 2, "dim": 32, **shape})
+    assert_equal(select(q, k, v, config), select_plainly(q, k, v, config))
+
+
+@pytest.mark.parametrize("layout", ["tokens_first", "tokens_last", "expanded"])
+def test_any_strides(layout):
+    config = make_config()
+    q, k, v = make_qkv(100, 130, batch=2, heads=2, kv_heads=1)
+    if layout == "expanded":
+        k, v = k[:1].expand_as(k), v[:1].expand_as(v)
+    expected = select_plainly(q, k, v, config)
+    if layout == "tokens_first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "tokens_last":
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    assert_equal(select(q, k, v, config), expected)
+
+
+@pytest.mark.parametrize("forced_blocks", ["inside", "on_top"])
+@pytest.mark.parametrize("content", ["zeros", "constant", "two values"])
+def test_ties_go_to_the_lower_index(forced_blocks, content):
+    config = make_config(sink_blocks=0, local_blocks=1, forced_blocks=forced_blocks, value_term="none")
+    q, k, v = (torch.full((1, 1, 160, 16), float(content != "zeros")) for _ in range(3))
+    if content == "two values":
+        k[:, :, 48:80] *= 2
+    made = select(q, k, v, config, torch.full((10,), 4, dtype=torch.int32))
+    best = [3, 4, 0, 1] if content == "two values" else [0, 1, 2, 3]
+    expected = sorted({*best[:3], 9} if forced_blocks == "inside" else {*best, 9})
+    assert made.indices[0, 0, 9, : made.counts[0, 0, 9]].tolist() == expected
+    assert_equal(made, select_plainly(q, k, v, config, torch.full((10,), 4, dtype=torch.int32)))
+
+
+def test_signed_zeros_tie():
+    from stem_attn.backends.triton.selection_kernels import top_kernel
+
+    scores = torch.tensor([-1.0, -0.0, 0.0, -0.0, 1.0] + [0.0] * 11, device=DEVICE)
+    keep = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    indices, counts = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in (4, 1))
+    top_kernel[(1, 1)](
+        scores, keep, indices, counts, 0, 1, 1, 5, 16, 0, 0, 1, 0, 4, COLUMNS=16, SLOTS=4, INSIDE=True, num_warps=1
+    )
+    assert (indices.tolist(), counts.tolist()) == ([1, 2, 4, -1], [3])
+
+
+def test_a_budget_for_each_batch_row():
+    config = make_config(forced_blocks="on_top")
+    q, k, v = make_qkv(80, 150, batch=2, heads=2, kv_heads=1)
+    grid = BlockGrid(80, 150, 16)
+    budget = torch.stack([block_budget(config, n, grid) for n in (150, 800)])
+    made = select(q, k, v, config, budget)
+    assert_equal(made, select_plainly(q, k, v, config, budget))
+    assert made.counts[0].sum() < made.counts[1].sum()
+
+
+def test_passes_do_not_change_the_result(monkeypatch):
+    from stem_attn.backends.triton import selection
+
+    config = make_config()
+    q, k, v = make_qkv(112, heads=2, kv_heads=1)
+    expected = select_plainly(q, k, v, config)
+    monkeypatch.setattr(selection, "SCORE_BYTES", 5 * 16 * 4)  # five of the fourteen rows
+    assert_equal(select(q, k, v, config), expected)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e20])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_inputs_keep_11_bits_at_any_magnitude(dtype, magnitude):
+    if dtype == torch.float16 and magnitude != 1.0:
+        pytest.skip("out of float16's range")
+    from stem_attn.backends.triton import selection
+
+    config = make_config(stride=4, value_term="none")
+    q, k, v = make_qkv(48, 176, heads=2, kv_heads=1)
+    q, k, v = (q * magnitude).to(dtype), (k / magnitude).to(dtype), v.to(dtype)
+    k[:, :, 100] *= 64  # an outlier token
+    grid = BlockGrid(48, 176, 16)
+    exact = reference_scores(q, k, v, config, scale=SCALE)
+    pooled, scales, _ = selection._pool(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), grid, config)
+    assert pooled.dtype == torch.float16
+    rows = (pooled.double() * scales.double()[:, None]).cpu()
+    q_rows, k_rows = rows[: 2 * grid.q_blocks].view(2, -1, 128), rows[2 * grid.q_blocks :]
+    rounded = (q_rows @ k_rows.T)[None] * SCALE / 4
+    causal = torch.arange(grid.k_blocks) <= grid.block_ids()[:, None]
+    rounding = float((rounded - exact)[..., causal].abs().max())
+    assert rounding < 2**-10 * float(exact[..., causal].abs().max())
+    expected = select_top_blocks(exact.float(), make_budget(q, k, config), grid, config).to_mask()
+    assert_same_blocks(select(q, k, v, config), expected, exact, rounding)
+
+
+@pytest.mark.parametrize("path", VECTORS if GPU else VECTORS[-1:], ids=lambda p: p.stem)
+def test_official_vectors(path):
+    config, t = load_vector(path)
+    q, k, v = t["q"], t["k"], t["v"]
+    if not GPU:  # the interpreter takes long for all rows; the last two score every key block
+        q = q[:, :, (k.shape[2] - 1) // config.block_size * config.block_size - config.block_size :]
+    budget = make_budget(q, k, config)
+    assert torch.equal(budget, t["budget"][-len(budget) :])
+    made = select(q, k, v, config, budget, scale=q.shape[3] ** -0.5)
+    assert torch.equal(made.to_mask(), t["mask"].bool()[:, :, -len(budget) :])
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_captured_graph_follows_its_inputs():
+    config = StemConfig(min_seq_len=0)
+    first, second = (make_qkv(4000, 6000, heads=8, dim=128, dtype=torch.bfloat16, seed=s) for s in (0, 1))
+    q, k, v = (x.to(DEVICE) for x in first)
+    expected = [select(*inputs, config) for inputs in (first, second)]
+    graph = torch.cuda.CUDAGraph()
+    from stem_attn.backends.triton import TritonBackend
+
+    with torch.cuda.graph(graph):
+        made = TritonBackend().select(q, k, v, config=config, scale=SCALE, budget=make_budget(q, k, config))
+    for inputs, wanted in zip((first, second), expected, strict=True):
+        for x, new in zip((q, k, v), inputs, strict=True):
+            x.copy_(new)
+        graph.replay()
+        assert torch.equal(made.indices.cpu(), wanted.indices)
+        assert torch.equal(made.counts.cpu(), wanted.counts)
+
+
+@pytest.mark.skipif(not GPU, reason="takes hours in the interpreter")
+@pytest.mark.parametrize("k_len", [16384, 20000, 262144])
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_long_prompts(preset, k_len):
+    config = StemConfig.preset(preset)
+    q, k, v = make_qkv(8192, k_len, heads=2, kv_heads=1, dim=64)
+    made = select(q, k, v, config)
+    scores = block_scores(q, k, v, config, SCALE)
+    # Both sides round in float32, each in its own order of summation.
+    rounding = 2**-21 * float(scores.abs().max())
+    assert_same_blocks(made, select_plainly(q, k, v, config).to_mask(), scores, rounding)
