@@ -1,0 +1,5 @@
+"""Run the command line: `python -m stem_attn`."""
+
+from stem_attn.cli import main
+
+main()

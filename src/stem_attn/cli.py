@@ -1,0 +1,86 @@
+"""The command `stem-attn`. The commands live next to their jobs; this module puts them together."""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+from stem_attn import __version__
+from stem_attn.errors import InputError
+
+if TYPE_CHECKING:
+    import typer
+
+# What the commands import beyond torch, by import name.
+_NEEDED = ("typer", "rich", "transformers", "gguf", "psutil")
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows the command's name.
+
+    Returns:
+        The exit code: 0, 2 where the input cannot be used (one line on stderr says why), 130 if interrupted.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        return _fail(f'the command line needs {", ".join(missing)}: pip install "stem-attn[demo]"')
+    from typer import Abort
+    from typer.main import get_command
+
+    try:
+        # Outside standalone mode typer raises its errors, so that they look like ours.
+        result = get_command(_app()).main(list(arguments) or ["--help"], prog_name="stem-attn", standalone_mode=False)
+    except (Abort, KeyboardInterrupt):
+        print("stem-attn: interrupted", file=sys.stderr)
+        return 130
+    except InputError as error:
+        return _fail(str(error))
+    except Exception as error:
+        # Its error classes have changed modules; they share this method.
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(error.format_message())
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"stem-attn: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _app() -> "typer.Typer":
+    import typer
+
+    from stem_attn.bench.command import bench
+    from stem_attn.evals.prefill_command import prefill
+
+    app = typer.Typer(
+        help="Stem: training-free sparse attention for the prefill of long prompts (arXiv 2603.06274).",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            print(f"stem-attn {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        pass
+
+    app.command()(prefill)
+    app.command()(bench)
+    return app

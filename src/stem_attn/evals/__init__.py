@@ -1,0 +1,1 @@
+"""Whole-model evaluation: what Stem does to a real model on real prompts."""
