@@ -175,8 +175,8 @@ def score_kernel(
     column_tiles = tl.cdiv(k_blocks, COLUMNS)
     first_column = tl.program_id(0) % column_tiles * COLUMNS
     first_slot = tl.program_id(0) // column_tiles * ROWS
-    slot = first_slot + tl.arange(0, ROWS)
-    row = tl.minimum(first_row + slot, all_rows - 1)
+    slot = tl.arange(0, ROWS)
+    row = tl.minimum(first_row + first_slot + slot, all_rows - 1)
     if first_column > first_block + tl.max(row % q_blocks, 0):
         return
     head = tl.program_id(1)
@@ -186,13 +186,14 @@ def score_kernel(
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for depth in tl.range(0, DEPTH, STEP):
         acc = tl.dot(q_pooled.load([q_row, depth]), k_pooled.load([k_row, depth]).T, acc, input_precision="ieee")
-    column = first_column + tl.arange(0, COLUMNS)
-    key = head * k_blocks + tl.minimum(column, k_blocks - 1)
+    column = tl.arange(0, COLUMNS)
+    key = head * k_blocks + tl.minimum(first_column + column, k_blocks - 1)
     acc = acc * (tl.load(q_scales + head * all_rows + row) * factor)[:, None] * tl.load(k_scales + key)[None, :]
     if VALUES:
         acc += tl.load(values + key)[None, :]
-    at = scores + (head.to(tl.int64) * rows + slot)[:, None] * pitch + column[None, :]
-    tl.store(at, acc, mask=(slot < rows)[:, None] & (column < pitch)[None, :])
+    scores += (head.to(tl.int64) * rows + first_slot) * pitch + first_column
+    stored = (slot < rows - first_slot)[:, None] & (column < pitch - first_column)[None, :]
+    tl.store(scores + slot[:, None] * pitch + column[None, :], acc, mask=stored)
 
 
 @triton.jit(
@@ -237,7 +238,7 @@ def top_kernel(
 
     # Bisect for the largest cutoff that at least `taken` keys reach; stop early where exactly that many do.
     low = tl.min(tl.where(causal, key, HIGHEST), 0)
-    high = tl.max(key, 0)
+    high = tl.max(tl.where(forced, LOWEST, key) if INSIDE else key, 0)
     reached = diagonal + 1
     while (low < high) & (reached != taken):
         middle = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
