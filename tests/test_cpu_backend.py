@@ -85,9 +85,9 @@ def test_a_prefix_may_end_inside_a_block(q_len, k_len, size):
     check(q, k, v, random_selection(q_len, k_len, size))
 
 
-@pytest.mark.parametrize("batch_logits", [1, 3000, 2**20])
-def test_counts_may_differ_by_head_and_batch_row(monkeypatch, batch_logits):
-    monkeypatch.setattr(cpu, "_BATCH_LOGITS", batch_logits)
+@pytest.mark.parametrize("thread_logits", [1, 3000, 2**20])
+def test_counts_may_differ_by_head_and_batch_row(monkeypatch, thread_logits):
+    monkeypatch.setattr(cpu, "_THREAD_LOGITS", thread_logits)
     q, k, v = make_qkv(333, 400, batch=3, heads=6)
     selection = random_selection(333, 400, 16, batch=3, heads=6, per_head=True)
     assert selection.counts.unique().numel() > 10
@@ -101,7 +101,7 @@ def test_batches_hold_every_task_once_and_bound_the_padding():
     for start, stop, width in batches:
         assert width == max(counts[start:stop])
         assert width - min(counts[start:stop]) <= max(1, width // 16)
-        assert (stop - start) * width * 64 * 64 <= max(cpu._BATCH_LOGITS, width * 64 * 64)
+        assert (stop - start) * width * 64 * 64 <= max(cpu._THREAD_LOGITS, width * 64 * 64) * torch.get_num_threads()
 
 
 def test_indices_may_be_wider_than_the_counts_and_expanded():

@@ -16,8 +16,8 @@ from torch import Tensor
 from stem_attn.backends.base import Backend, empty_output
 from stem_attn.blocks import BlockSelection
 
-# Logits in a batch of tasks: more of them leave the cache, fewer make more calls.
-_BATCH_LOGITS = 2**19
+# Logits of a batch of tasks per thread: more of them leave the cache, fewer make more calls.
+_THREAD_LOGITS = 2**19
 
 
 class CpuBackend(Backend):
@@ -57,7 +57,7 @@ class CpuBackend(Backend):
         sample = order // (grid.q_blocks * heads)
         first = (sample * kv_heads + head // (heads // kv_heads)) * grid.k_blocks  # block 0 of the task's KV head
         diagonal = first + row + grid.first_block
-        blocks = selection.indices.flatten(0, 2)[order] + first.int()[:, None]  # [N, S]
+        blocks = selection.indices.flatten(0, 2)[order].add_(first.int()[:, None])  # [N, S]
 
         # Whole query blocks: a partial first block is padded in front, a partial last one behind.
         before = grid.offset - grid.first_block * size
@@ -113,13 +113,10 @@ class CpuBackend(Backend):
 def _batches(counts: list[int], size: int) -> list[tuple[int, int, int]]:
     """Cut tasks, sorted by falling counts, into batches (start, stop, largest count) of nearly equal counts."""
     batches = []
-    threads = torch.get_num_threads()
     start = 0
     while start < len(counts):
         width = counts[start]
-        limit = max(1, _BATCH_LOGITS // (width * size * size))
-        if limit > threads:
-            limit -= limit % threads  # a matmul of the batch for every thread
+        limit = max(1, _THREAD_LOGITS // (width * size * size)) * torch.get_num_threads()
         stop = start + 1
         while stop < min(start + limit, len(counts)) and counts[stop] >= width - max(1, width // 16):
             stop += 1
