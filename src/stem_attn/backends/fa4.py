@@ -1,0 +1,97 @@
+"""The FA4 backend: block-sparse lists handed to the optional package flash-attn-4, on Hopper."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from stem_attn.backends.base import Backend
+from stem_attn.blocks import BlockSelection
+
+BLOCK = 128  # FA4's query and key tile at these head dims
+
+
+class Fa4Backend(Backend):
+    """Attend through FlashAttention-4's CuTe kernels; the selections are the Triton backend's.
+
+    FA4 counts query blocks from the first query, so a prefix must be whole blocks. Its Blackwell kernel pairs two
+    query tiles on one list, which a selection with a list per 128 queries does not give, so it is not used there.
+    """
+
+    name = "fa4"
+    selector = "triton"
+
+    def why_unavailable(self) -> str | None:
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            return "the package flash-attn-4 is not installed (pip install stem-attn[fa4])"
+        if not torch.cuda.is_available() or torch.version.hip is not None:
+            return "torch sees no NVIDIA GPU"
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        if (9, 0) not in capabilities:
+            return f"it needs a Hopper GPU (compute capability 9.0), got {sorted(capabilities)}"
+        return None
+
+    def why_unsupported(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None) -> str | None:
+        if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+            return f"it needs tensors on a Hopper GPU, got {q.device}"
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            return f"it takes float16 and bfloat16, got {q.dtype}"
+        if block_size != BLOCK:
+            return f"its block size is {BLOCK}, got {block_size}"
+        if (k.shape[2] - q.shape[2]) % BLOCK:
+            return f"its prefix must be a multiple of {BLOCK} tokens, got {k.shape[2] - q.shape[2]}"
+        head_dims = q.shape[3], v.shape[3]
+        if head_dims[0] > 192 or head_dims[1] > 128 or any(d % 8 for d in head_dims):
+            return f"its head dims are multiples of 8 up to 192 for q and k and 128 for v, got {head_dims}"
+        if window is not None:
+            return "it has no sliding window over block lists"
+        return None
+
+    def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:
+        return False
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: BlockSelection,
+        *,
+        scale: float,
+        window: int | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from flash_attn.cute import flash_attn_func
+
+        with torch.cuda.device(q.device), torch.no_grad():
+            out, lse = flash_attn_func(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                softmax_scale=scale,
+                causal=True,
+                pack_gqa=False,  # heads of a group have lists of their own
+                block_sparse_tensors=block_lists(selection),
+                return_lse=return_lse,
+            )
+        return out.transpose(1, 2), lse if return_lse else None
+
+
+def block_lists(selection: BlockSelection):  # type: ignore[no-untyped-def]  # an optional package's type
+    """Return FA4's two lists: the diagonal block of each row, which needs a mask, and the others, which do not.
+
+    A row's diagonal block is the last it keeps, so the list of the others is the row's own, one entry shorter.
+    """
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    grid = selection.grid
+    diagonal = torch.arange(grid.first_block, grid.k_blocks, dtype=torch.int32, device=selection.counts.device)
+    return BlockSparseTensorsTorch(
+        mask_block_cnt=torch.ones_like(diagonal)[None, None],
+        mask_block_idx=diagonal[None, None, :, None],
+        full_block_cnt=selection.counts - 1,
+        full_block_idx=selection.indices[..., : grid.k_blocks],
+        block_size=(BLOCK, BLOCK),
+    )

@@ -1,0 +1,239 @@
+"""The Triton attention kernels against float64: on a GPU, or in Triton's CPU interpreter where there is none."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers import make_qkv
+from stem_attn import BlockSelection
+from stem_attn.backends.triton import TritonBackend
+from stem_attn.blocks import BlockGrid
+from stem_attn.reference import reference_attention
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter has no bfloat16 products.
+DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
+BACKEND = TritonBackend()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill outputs with NaN before a kernel writes them."""
+    from stem_attn.backends.triton import attention
+
+    make = attention.empty_output
+    monkeypatch.setattr(attention, "empty_output", lambda q, v: make(q, v).fill_(torch.nan))
+
+
+@pytest.fixture(params=["fastest", "portable"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the kernel that the device would get, and with the portable one."""
+    from stem_attn.backends.triton import attention
+
+    if request.param == "portable":
+        monkeypatch.setattr(attention, "hopper_fits", lambda *_: False)
+    elif not GPU:  # descriptors work in the interpreter too
+        monkeypatch.setattr(attention, "has_copy_engine", lambda _: True)
+        monkeypatch.setattr(attention, "hopper_fits", lambda *_: False)
+    return request.param
+
+
+def random_selection(
+    q_len: int, k_len: int, size: int, *, batch: int = 1, heads: int = 4, seed: int = 1
+) -> BlockSelection:
+    """Keep the diagonal blocks and a random share of the others, another share in each head and batch row."""
+    gen = torch.Generator().manual_seed(seed)
+    grid = BlockGrid(q_len, k_len, size)
+    columns = torch.arange(grid.k_blocks)
+    diagonal = grid.block_ids()[:, None]
+    share = torch.rand(batch, heads, 1, 1, generator=gen)
+    mask = torch.rand(batch, heads, grid.q_blocks, grid.k_blocks, generator=gen) < share
+    mask = (mask & (columns < diagonal)) | (columns == diagonal)
+    made = BlockSelection.from_mask(mask, block_size=size, q_len=q_len, k_len=k_len)
+    # Past a row's count may stand anything.
+    indices = F.pad(made.indices, (0, 2), value=-1)
+    indices = indices.where(indices >= 0, 1 << 30)
+    return BlockSelection(indices.to(DEVICE), made.counts.to(DEVICE), size, q_len, k_len)
+
+
+def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.to(DEVICE) for t in tensors)
+
+
+def mask_of(selection: BlockSelection) -> Tensor:
+    columns = torch.arange(selection.indices.shape[-1])
+    valid = columns < selection.counts.cpu()[..., None]
+    trimmed = selection.indices.cpu().where(valid, -1)
+    return BlockSelection(
+        trimmed, selection.counts.cpu(), selection.block_size, selection.q_len, selection.k_len
+    ).to_mask()
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, window: int | None = None
+) -> None:
+    """Compare with float64: at most twice the max and RMS error of dense SDPA in the same dtype."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    assert BACKEND.why_unsupported(q, k, v, block_size=selection.block_size, window=window) is None
+    out, lse = BACKEND.attend(q, k, v, selection, scale=scale, window=window, return_lse=True)
+    mask = mask_of(selection)
+    exact, exact_lse = reference_attention(
+        q.cpu(), k.cpu(), v.cpu(), mask, selection.block_size, scale=scale, window=window
+    )
+    i = torch.arange(selection.q_len)[:, None] + selection.grid.offset
+    j = torch.arange(selection.k_len)
+    row = i // selection.block_size - selection.grid.first_block
+    seen = mask[:, :, row, j // selection.block_size] & (j <= i) & (j > i - (window or selection.k_len))
+    group = q.shape[1] // k.shape[1]
+    repeated = (x.repeat_interleave(group, 1) for x in (k, v))
+    dense = F.scaled_dot_product_attention(q, *repeated, attn_mask=seen.to(q.device), scale=scale)
+    error, dense_error = out.double().cpu() - exact, dense.double().cpu() - exact
+    assert out.dtype == q.dtype
+    assert error.abs().max() <= 2 * dense_error.abs().max() + 1e-6
+    assert error.pow(2).mean().sqrt() <= 2 * dense_error.pow(2).mean().sqrt() + 1e-7
+    torch.testing.assert_close(lse.double().cpu(), exact_lse, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len,k_len", [(1, 1), (1, 63), (63, 63), (111, 200), (129, 129), (200, 333)])
+def test_odd_lengths_and_prefixes(kernel: str, q_len: int, k_len: int, dtype: torch.dtype) -> None:
+    q, k, v = on_device(*make_qkv(q_len, k_len, batch=2, dim=64, dtype=dtype))
+    for size in (64, 128):
+        check(q, k, v, random_selection(q_len, k_len, size, batch=2))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+def test_head_dims(kernel: str, dim: int) -> None:
+    for dtype in DTYPES:
+        q, k, v = on_device(*make_qkv(150, 190, heads=2, kv_heads=1, dim=dim, dtype=dtype))
+        check(q, k, v, random_selection(150, 190, 128, heads=2))
+
+
+def test_v_has_its_own_head_dim(kernel: str) -> None:
+    for dim, v_dim in ((64, 128), (96, 48), (192, 128)):
+        q, k, v = on_device(*make_qkv(200, dim=dim, v_dim=v_dim, dtype=torch.float16))
+        check(q, k, v, random_selection(200, 200, 128))
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_block_sizes(kernel: str, size: int) -> None:
+    q, k, v = on_device(*make_qkv(170, 240, dim=64, dtype=torch.float16))
+    check(q, k, v, random_selection(170, 240, size))
+
+
+def test_float32(kernel: str) -> None:
+    q, k, v = on_device(*make_qkv(130, 200, dim=64))
+    check(q, k, v, random_selection(130, 200, 64))
+
+
+@pytest.mark.parametrize("window", [1, 50, 128, 1000])
+def test_sliding_window(kernel: str, window: int) -> None:
+    """Inside edge blocks too, and where a kept block lies wholly outside of it."""
+    q, k, v = on_device(*make_qkv(300, 420, heads=2, dim=64, dtype=torch.float16))
+    for size in (64, 128):
+        check(q, k, v, random_selection(300, 420, size, heads=2), window=window)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
+def test_scale_of_any_sign(kernel: str, scale: float) -> None:
+    q, k, v = on_device(*make_qkv(140, dim=64, dtype=torch.float16))
+    check(q, k, v, random_selection(140, 140, 128), scale=scale)
+
+
+def test_large_logits_do_not_overflow(kernel: str) -> None:
+    q, k, v = on_device(*make_qkv(260, dim=64, dtype=torch.float16))
+    check(q * 30, k * 30, v, random_selection(260, 260, 128))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_strides(kernel: str, size: int) -> None:
+    """Token-major, sliced, expanded, misaligned and reversed-dimension inputs; only the last needs a copy."""
+    q, k, v = on_device(*make_qkv(200, batch=2, heads=4, kv_heads=2, dim=64, dtype=torch.float16))
+    selection = random_selection(200, 200, size, batch=2)
+    expected, _ = BACKEND.attend(q, k, v, selection, scale=0.125, window=None, return_lse=False)
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    fused = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
+    parts = fused.split([256, 128, 128], 2)
+    sliced = [x.unflatten(2, (-1, 64)).transpose(1, 2) for x in parts]
+    misaligned = [F.pad(x, (3, 2))[..., 3:-2] for x in (q, k, v)]
+    transposed = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    for inputs in (token_major, sliced, misaligned, transposed):
+        out, _ = BACKEND.attend(*inputs, selection, scale=0.125, window=None, return_lse=False)
+        torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+    one = [x[:1].expand(2, -1, -1, -1) for x in (q, k, v)]
+    rows = [
+        BACKEND.attend(
+            *(x[:1] for x in (q, k, v)),
+            BlockSelection(selection.indices[b : b + 1], selection.counts[b : b + 1], size, 200, 200),
+            scale=0.125,
+            window=None,
+            return_lse=False,
+        )[0]
+        for b in range(2)
+    ]
+    out, _ = BACKEND.attend(*one, selection, scale=0.125, window=None, return_lse=False)
+    torch.testing.assert_close(out, torch.cat(rows), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_offsets_beyond_32_bits(kernel: str, size: int) -> None:
+    """Heads that lie more than 2^31 numbers apart (the memory between them is never touched)."""
+    small = on_device(*make_qkv(130, heads=2, kv_heads=2, dim=64, dtype=torch.float16))
+    selection = random_selection(130, 130, size, heads=2)
+    apart = (1 << 31) + 64
+    far = []
+    for x in small:
+        base = torch.empty(apart + 130 * 64, dtype=x.dtype, device=x.device)
+        far.append(base.as_strided(x.shape, (0, apart, 64, 1)).copy_(x))
+    out, _ = BACKEND.attend(*far, selection, scale=0.125, window=None, return_lse=False)
+    expected, _ = BACKEND.attend(*small, selection, scale=0.125, window=None, return_lse=False)
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_many_blocks(kernel: str) -> None:
+    """Long enough that the kernels' rings of tiles go round several times."""
+    tokens = 4000 if GPU else 1300
+    q, k, v = on_device(*make_qkv(tokens, heads=2, kv_heads=1, dim=64, dtype=torch.float16))
+    check(q, k, v, random_selection(tokens, tokens, 128, heads=2))
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_packed_sequences_stay_apart(kernel: str, size: int) -> None:
+    """One launch over several sequences gives what each alone gives, even beside a sequence of NaN."""
+    from stem_attn.backends.triton.attention import attend_packed
+
+    lengths = [(70, 200), (1, 130), (129, 129)]
+    drawn = [make_qkv(*pair, dim=64, dtype=torch.float16, seed=i) for i, pair in enumerate(lengths)]
+    for x in drawn[1]:
+        x.fill_(torch.nan)
+    drawn = [on_device(*x) for x in drawn]
+    selections = [random_selection(*pair, size, seed=i) for i, pair in enumerate(lengths)]
+    packed = (torch.cat([x[n][0] for x in drawn], 1).transpose(0, 1).contiguous() for n in range(3))
+    out, lse = attend_packed(*packed, selections, scale=0.125, window=None, return_lse=True)
+    start = 0
+    for n in (0, 2):
+        (q, k, v), selection = drawn[n], selections[n]
+        start = sum(pair[0] for pair in lengths[:n])
+        expected, expected_lse = BACKEND.attend(q, k, v, selection, scale=0.125, window=None, return_lse=True)
+        rows = slice(start, start + lengths[n][0])
+        torch.testing.assert_close(out[rows].transpose(0, 1)[None], expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(lse[None, :, rows], expected_lse, atol=1e-3, rtol=1e-3)
+
+
+def test_refusals_say_what_was_expected() -> None:
+    def why(dtype: torch.dtype = torch.float16, dim: int = 64, size: int = 64) -> str | None:
+        q, k, v = on_device(*make_qkv(64, dim=dim, dtype=dtype))
+        return BACKEND.why_unsupported(q, k, v, block_size=size, window=None)
+
+    assert why() is None
+    assert "48" in why(size=48)
+    assert "320" in why(dim=320)
+    assert "float64" in why(dtype=torch.float64)
