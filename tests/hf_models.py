@@ -17,7 +17,7 @@ KEEP_ALL = StemConfig(block_size=BLOCK, stride=4, budget_ratio=1.0, decay=1.0, m
 # Really sparse, about half of the blocks at 200 tokens.
 SPARSE = StemConfig(block_size=BLOCK, stride=4, budget_ratio=0.2, budget_bias=1, min_seq_len=0)
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -85,7 +85,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
     """Return a small config of a model type."""
-    return AutoConfig.for_model(model_type, **{**_COMMON, **FAMILIES.get(model_type, {}), **overrides})
+    return AutoConfig.for_model(model_type, **{**COMMON, **FAMILIES.get(model_type, {}), **overrides})
 
 
 def tiny_model(model_type: str, attn_implementation: str = "sdpa", **overrides: Any) -> PreTrainedModel:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
 from transformers import DynamicCache, StaticCache
 
+from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
 from stem_attn.integrations import hf
 
 LENGTH = 200
@@ -70,7 +70,10 @@ def test_a_prompt_longer_than_told_is_an_error():
     model, ids = hf.enable(tiny_model("llama"), SPARSE, prompt_len=100), tokens(1, LENGTH)
     with pytest.raises(ValueError, match=r"prompt_len says \[100\] tokens, but the prompt already has \[200\]"):
         model(ids)
-    with pytest.raises(ValueError, match="prompt_len has 3 rows, but the batch has 1"), hf.prompt_length(model, [9] * 3):
+    with (
+        pytest.raises(ValueError, match="prompt_len has 3 rows, but the batch has 1"),
+        hf.prompt_length(model, [9] * 3),
+    ):
         model(ids)
 
 
@@ -143,11 +146,7 @@ def test_assisted_decoding_equals_sdpa():
 
 
 @torch.no_grad()
-def test_continuous_batching_is_refused():
+def test_continuous_batching_is_unsupported():
     model = hf.enable(tiny_model("llama"), SPARSE)
-    attention = model.model.layers[0].self_attn
-    q = torch.zeros(1, 4, 5, 16)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    with pytest.raises(ValueError, match="continuous batching"):
-        ALL_ATTENTION_FUNCTIONS["stem"](attention, q, q[:, :2], q[:, :2], None, cache=object())
+    with pytest.raises(ValueError, match=r"stem.* is not supported"):
+        model.generate_batch([tokens(1, 9)[0].tolist()], progress_bar=False)

@@ -51,12 +51,7 @@ def stem_attention_forward(
 
     Returns:
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
-
-    Raises:
-        ValueError: Continuous batching, which keeps K and V in pages.
     """
-    if kwargs.get("cache") is not None:
-        raise ValueError("stem does not support continuous batching (generate_batch): its K and V are paged")
     state: State = getattr(module, ATTRIBUTE, _unmanaged)
     reason, eager = _why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:

@@ -1,0 +1,341 @@
+"""enable, disable, stats: what is refused, what is restored, what is counted, and whose state it is."""
+
+import copy
+import gc
+import logging
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from hf_models import BLOCK, COMMON, FAMILIES, KEEP_ALL, SPARSE, relative_error, tiny_config, tiny_model, tokens
+from stem_attn import StemConfig
+from stem_attn.integrations import hf
+
+LENGTH = 200
+
+
+def implementations(model):
+    return [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+
+
+def untouched(model):
+    return "stem" not in implementations(model) and not any(
+        "_stem" in name for m in model.modules() for name in vars(m)
+    )
+
+
+REFUSED = {
+    "bloom": "attention interface",
+    "gptj": "attention interface",
+    "falcon": "attention interface",
+    "xglm": "attention interface",
+    "mpt": "attention interface",
+    "mamba": "no attention layers",
+    "vaultgemma": "does not support SDPA",
+    "deepseek_v32": "indexer",
+}
+SIZES = {  # of those that do not take the common ones
+    "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128},
+    "deepseek_v32": {**COMMON, **FAMILIES["deepseek_v3"], "index_head_dim": 16, "index_n_heads": 2, "index_topk": 32},
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_that_cannot_be_routed_are_refused(family):
+    config = AutoConfig.for_model(family, **SIZES[family]) if family in SIZES else tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=REFUSED[family]):
+        hf.enable(model)
+    assert untouched(model)
+    with pytest.raises(ValueError, match="not enabled"):
+        hf.stats(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": "fast"}, "unknown preset 'fast'"),
+        ({"config": {"block_size": 64}}, "must be a StemConfig or a preset's name, got dict"),
+        ({"config": StemConfig(dense_layers=(0, 2))}, r"dense_layers \(0, 2\) are not all layers of a model with 2"),
+        ({"prompt_len": 0}, "at least 1 token; got 0"),
+        ({"prompt_len": [5, "x"]}, "one int a batch row"),
+        ({"prompt_len": True}, "got True"),
+        ({"backend": "cuda"}, "backend must be one of auto, .*; got 'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=message):
+        hf.enable(model, **arguments)
+    assert untouched(model)
+
+
+def test_only_transformers_models_are_accepted():
+    with pytest.raises(ValueError, match=r"must be a transformers PreTrainedModel .* got Linear"):
+        hf.enable(torch.nn.Linear(2, 2))
+
+
+def test_nothing_is_left_when_transformers_refuses(monkeypatch):
+    model = tiny_model("llama", "eager")
+
+    def refuse(*args, **kwargs):
+        model.config._attn_implementation = "stem"  # half way
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model, "set_attn_implementation", refuse)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot run with stem: no"):
+        hf.enable(model)
+    assert untouched(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+@torch.no_grad()
+def test_disable_restores_everything(before):
+    model, ids = tiny_model("llama", before), tokens(1, LENGTH)
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    expected = model(ids).logits
+    assert hf.enable(model, SPARSE) is model
+    assert relative_error(model(ids).logits, expected) > 1e-3
+    hf.enable(model, SPARSE)  # twice, and undone once
+    hf.disable(model)
+    assert implementations(model) == [before] * len(implementations(model))
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+    assert torch.equal(model(ids).logits, expected)
+    hf.disable(model)  # harmless
+
+
+def tiny_vlm():
+    text = tiny_config("gemma3_text", sliding_window=40).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+
+
+@torch.no_grad()
+def test_only_the_text_tower_of_a_vision_language_model_changes():
+    model, ids = tiny_vlm(), tokens(2, LENGTH)
+    expected = model(input_ids=ids).logits
+    hf.enable(model, KEEP_ALL)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert set(implementations(model.model.vision_tower)) == {"sdpa"}
+    assert relative_error(model(input_ids=ids).logits, expected) < 1e-4
+    stats = hf.stats(model)
+    assert (stats.sparse, stats.banded, stats.dense) == (1, 1, {})
+    hf.disable(model)
+    assert untouched(model)
+    assert set(implementations(model)) == {"sdpa"}
+
+
+@torch.no_grad()
+def test_enabling_again_updates_the_settings():
+    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model(ids)
+    assert hf.stats(model).density < 0.7
+    hf.enable(model, KEEP_ALL)
+    assert hf.stats(model).calls == 0
+    model(ids)
+    assert hf.stats(model).density == 1.0
+
+
+@torch.no_grad()
+def test_presets_by_name():
+    model = hf.enable(tiny_model("llama"), "official")
+    model(tokens(1, LENGTH))
+    assert hf.stats(model).dense == {"dense layer": 2}  # its two dense layers are all there are
+    hf.enable(model, "paper")
+    model(tokens(1, LENGTH))
+    assert hf.stats(model).dense == {"short prompt": 2}
+
+
+@torch.no_grad()
+def test_dense_layers_count_from_both_ends():
+    for layers, indices in (((-1,), {2}), ((0, -1), {0, 2}), ((1,), {1})):
+        config = StemConfig(block_size=BLOCK, min_seq_len=0, dense_layers=layers)
+        model = hf.enable(tiny_model("llama", num_hidden_layers=3), config)
+        model(tokens(1, LENGTH))
+        assert hf.stats(model).dense == {"dense layer": len(indices)}
+        assert hf.stats(model).sparse == 3 - len(indices)
+
+
+@torch.no_grad()
+def test_short_prompts_compare_the_whole_prompt():
+    config = StemConfig(block_size=BLOCK, min_seq_len=LENGTH)
+    model = hf.enable(tiny_model("llama"), config)
+    model(tokens(1, LENGTH - 1))
+    assert hf.stats(model).dense == {"short prompt": 2}
+    with hf.prompt_length(model, LENGTH):  # the first chunk of a prompt that is long enough
+        model(tokens(1, LENGTH - 1))
+    assert hf.stats(model).sparse == 2
+    padded = torch.ones(2, LENGTH, dtype=torch.long)
+    padded[:, :1] = 0  # padding does not count
+    model(tokens(2, LENGTH), attention_mask=padded)
+    assert hf.stats(model).dense == {"short prompt": 4}
+
+
+@torch.no_grad()
+def test_stats_count_tokens_and_weigh_density_by_work():
+    model = hf.enable(tiny_model("llama"), SPARSE)
+    model(tokens(2, LENGTH))
+    short = hf.stats(model)
+    assert short.tokens == {"sparse": 2 * 2 * LENGTH, "banded": 0, "dense": 0}
+    hf.reset_stats(model)
+    model(tokens(1, 4 * LENGTH))
+    long = hf.stats(model)
+    model(tokens(2, LENGTH))
+    both = hf.stats(model)
+    blocks = [(n := -(-tokens // BLOCK)) * (n + 1) // 2 for tokens in (4 * LENGTH, LENGTH)]
+    work = [1 * blocks[0], 2 * blocks[1]]
+    assert both.density == pytest.approx((long.density * work[0] + short.density * work[1]) / sum(work))
+    assert both.calls == 4
+
+
+def test_gradients_and_training_are_dense_and_differentiable():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    expected = torch.autograd.grad(model(ids).logits.square().mean(), model.lm_head.weight)[0]
+    hf.enable(model, SPARSE)
+    actual = torch.autograd.grad(model(ids).logits.square().mean(), model.lm_head.weight)[0]
+    assert relative_error(actual, expected) < 1e-6
+    assert hf.stats(model).dense == {"gradients (use torch.no_grad())": 2}
+    model.train()
+    model(ids)
+    assert hf.stats(model).dense["training"] == 2
+
+
+@torch.no_grad()
+def test_output_attentions_custom_masks_packing_and_bidirectional_are_dense():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    lower = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
+    holes = torch.ones(1, LENGTH, dtype=torch.long)
+    holes[0, 50:60] = 0
+    packed = torch.cat([torch.arange(90), torch.arange(LENGTH - 90)])[None]
+    cases = [
+        ({"output_attentions": True}, "output_attentions"),
+        ({"attention_mask": lower.clone()}, "4-D mask"),
+        ({"position_ids": packed, "use_cache": False}, "4-D mask"),
+        ({"attention_mask": holes}, "padding between tokens"),
+        ({"is_causal": False, "attention_mask": torch.ones_like(lower)}, "not causal"),
+    ]
+    for inputs, reason in cases:
+        hf.disable(model)
+        expected = model(ids, **inputs).logits
+        hf.enable(model, SPARSE)
+        real = inputs["attention_mask"].bool()[0] if reason == "padding between tokens" else slice(None)
+        assert relative_error(model(ids, **inputs).logits[0, real], expected[0, real]) < 1e-6, reason
+        assert hf.stats(model).dense == {reason: 2}
+
+
+@torch.no_grad()
+def test_encoder_decoder_keeps_cross_and_bidirectional_attention():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 128}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(**sizes, **layers)).eval()
+    inputs = {"input_ids": tokens(2, 150), "decoder_input_ids": tokens(2, LENGTH)}
+    expected = model(**inputs).logits
+    hf.enable(model, KEEP_ALL)
+    assert relative_error(model(**inputs).logits, expected) < 1e-4
+    assert (hf.stats(model).sparse, hf.stats(model).dense) == (1, {"not causal": 2})
+
+
+@torch.no_grad()
+def test_each_reason_is_logged_once_per_model(caplog):
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    with caplog.at_level(logging.INFO, "stem_attn.hf"):
+        hf.enable(model, StemConfig())
+        for _ in range(2):
+            model(ids)
+            model(ids[:, :1])
+    assert [record.message for record in caplog.records] == [
+        "dense attention: short prompt (said once per model)",
+        "dense attention: decode (said once per model)",
+    ]
+
+
+@torch.no_grad()
+def test_models_do_not_share_state():
+    one, other, ids = (
+        hf.enable(tiny_model("llama"), SPARSE),
+        hf.enable(tiny_model("llama"), KEEP_ALL),
+        tokens(1, LENGTH),
+    )
+    with hf.prompt_length(one, 2 * LENGTH):
+        one(ids)
+        assert (hf.stats(one).sparse, hf.stats(other).calls) == (2, 0)
+        other(ids)
+    assert hf.stats(one).density < hf.stats(other).density == 1.0
+    hf.disable(one)
+    assert set(implementations(other)) == {"stem"}
+
+
+@torch.no_grad()
+def test_a_deleted_model_is_freed():
+    model = hf.enable(tiny_model("llama"), SPARSE)
+    cache = model(tokens(2, LENGTH), attention_mask=torch.ones(2, LENGTH).tril(150)).past_key_values
+    freed = [weakref.ref(model), weakref.ref(model.model.layers[0].self_attn), weakref.ref(cache)]
+    del model, cache
+    gc.collect()
+    assert [ref() for ref in freed] == [None] * 3
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.no_grad()
+def test_copies_are_enabled_on_their_own(duplicate):
+    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model(ids)
+    twin = duplicate(model)
+    assert hf.stats(twin) == hf.stats(model)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    twin(ids)
+    assert (hf.stats(twin).calls, hf.stats(model).calls) == (6, 4)
+    hf.disable(twin)
+    assert set(implementations(twin)) == {"sdpa"}
+    assert set(implementations(model)) == {"stem"}
+
+
+@torch.no_grad()
+def test_an_enabled_model_saves_and_reloads_as_usual(tmp_path):
+    model = hf.enable(tiny_model("llama"), SPARSE)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_registered_name_runs_the_default_config(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    hf.register()
+    ids = tokens(1, LENGTH)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="stem").eval()
+    assert relative_error(model(ids).logits, expected) < 1e-6  # short, so dense
+    with pytest.raises(ValueError, match="not enabled"):
+        hf.stats(model)
+    hf.enable(model, SPARSE)
+    model(ids)
+    assert hf.stats(model).sparse == 2
+    hf.disable(model)
+    assert set(implementations(model)) == {"sdpa"}
+
+
+def test_importing_the_package_leaves_transformers_alone():
+    code = "import sys, stem_attn; assert not any(m.startswith('transformers') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_adapter_registers_nothing():
+    code = (
+        "import stem_attn.integrations.hf\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
+        "assert 'stem' not in ALL_ATTENTION_FUNCTIONS.valid_keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
