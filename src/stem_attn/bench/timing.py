@@ -1,0 +1,133 @@
+"""Timing: methods take turns in every round, so that drift of the clocks meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+# Written before every timed call on a GPU: far more than any L2 holds, and long enough (about 0.2 ms) for the host
+# to queue the call before the device reaches it, so that the events see device time.
+_FLUSH_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Milliseconds of one method, one number a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.samples)
+
+    @property
+    def low(self) -> float:
+        """Fastest round."""
+        return min(self.samples)
+
+    @property
+    def high(self) -> float:
+        """Slowest round."""
+        return max(self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The GPU's state while a round was running."""
+
+    sm_clock_mhz: int
+    temperature_c: int
+    power_w: float
+
+
+def first_call(run: Run, device: torch.device) -> tuple[Any, float]:
+    """Run once; return the output and the wall-clock seconds, compilation included."""
+    start = time.perf_counter()
+    out = run()
+    _synchronize(device)
+    return out, time.perf_counter() - start
+
+
+def peak_extra_mib(run: Run, device: torch.device) -> float | None:
+    """Run once; return the most device memory held beyond what was held before, output included. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    _synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    _synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def time_rounds(runs: list[Run], device: torch.device, rounds: int) -> tuple[list[Times], list[Health]]:
+    """Time every callable once a round, starting each round with the next one.
+
+    Args:
+        runs: What to time; each has run before.
+        device: Where they run. On CUDA: device time between events, the L2 cache flushed before each call.
+        rounds: Measurements of each.
+
+    Returns:
+        The times in the order of `runs`, and the GPU's state in every round (empty where it cannot be read).
+    """
+    one_round = _cuda_round if device.type == "cuda" else _cpu_round
+    samples: list[list[float]] = [[] for _ in runs]
+    states: list[Health] = []
+    for r in range(rounds):
+        order = [(r + i) % len(runs) for i in range(len(runs))]
+        times, state = one_round([runs[i] for i in order], device)
+        for i, ms in zip(order, times, strict=True):
+            samples[i].append(ms)
+        if state:
+            states.append(state)
+    return [Times(tuple(s)) for s in samples], states
+
+
+def _cpu_round(runs: list[Run], device: torch.device) -> tuple[list[float], Health | None]:
+    times = []
+    for run in runs:
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times, None
+
+
+def _cuda_round(runs: list[Run], device: torch.device) -> tuple[list[float], Health | None]:
+    with torch.cuda.device(device):
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        events = [(_event(), _event()) for _ in runs]
+        for run, (start, stop) in zip(runs, events, strict=True):
+            flush.zero_()
+            start.record()
+            run()
+            stop.record()
+        state = _health(device)  # read while the device works through the queue: an idle GPU lowers its clocks
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in events], state
+
+
+def _health(device: torch.device) -> Health | None:
+    try:
+        return Health(
+            torch.cuda.clock_rate(device), torch.cuda.temperature(device), torch.cuda.power_draw(device) / 1e3
+        )
+    except Exception:  # no nvidia-ml-py, or the driver does not answer: the times stand without it
+        return None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
