@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -11,12 +12,23 @@ import torch.nn.functional as F
 
 from helpers import SMALL
 from stem_attn import BlockSelection, StemConfig, backends, select_blocks
+from stem_attn.bench import machine
 from stem_attn.bench.gate import AttentionGate, GateError, check_selection, draw_samples
 from stem_attn.bench.run import run_case
 from stem_attn.bench.shapes import Case, Shape
 from stem_attn.selection import select_top_blocks
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Tiny tensors gain nothing from threads, and wait long for them where tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(machine, "_LIMIT_SIZE", {"cuda": 256, "cpu": 256})
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_case(q_len: int, k_len: int, dtype: torch.dtype = torch.float32, batch: int = 1) -> Case:
@@ -170,7 +182,8 @@ def test_unavailable_methods_are_listed_with_the_reason():
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "stem_attn", "bench", *arguments], capture_output=True, text=True)
+    command = [sys.executable, "-m", "stem_attn", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 TINY = ("--device", "cpu", "--heads", "2", "--kv-heads", "1", "--head-dim", "32", "--set", "block_size=16")
