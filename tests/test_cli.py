@@ -182,3 +182,14 @@ def test_cutting_a_long_text_makes_it_fit(folder, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "cut to fit" in out
+
+
+def test_a_question_of_ones_own_about_the_embedded_text(folder, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = ["--question", "Why?", "--max-tokens", "1200", "--new-tokens", "2", "--json", str(path)]
+    code = cli.run(["prefill", "--model", folder, *arguments])
+    assert code == 0, capsys.readouterr().err
+    prompt = json.loads(path.read_text())["prompt"]
+    assert prompt["needle"] is None
+    assert prompt["question"] == "Why?"
+    assert "language reference" in prompt["source"]

@@ -21,7 +21,7 @@ _SAMPLE_SECONDS = 0.005
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+        torch.accelerator.synchronize(device)
 
 
 def memory_method(device: torch.device) -> str:

@@ -148,7 +148,7 @@ def prefill(
         "layers": loaded.model.config.get_text_config().num_hidden_layers,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "preset": preset,
-        "config": dataclasses.asdict(config),
+        "config": json.loads(config.to_json()),
         "prompt": prompt.describe(),
         "new_tokens": new_tokens,
         "seed": seed,

@@ -104,8 +104,8 @@ def make_needle(seed: int) -> Needle:
     rng = random.Random(seed)
     city, number, depth = rng.choice(_CITIES), str(rng.randrange(10**6, 10**7)), rng.uniform(0.1, 0.9)
     return Needle(
-        sentence=f"The magic number of {city} is {number}.",
-        question=f"What is the magic number of {city}? Answer with the number.",
+        sentence=f"The special magic number for {city} is {number}.",
+        question=f"What is the special magic number for {city}?",
         answer=number,
         depth=depth,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from typing import Any
 
 from rich.console import Group
@@ -55,16 +55,16 @@ def _facts(found: dict[str, Any]) -> Table:
 
 def _differences(config: dict[str, Any]) -> str:
     """Name the fields that say how much is kept, and those that differ from the package's default."""
-    default = dataclasses.asdict(StemConfig())
+    default = json.loads(StemConfig().to_json())
     always = ("block_size", "budget_ratio", "budget_bias", "decay")
     names = [name for name in config if name in always or config[name] != default[name]]
     return ", ".join(f"{name}={_plain(config[name])}" for name in names)
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, tuple) and len(value) == 1 and value[0][0] is None:  # a budget_ratio of one step
+    if isinstance(value, list) and len(value) == 1 and value[0][0] is None:  # a budget_ratio of one step
         return f"{value[0][1]:g}"
-    return str(value)
+    return json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def _table(found: dict[str, Any]) -> Table:
