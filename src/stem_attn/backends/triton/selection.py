@@ -1,7 +1,8 @@
 """Make a selection on the GPU: three or four launches, nothing asked back from the device.
 
 One pass over q, k and v pools them (and measures v); a batched matrix product scores block pairs; one program a row
-keeps the best. Scores of many rows are made and used in passes, so that their memory stays bounded.
+keeps the best. Scores of many rows are made and used in passes, so that their memory stays bounded. Every layer of a
+model asks for the same shapes, so all that follows from shapes is worked out once, as a plan.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kernel, top_kernel, zscore_kernel
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
@@ -44,14 +46,15 @@ def select(q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig, scale: float,
         The selection that the CPU backend makes, except where scores differ by less than their rounding. 16-bit
         inputs are pooled in float32 and multiplied with 11 significant bits.
     """
-    grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    keep, width = _keep_table(budget.numpy().tobytes(), budget.ndim, grid, config, q.is_cuda)
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(keep)
     with _on(q):
-        keep = keep.to(q.device, non_blocking=True)
-        pooled, scales, values = _pool(q, k, v, grid, config)
-        return _select_pooled(pooled, scales, values, keep, q, k, grid, config, scale, width)
+        return plan_for(q, k, v, config, scale, budget).run(q, k, v)
+
+
+def plan_for(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, budget: Tensor) -> _Plan:
+    """Find or make the plan of a call; the arguments are those of `select`."""
+    aligned = (q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16)  # kernels are compiled for it
+    layout = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
+    return _plan(layout, config, scale, budget.numpy().tobytes(), budget.ndim)
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
@@ -59,157 +62,196 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@lru_cache(maxsize=64)
-def _keep_table(budget: bytes, ndim: int, grid: BlockGrid, config: StemConfig, pinned: bool) -> tuple[Tensor, int]:
-    """Clip a budget to the rows, in pinned memory; cached because every layer of a model asks for the same."""
+@lru_cache(maxsize=256)
+def _plan(layout: tuple[Any, ...], config: StemConfig, scale: float, budget: bytes, budget_dims: int) -> _Plan:
+    return _Plan(layout, config, scale, budget, budget_dims)
+
+
+@lru_cache(maxsize=256)
+def _keep_table(budget: bytes, dims: int, grid: BlockGrid, config: StemConfig, pinned: bool) -> tuple[Tensor, int]:
+    """Clip a budget to the rows, on the host; see `kept_per_row`."""
     table = torch.frombuffer(bytearray(budget), dtype=torch.int32)
-    keep, width = kept_per_row(table.view(-1, grid.q_blocks) if ndim == 2 else table, grid, config)
+    keep, width = kept_per_row(table.view(-1, grid.q_blocks) if dims == 2 else table, grid, config)
     return keep.pin_memory() if pinned else keep, width
 
 
-def _pool(q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, config: StemConfig) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read q, k and v once.
+class _Plan:
+    """All that the shapes, strides, config and budget of a call decide: sizes, tables and launches.
 
-    Returns:
-        pooled [B * Hq * Qb + B * Hkv * Kb, stride * D], D rounded up to a multiple of 8; the powers of two it was
-        divided by, float32 [rows]; and the weighted value term, float32 [B, Hkv, Kb], or None.
+    Args:
+        layout: Shapes and strides of q, k and v, their dtype and device, and their addresses modulo 16.
+        config: The method.
+        scale: Factor of the attention logits.
+        budget: The bytes of an int32 tensor [Qb] or [B, Qb].
+        budget_dims: 1 or 2.
     """
-    batch, heads, _, dim = q.shape
-    kv_heads, value_dim = k.shape[1], v.shape[3]
-    q_rows, k_rows = batch * heads * grid.q_blocks, batch * kv_heads * grid.k_blocks
-    stride, per_block = config.stride, config.block_size // config.stride
-    groups = grid.k_len // stride
-    zscore = config.value_term == "zscore"
-    valued = config.value_term == "log" or (zscore and groups > 1)  # one group has no deviation
-    pooled_dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-    dim_out = -(-dim // 8) * 8  # descriptors want rows of whole 16 bytes
-    pooled = q.new_empty(q_rows + k_rows, stride * dim_out, dtype=pooled_dtype)
-    scales = q.new_empty(q_rows + k_rows, dtype=torch.float32)
-    values = q.new_empty(batch, kv_heads, grid.k_blocks * (per_block if zscore else 1), dtype=torch.float32)
-    dim_pad = triton.next_power_of_2(dim)
-    pool_kernel[(q_rows + k_rows * (2 if valued else 1),)](
-        q,
-        k,
-        v,
-        pooled,
-        scales,
-        values,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        batch * heads,
-        batch * kv_heads,
-        heads // kv_heads,
-        kv_heads,
-        grid.offset % grid.block_size,
-        grid.q_len,
-        grid.k_len,
-        grid.q_blocks,
-        grid.k_blocks,
-        config.value_weight,
-        D=dim,
-        DV=value_dim,
-        D_PAD=dim_pad,
-        DV_PAD=triton.next_power_of_2(value_dim),
-        D_OUT=dim_out,
-        BLOCK=grid.block_size,
-        STRIDE=stride,
-        TOKENS=min(max(stride, POOL_WARPS * 256 // dim_pad), grid.block_size),  # 8 numbers a thread: 16 bytes
-        ZSCORE=zscore,
-        num_warps=POOL_WARPS,
-    )
-    if not valued:
-        return pooled, scales, None
-    if zscore:
-        logs, values = values, q.new_empty(batch, kv_heads, grid.k_blocks, dtype=torch.float32)
-        zscore_kernel[(batch * kv_heads,)](
-            logs,
-            values,
-            groups,
-            grid.k_blocks,
-            config.value_weight,
-            PER_BLOCK=per_block,
-            CHUNK=8192 // per_block,
-            num_warps=8,
-        )
-    return pooled, scales, values
 
+    def __init__(
+        self, layout: tuple[Any, ...], config: StemConfig, scale: float, budget: bytes, budget_dims: int
+    ) -> None:
+        q_shape, k_shape, v_shape, *strides, dtype, device, _ = layout
+        self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
+        self.device = device
+        self.keep, self.width = _keep_table(budget, budget_dims, grid, config, device.type == "cuda")
+        self.keep_tables: dict[int, Tensor] = {}  # by stream
+        batch, heads, _, dim = q_shape
+        kv_heads = k_shape[1]
+        self.rows = batch, heads, grid.q_blocks
+        self.all_heads, self.all_rows = batch * kv_heads, heads // kv_heads * grid.q_blocks
+        self.q_rows, self.k_rows = self.all_heads * self.all_rows, self.all_heads * grid.k_blocks
+        per_block = grid.block_size // config.stride
+        groups = grid.k_len // config.stride
+        zscore = config.value_term == "zscore"
+        valued = config.value_term == "log" or (zscore and groups > 1)  # one group has no deviation
+        dim_pad = triton.next_power_of_2(dim)
+        dim_out = -(-dim // 8) * 8  # descriptors want rows of whole 16 bytes
+        self.pooled_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        self.depth = config.stride * dim_out
+        self.values_size = self.k_rows * (per_block if zscore else 1)
+        self.pool = Launch(
+            pool_kernel,
+            (self.q_rows + self.k_rows * (2 if valued else 1), 1),
+            (
+                *strides,
+                batch * heads,
+                self.all_heads,
+                heads // kv_heads,
+                kv_heads,
+                grid.offset % grid.block_size,
+                grid.q_len,
+                grid.k_len,
+                grid.q_blocks,
+                grid.k_blocks,
+                config.value_weight,
+            ),
+            {
+                "D": dim,
+                "DV": v_shape[3],
+                "D_PAD": dim_pad,
+                "DV_PAD": triton.next_power_of_2(v_shape[3]),
+                "D_OUT": dim_out,
+                "BLOCK": grid.block_size,
+                "STRIDE": config.stride,
+                # 8 numbers a thread: 16 bytes.
+                "TOKENS": min(max(config.stride, POOL_WARPS * 256 // dim_pad), grid.block_size),
+                "ZSCORE": zscore,
+            },
+            num_warps=POOL_WARPS,
+        )
+        self.zscore = None
+        if zscore and valued:
+            self.zscore = Launch(
+                zscore_kernel,
+                (self.all_heads, 1),
+                (groups, grid.k_blocks, config.value_weight),
+                {"PER_BLOCK": per_block, "CHUNK": 8192 // per_block},
+                num_warps=8,
+            )
+        pitch = triton.cdiv(grid.k_blocks, 16) * 16
+        pass_rows = min(self.all_rows, max(SCORE_BYTES // (4 * self.all_heads * pitch), 1))
+        self.scores_size = self.all_heads * pass_rows * pitch
+        tile_rows, tile_columns, warps, stages = _score_tile(self.all_heads, pass_rows, grid.k_blocks, dtype)
+        self.step = min(max(triton.next_power_of_2(self.depth), 16), 64 if self.pooled_dtype == torch.float16 else 16)
+        self.tile_rows, self.tile_columns = tile_rows, tile_columns
+        columns = triton.next_power_of_2(pitch)
+        self.passes = []
+        for first_row in range(0, self.all_rows, pass_rows):
+            rows = min(pass_rows, self.all_rows - first_row)
+            score = Launch(
+                score_kernel,
+                (triton.cdiv(rows, tile_rows) * triton.cdiv(grid.k_blocks, tile_columns), self.all_heads),
+                (
+                    scale / config.stride,
+                    first_row,
+                    rows,
+                    self.all_rows,
+                    grid.q_blocks,
+                    grid.k_blocks,
+                    grid.first_block,
+                    pitch,
+                ),
+                {
+                    "DEPTH": self.depth,
+                    "ROWS": tile_rows,
+                    "COLUMNS": tile_columns,
+                    "STEP": self.step,
+                    "VALUES": valued,
+                },
+                num_warps=warps,
+                num_stages=stages,
+            )
+            top = Launch(
+                top_kernel,
+                (rows, self.all_heads),
+                (
+                    first_row,
+                    self.all_rows,
+                    grid.q_blocks,
+                    grid.first_block,
+                    pitch,
+                    config.sink_blocks,
+                    config.local_blocks,
+                    kv_heads,
+                    grid.q_blocks if budget_dims == 2 else 0,
+                    self.width,
+                ),
+                {
+                    "COLUMNS": columns,
+                    "SLOTS": triton.next_power_of_2(self.width),
+                    "INSIDE": config.forced_blocks == "inside",
+                },
+                num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
+            )
+            self.passes.append((score, top))
 
-def _select_pooled(
-    pooled: Tensor,
-    scales: Tensor,
-    values: Tensor | None,
-    keep: Tensor,
-    q: Tensor,
-    k: Tensor,
-    grid: BlockGrid,
-    config: StemConfig,
-    scale: float,
-    width: int,
-) -> BlockSelection:
-    """Score the rows and keep the best blocks of each, in passes of at most SCORE_BYTES."""
-    batch, heads, _, _ = q.shape
-    kv_heads = k.shape[1]
-    all_heads, all_rows = batch * kv_heads, heads // kv_heads * grid.q_blocks
-    q_pooled, k_pooled = pooled.split([all_heads * all_rows, all_heads * grid.k_blocks])
-    q_scales, k_scales = scales.split([all_heads * all_rows, all_heads * grid.k_blocks])
-    pitch = triton.cdiv(grid.k_blocks, 16) * 16
-    pass_rows = min(all_rows, max(SCORE_BYTES // (4 * all_heads * pitch), 1))
-    scores = q.new_empty(all_heads * pass_rows * pitch, dtype=torch.float32)
-    indices = q.new_empty(batch, heads, grid.q_blocks, width, dtype=torch.int32)
-    counts = q.new_empty(batch, heads, grid.q_blocks, dtype=torch.int32)
-    tile_rows, tile_columns, warps, stages = _score_tile(all_heads, pass_rows, grid.k_blocks, pooled.dtype)
-    depth = pooled.shape[1]
-    step = min(max(triton.next_power_of_2(depth), 16), 64 if pooled.dtype == torch.float16 else 16)
-    q_tiles = TensorDescriptor(q_pooled, q_pooled.shape, q_pooled.stride(), [tile_rows, step])
-    k_tiles = TensorDescriptor(k_pooled, k_pooled.shape, k_pooled.stride(), [tile_columns, step])
-    columns = triton.next_power_of_2(pitch)
-    for first_row in range(0, all_rows, pass_rows):
-        rows = min(pass_rows, all_rows - first_row)
-        score_kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(grid.k_blocks, tile_columns), all_heads)](
-            q_tiles,
-            k_tiles,
-            q_scales,
-            k_scales,
-            values if values is not None else scores,
-            scores,
-            scale / config.stride,
-            first_row,
-            rows,
-            all_rows,
-            grid.q_blocks,
-            grid.k_blocks,
-            grid.first_block,
-            pitch,
-            DEPTH=depth,
-            ROWS=tile_rows,
-            COLUMNS=tile_columns,
-            STEP=step,
-            VALUES=values is not None,
-            num_warps=warps,
-            num_stages=stages,
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
+        """Make the selection of inputs of this plan's layout on the current device and stream."""
+        pooled, scales, values = self.pool_inputs(q, k, v)
+        keep = self.keep_on_device()
+        device = self.device
+        scores = torch.empty(self.scores_size, dtype=torch.float32, device=device)
+        indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=device)
+        counts = torch.empty(self.rows, dtype=torch.int32, device=device)
+        q_pooled = TensorDescriptor(pooled, [self.q_rows, self.depth], [self.depth, 1], [self.tile_rows, self.step])
+        k_pooled = TensorDescriptor(
+            pooled[self.q_rows :], [self.k_rows, self.depth], [self.depth, 1], [self.tile_columns, self.step]
         )
-        top_kernel[(rows, all_heads)](
-            scores,
-            keep,
-            indices,
-            counts,
-            first_row,
-            all_rows,
-            grid.q_blocks,
-            grid.first_block,
-            pitch,
-            config.sink_blocks,
-            config.local_blocks,
-            kv_heads,
-            grid.q_blocks if keep.ndim == 2 else 0,
-            width,
-            COLUMNS=columns,
-            SLOTS=triton.next_power_of_2(width),
-            INSIDE=config.forced_blocks == "inside",
-            num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
-        )
-    return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.k_len)
+        for score, top in self.passes:
+            score(q_pooled, k_pooled, scales, values, scores)
+            top(scores, keep, indices, counts)
+        grid = self.grid
+        return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.k_len)
+
+    def pool_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read q, k and v once.
+
+        Returns:
+            pooled [q rows + k rows, stride * D], D rounded up to a multiple of 8; the powers of two it was divided
+            by, float32 [q rows + k rows]; and the weighted value term of the k rows, float32, at the start of the
+            last.
+        """
+        device = self.device
+        pooled = torch.empty((self.q_rows + self.k_rows, self.depth), dtype=self.pooled_dtype, device=device)
+        scales = torch.empty(self.q_rows + self.k_rows, dtype=torch.float32, device=device)
+        values = torch.empty(self.values_size, dtype=torch.float32, device=device)
+        self.pool(q, k, v, pooled, scales, values)
+        if self.zscore is not None:
+            logs, values = values, torch.empty(self.k_rows, dtype=torch.float32, device=device)
+            self.zscore(logs, values)
+        return pooled, scales, values
+
+    def keep_on_device(self) -> Tensor:
+        """Copy the table of blocks to take to the device, once a stream, and within a captured graph each time."""
+        if self.device.type != "cuda":
+            return self.keep
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(self.keep)
+            return self.keep.to(self.device, non_blocking=True)
+        stream = torch.cuda.current_stream().cuda_stream
+        table = self.keep_tables.get(stream)
+        if table is None:
+            table = self.keep_tables[stream] = self.keep.to(self.device, non_blocking=True)
+        return table
 
 
 def _score_tile(heads: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

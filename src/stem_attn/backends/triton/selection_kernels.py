@@ -153,8 +153,7 @@ def zscore_kernel(
 def score_kernel(
     q_pooled,  # descriptor of [B * Hkv * group * Qb, DEPTH]: the query heads of a KV head share a product
     k_pooled,  # descriptor of [B * Hkv * Kb, DEPTH]
-    q_scales,  # float32 [B * Hkv * group * Qb]
-    k_scales,  # float32 [B * Hkv * Kb]
+    scales,  # float32, one a row of q_pooled, then one a row of k_pooled
     values,  # float32 [B * Hkv * Kb], unused unless VALUES
     scores,  # float32 [B * Hkv, rows, pitch]
     factor,  # logit factor over STRIDE
@@ -188,7 +187,8 @@ def score_kernel(
         acc = tl.dot(q_pooled.load([q_row, depth]), k_pooled.load([k_row, depth]).T, acc, input_precision="ieee")
     column = tl.arange(0, COLUMNS)
     key = head * k_blocks + tl.minimum(first_column + column, k_blocks - 1)
-    acc = acc * (tl.load(q_scales + head * all_rows + row) * factor)[:, None] * tl.load(k_scales + key)[None, :]
+    acc *= (tl.load(scales + head * all_rows + row) * factor)[:, None]
+    acc *= tl.load(scales + tl.num_programs(1) * all_rows + key)[None, :]
     if VALUES:
         acc += tl.load(values + key)[None, :]
     scores += (head.to(tl.int64) * rows + first_slot) * pitch + first_column

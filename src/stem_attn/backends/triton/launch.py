@@ -1,0 +1,38 @@
+"""Launch a kernel again and again with everything but its tensors fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Launch:
+    """A kernel with its grid, numbers and constants.
+
+    Triton's own launch binds and inspects every argument each time, which takes tens of microseconds. After the
+    first call this goes straight to the compiled kernel, so all calls must pass tensors of the same dtypes and, to
+    16 bytes, the same alignment.
+
+    Args:
+        kernel: A `triton.jit` function whose parameters are tensors, then numbers, then constants.
+        grid: Programs along two axes.
+        numbers: The values of the parameters between tensors and constants, in order.
+        constants: The constant parameters by name.
+        options: Warps and stages.
+    """
+
+    __slots__ = ("_arguments", "_compiled", "_grid", "_kernel", "_named", "_numbers")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], numbers: tuple[Any, ...], constants: dict[str, Any], **options: int
+    ) -> None:
+        self._kernel, self._grid, self._numbers = kernel, (*grid, 1), numbers
+        self._named = {**constants, **options}
+        self._arguments = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self._compiled: Any = None
+
+    def __call__(self, *tensors: Any) -> None:
+        """Run on the current device and stream."""
+        if self._compiled is None:  # always so in the interpreter, which compiles nothing
+            self._compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
+        else:
+            self._compiled[self._grid](*tensors, *self._arguments)
