@@ -77,6 +77,7 @@ def bench(
     is flushed before each call and the SM clock is read in every round. Exit code 1 if a method failed.
     """
     from stem_attn.bench import machine
+    from stem_attn.bench.gate import GateError
     from stem_attn.bench.shapes import DTYPES
     from stem_attn.report.options import config_from_options
 
@@ -121,9 +122,13 @@ def bench(
             "methods": _methods(methods),
         }
         cases = _attention_cases(report, config, where)
-    for case in cases:
-        report["cases"].append(case)
-        _write(report, {kind: path for kind, path in files.items() if kind in ("json", "csv")})  # a long run may be cut
+    try:
+        for case in cases:
+            report["cases"].append(case)
+            _write(report, {kind: files[kind] for kind in ("json", "csv") if kind in files})  # a long run may be cut
+    except GateError as error:
+        _say(f"stem-attn: error: {error}")
+        raise typer.Exit(1) from error
     _show(report)
     _write(report, files)
     if any(case.get("failed") for case in report["cases"]):

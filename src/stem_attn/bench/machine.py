@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_attn import __version__
 from stem_attn.bench.timing import Run
 
-_PACKAGES = ("stem-attn", "torch", "triton", "transformers", "flash-attn-4", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+_PACKAGES = ("torch", "triton", "transformers", "flash-attn-4", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 _LIMIT_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
@@ -23,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "versions": {"stem-attn": __version__} | {name: _version(name) for name in _PACKAGES if _version(name)},
         "torch_build": torch.__version__,
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),

@@ -30,7 +30,7 @@ def _case(case: Record) -> list[RenderableType]:
     table.add_column("method")
     table.add_column("part")
     headers = ["ms", "min..max", "TFLOP/s", "% limit", *[f"x {name}" for name in dense], "share", "error", "first s"]
-    for header in [*headers, "extra MiB"] if on_gpu else headers:
+    for header in [*headers, "host ms", "extra MiB"] if on_gpu else headers:
         table.add_column(header, justify="right")
     for m in case["methods"]:
         ms = m["ms"]
@@ -46,7 +46,7 @@ def _case(case: Record) -> list[RenderableType]:
             f"{m['first_call_s']:.1f}",
         ]
         if on_gpu:
-            cells.append(_format(m["peak_extra_mib"], "{:.0f}".format))
+            cells += [_format(m["host_ms"], _short), _format(m["peak_extra_mib"], "{:.0f}".format)]
         table.add_row(m["name"], m["part"], *cells)
     lines: list[RenderableType] = [table]
     limit = f"limit: {_short(case['limit']['tflops'])} TFLOP/s, {case['limit']['name']}"
@@ -135,7 +135,9 @@ def _attention_rows(report: Record) -> list[Record]:
         for m in case["methods"]:
             row = {**shared, "method": m["name"], "part": m["part"]}
             row |= {f"ms_{name}": m["ms"][name] for name in ("median", "min", "max")}
-            row |= {name: m.get(name) for name in ("tflops", "limit_share", "share_of_whole", "peak_extra_mib")}
+            row |= {
+                name: m.get(name) for name in ("tflops", "limit_share", "share_of_whole", "host_ms", "peak_extra_mib")
+            }
             row |= {f"speedup_{name}": ratio for name, ratio in m.get("speedup", {}).items()}
             rows.append(row)
     return rows

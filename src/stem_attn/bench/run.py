@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -93,6 +94,7 @@ def run_case(
     work["whole"] = work["attention"]
     for entry, t in zip(entries, times[1:], strict=True):
         entry["ms"] = {"median": t.median, "min": t.low, "max": t.high, "samples": list(t.samples)}
+        entry["host_ms"] = statistics.median(t.host) if t.host else None
         if entry["part"] in work:
             entry["tflops"] = work[entry["part"]] / t.median / 1e9
             entry["limit_share"] = entry["tflops"] / limit_tflops

@@ -19,9 +19,15 @@ _FLUSH_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Milliseconds of one method, one number a round."""
+    """Milliseconds of one method, one number a round.
+
+    Args:
+        samples: Time on the device.
+        host: Time until the call returned, on a GPU: what it keeps the host busy for. Empty on a CPU.
+    """
 
     samples: tuple[float, ...]
+    host: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -80,39 +86,43 @@ def time_rounds(runs: list[Run], device: torch.device, rounds: int) -> tuple[lis
         The times in the order of `runs`, and the GPU's state in every round (empty where it cannot be read).
     """
     one_round = _cuda_round if device.type == "cuda" else _cpu_round
-    samples: list[list[float]] = [[] for _ in runs]
+    samples: list[list[tuple[float, ...]]] = [[] for _ in runs]
     states: list[Health] = []
     for r in range(rounds):
         order = [(r + i) % len(runs) for i in range(len(runs))]
         times, state = one_round([runs[i] for i in order], device)
-        for i, ms in zip(order, times, strict=True):
-            samples[i].append(ms)
+        for i, measured in zip(order, times, strict=True):
+            samples[i].append(measured)
         if state:
             states.append(state)
-    return [Times(tuple(s)) for s in samples], states
+    return [Times(*zip(*s, strict=True)) for s in samples], states
 
 
-def _cpu_round(runs: list[Run], device: torch.device) -> tuple[list[float], Health | None]:
-    times = []
+def _cpu_round(runs: list[Run], device: torch.device) -> tuple[list[tuple[float, ...]], Health | None]:
+    times: list[tuple[float, ...]] = []
     for run in runs:
         start = time.perf_counter()
         run()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append(((time.perf_counter() - start) * 1e3,))
     return times, None
 
 
-def _cuda_round(runs: list[Run], device: torch.device) -> tuple[list[float], Health | None]:
+def _cuda_round(runs: list[Run], device: torch.device) -> tuple[list[tuple[float, ...]], Health | None]:
+    host = []
     with torch.cuda.device(device):
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
         events = [(_event(), _event()) for _ in runs]
         for run, (start, stop) in zip(runs, events, strict=True):
             flush.zero_()
             start.record()
+            called = time.perf_counter()
             run()
+            host.append((time.perf_counter() - called) * 1e3)
             stop.record()
         state = _health(device)  # read while the device works through the queue: an idle GPU lowers its clocks
         torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events], state
+        device_ms = [start.elapsed_time(stop) for start, stop in events]
+        return list(zip(device_ms, host, strict=True)), state
 
 
 def _health(device: torch.device) -> Health | None:

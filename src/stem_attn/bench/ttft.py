@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stem_attn.bench.gate import GateError
 from stem_attn.config import StemConfig
 from stem_attn.errors import InputError
 
@@ -103,7 +104,7 @@ def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
     The last position's logits may differ from the fused dense kernel's by twice what torch's unfused kernel does.
 
     Raises:
-        RuntimeError: They differ more, or the adapter did not attend sparsely.
+        GateError: They differ more, or the adapter did not attend sparsely.
     """
     from stem_attn.integrations import hf
 
@@ -122,9 +123,9 @@ def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
     found = float((kept - dense).norm() / dense.norm())
     allowed = _FACTOR * float((unfused - dense).norm() / dense.norm())
     if sparse != model.layers:
-        raise RuntimeError(f"the adapter ran {sparse} of {model.layers} layers")
+        raise GateError(f"the adapter ran {sparse} of {model.layers} layers")
     if not found <= allowed:  # NaN fails
-        raise RuntimeError(f"with every block kept the logits differ from dense by {found:.2e}, allowed {allowed:.2e}")
+        raise GateError(f"with every block kept the logits differ from dense by {found:.2e}, allowed {allowed:.2e}")
     return {"tokens": _CHECK_TOKENS, "difference": found, "allowed": allowed}
 
 
@@ -144,7 +145,7 @@ def measure(
         say: Receives a line about what is being done.
 
     Raises:
-        RuntimeError: The logits are not finite, or no layer was sparse.
+        GateError: The logits are not finite.
     """
     from stem_attn.integrations import hf
 
@@ -165,7 +166,7 @@ def measure(
                 if name == "stem":
                     hf.disable(model.module)
             if not bool(logits.isfinite().all()):
-                raise RuntimeError(f"{name}: the logits are not finite")
+                raise GateError(f"{name}: the logits are not finite")
             if r:
                 times[name].append(seconds)
             if r and peak is not None:
