@@ -14,12 +14,18 @@ from rich.text import Text
 
 Record = dict[str, Any]
 
+_LEGEND = (
+    "ms: median of the rounds. TFLOP/s: on the kept pairs, dense on the causal ones. x NAME: times faster than that "
+    "dense kernel. of whole: the selection's share. rms error: against float64, in units of each row's rms. first s: "
+    "the first call, compilation included. attention: over one given selection; whole: selection and attention."
+)
+
 
 def render(report: Record) -> list[RenderableType]:
     """Draw what a terminal shows: the machine, and a table a case or of the whole model."""
     if report["command"] == "ttft":
         return [_machine_line(report), _ttft_table(report)]
-    return [_machine_line(report), *(part for case in report["cases"] for part in _case(case))]
+    return [_machine_line(report), *(part for case in report["cases"] for part in _case(case)), Text(_LEGEND, "dim")]
 
 
 def _case(case: Record) -> list[RenderableType]:
@@ -29,7 +35,16 @@ def _case(case: Record) -> list[RenderableType]:
     table = Table(title=_title(case), title_justify="left", header_style="bold")
     table.add_column("method")
     table.add_column("part")
-    headers = ["ms", "min..max", "TFLOP/s", "% limit", *[f"x {name}" for name in dense], "share", "error", "first s"]
+    headers = [
+        "ms",
+        "min..max",
+        "TFLOP/s",
+        "% limit",
+        *[f"x {name}" for name in dense],
+        "of whole",
+        "rms error",
+        "first s",
+    ]
     for header in [*headers, "host ms", "extra MiB"] if on_gpu else headers:
         table.add_column(header, justify="right")
     for m in case["methods"]:
