@@ -15,11 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.base import empty_output
 from stem_attn.backends.triton.attention_kernel import attention_kernel
-from stem_attn.backends.triton.tiles import Tile, choose_tile
+from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
 
 log = logging.getLogger("stem_attn")
 _compiled: set[tuple[Any, ...]] = set()
+
+LONG_TOKENS = 1024
+"""Packed sequences of this many query tokens on average fill a Hopper GPU one at a time, with its own kernel."""
 
 
 def attend(
@@ -28,14 +31,28 @@ def attend(
     """Attend over the kept blocks; see `Backend.attend`."""
     out = empty_output(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    _attend_into(out, lse, q, k, v, selection, scale, window)
+    return out, lse
+
+
+def _attend_into(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    window: int | None,
+) -> None:
     q, k, v, scale = _normalise(q, k, v, scale)
     indices = selection.indices if selection.indices.stride(3) == 1 else selection.indices.contiguous()
     if hopper_fits(q, k, v, selection.block_size):
-        launch_hopper(q, k, v, out, lse, indices, selection.counts, scale, window)
+        tile = choose_hopper_tile(_padded(q.shape[3]), _padded(v.shape[3]))
+        launch_hopper(q, k, v, out, lse, indices, selection.counts, scale, window, tile)
     else:
-        tile = _tile(q, v, selection.block_size)
-        launch(q, k, v, out, lse, indices, selection.counts, selection.block_size, scale, window, tile)
-    return out, lse
+        portable = _portable_tile(q, v, selection.block_size)
+        launch(q, k, v, out, lse, indices, selection.counts, selection.block_size, scale, window, portable)
 
 
 def attend_packed(
@@ -48,7 +65,7 @@ def attend_packed(
     window: int | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend within each of several sequences packed one after the other, in one launch.
+    """Attend within each of several sequences packed one after the other: in one launch, or one a long sequence.
 
     Args:
         q: [T, Hq, D], the query tokens of all sequences.
@@ -62,14 +79,26 @@ def attend_packed(
     Returns:
         out [T, Hq, Dv] and the natural log-sum-exp float32 [Hq, T] or None.
     """
-    indices, counts, packing = _pack(selections, q.device)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(1, q.shape[1], q.shape[0], dtype=torch.float32) if return_lse else None
     q, k, v, heads_first = (x.transpose(0, 1)[None] for x in (q, k, v, out))
-    q, k, v, scale = _normalise(q, k, v, scale)
     block_size = selections[0].block_size
-    tile = _tile(q, v, block_size)
-    launch(q, k, v, heads_first, lse, indices, counts, block_size, scale, window, tile, packing)
+    if q.shape[2] >= LONG_TOKENS * len(selections) and hopper_fits(q, k, v, block_size):
+        q_start = k_start = 0
+        for selection in selections:
+            q_stop, k_stop = q_start + selection.q_len, k_start + selection.k_len
+            queries, keys = slice(q_start, q_stop), slice(k_start, k_stop)
+            part = None if lse is None else lse.new_empty(1, q.shape[1], selection.q_len)
+            views = heads_first[:, :, queries], part, q[:, :, queries], k[:, :, keys], v[:, :, keys]
+            _attend_into(*views, selection, scale, window)
+            if lse is not None and part is not None:
+                lse[:, :, queries] = part
+            q_start, k_start = q_stop, k_stop
+    else:
+        q, k, v, scale = _normalise(q, k, v, scale)
+        indices, counts, packing = _pack(selections, q.device)
+        tile = _portable_tile(q, v, block_size)
+        launch(q, k, v, heads_first, lse, indices, counts, block_size, scale, window, tile, packing)
     return out, None if lse is None else lse[0]
 
 
@@ -100,7 +129,7 @@ def _normalise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     return q, k, v, scale
 
 
-def _tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
+def _portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
     head_dim = max(_padded(q.shape[3]), _padded(v.shape[3]))
     hopper = has_copy_engine(q.device)
     return choose_tile(block_size=block_size, head_dim=head_dim, item_bytes=q.element_size(), hopper=hopper)
@@ -172,7 +201,7 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
     if not has_copy_engine(q.device) or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     pads = _padded(q.shape[3]), _padded(v.shape[3])
-    shaped = block_size == 128 and min(pads) >= 64 and max(pads) <= 128 and q.element_size() == 2
+    shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
     return shaped and all(map(_describable, (q, k, v)))
 
 
@@ -186,8 +215,7 @@ def launch_hopper(
     counts: Tensor,
     scale: float,
     window: int | None,
-    stages: int = 2,
-    turns: bool = True,
+    tile: HopperTile,
 ) -> None:
     """Run the Hopper kernel on q's device, on its current stream."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -196,12 +224,12 @@ def launch_hopper(
 
     _, heads, q_len, head_dim = q.shape
     pads = _padded(head_dim), _padded(head_dim), _padded(v.shape[3])
-    shapes = [_described(x, n, d) for x, n, d in zip((q, k, v), (64, 128, 128), pads, strict=True)]
+    shapes = [_described(x, n, d) for x, n, d in zip((q, k, v), (64, tile.keys, tile.keys), pads, strict=True)]
     descriptors = (
         GluonDescriptor(x, *shape, tile_layout(shape[2])) for x, shape in zip((q, k, v), shapes, strict=True)
     )
     rows = counts.shape[2]
-    with _first_call(q, v, 128, window is None, lse is None, stages, turns):
+    with _first_call(q, v, window is None, lse is None, tile):
         hopper_attention_kernel[(rows, heads, q.shape[0])](
             *descriptors,
             out,
@@ -218,8 +246,7 @@ def launch_hopper(
             scale * math.log2(math.e),
             window or 0,
             DV=v.shape[3],
-            STAGES=stages,
-            TURNS=turns,
+            STAGES=tile.stages,
             WINDOW=window is not None,
             LSE=lse is not None,
             num_warps=4,

@@ -2,8 +2,8 @@
 
 One program computes one 128-token query block of one head. A producer warp walks the row's list and copies key and
 value tiles into two rings in shared memory; each of two consumer warpgroups takes 64 of the queries. A consumer
-issues the scores of the next tile before the value product of the last one, so that the tensor cores work during its
-softmax; and the two warpgroups take turns, so that one computes while the other exponentiates.
+issues the scores of the next tile before the value product of the last one, and the two do not wait for each other,
+so that the tensor cores work while one of them exponentiates.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def tile_layout(shape: list[int]) -> gl.NVMMASharedLayout:
 @gluon.jit
 def hopper_attention_kernel(
     q,  # descriptor of [B, Hq, Tq, D], tiles of 64 tokens
-    k,  # descriptor of [B, Hkv, Tk, D], tiles of a block
-    v,  # descriptor of [B, Hkv, Tk, DV], tiles of a block
+    k,  # descriptor of [B, Hkv, Tk, D], tiles of KEYS tokens
+    v,  # descriptor of [B, Hkv, Tk, DV], tiles of KEYS tokens
     out,  # [B, Hq, Tq, DV]
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
     indices,  # int32 [B, Hq, R, S], last stride 1
@@ -48,7 +48,6 @@ def hopper_attention_kernel(
     window,  # tokens; read only where WINDOW
     DV: gl.constexpr,
     STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
 ):
@@ -69,20 +68,18 @@ def hopper_attention_kernel(
     D_PAD: gl.constexpr = k.block_type.shape[3]
     DV_PAD: gl.constexpr = v.block_type.shape[3]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D_PAD], k.dtype)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, DV_PAD], v.dtype)
+    KEYS: gl.constexpr = k.block_type.shape[2]
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], k.dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], v.dtype)
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D_PAD], q_layout)
-    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK, D_PAD], k_layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK, DV_PAD], v_layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D_PAD], k_layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, DV_PAD], v_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full.index(0), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -91,14 +88,14 @@ def hopper_attention_kernel(
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles)
-    barriers = (q_full, k_full, k_free, v_full, v_free, turns)
+    barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, first_token)
     geometry = (offset, q_len, scale_log2, window)
     outputs = (out, out_strides[2], lse)
     gl.warp_specialize(
         [
-            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, TURNS, WINDOW, LSE)),
-            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, TURNS, WINDOW, LSE)),
+            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, WINDOW, LSE)),
+            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, WINDOW, LSE)),
             (_produce, ((q, k, v), tiles, barriers, blocks, batch, head, kv_head, STAGES)),
         ],
         [4, 1],
@@ -111,32 +108,45 @@ def _produce(descriptors, tiles, barriers, blocks, batch, head, kv_head, STAGES:
     """Copy Q once, then K one tile ahead of V, in the order in which the consumers need them."""
     q, k, v = descriptors
     q_tiles, k_tiles, v_tiles = tiles
-    q_full, k_full, k_free, v_full, v_free, _ = barriers
+    q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
     mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
     for half in gl.static_range(2):
         tma.async_copy_global_to_shared(
             q, [batch, head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half)
         )
-    block = gl.load(indices + count - 1)
+    first = _first_key(indices, count, 0, k_tiles.type.shape[1])
     mbarrier.expect(k_full.index(0), k.block_type.nbytes)
-    tma.async_copy_global_to_shared(k, [batch, kv_head, block * BLOCK, 0], k_full.index(0), k_tiles.index(0))
-    for step in range(1, count + 1):
-        previous = block
-        if step < count:
-            block = gl.load(indices + count - 1 - step)
+    tma.async_copy_global_to_shared(k, [batch, kv_head, first, 0], k_full.index(0), k_tiles.index(0))
+    steps = count * (BLOCK // k_tiles.type.shape[1])
+    for step in range(1, steps + 1):
+        last_first = first
+        if step < steps:
+            first = _first_key(indices, count, step, k_tiles.type.shape[1])
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k, [batch, kv_head, block * BLOCK, 0], k_full.index(slot), k_tiles.index(slot)
-            )
+            tma.async_copy_global_to_shared(k, [batch, kv_head, first, 0], k_full.index(slot), k_tiles.index(slot))
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
         mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v, [batch, kv_head, previous * BLOCK, 0], v_full.index(slot), v_tiles.index(slot)
-        )
+        tma.async_copy_global_to_shared(v, [batch, kv_head, last_first, 0], v_full.index(slot), v_tiles.index(slot))
+
+
+@gluon.jit
+def _first_key(indices, count, step, KEYS: gl.constexpr):
+    """Return the first key of a step's tile: the row's blocks last to first, a block's tiles first to last."""
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
+    return gl.load(indices + count - 1 - step // PER_BLOCK) * BLOCK + step % PER_BLOCK * KEYS
+
+
+@gluon.jit
+def _finite(peak, CHECK: gl.constexpr):
+    """Replace the maximum of nothing, which is minus infinity, by zero."""
+    if CHECK:
+        return gl.where(peak == float("-inf"), 0.0, peak)
+    else:
+        return peak
 
 
 @gluon.jit
@@ -149,68 +159,70 @@ def _consume(
     outputs,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
 ):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
     q_tiles, k_tiles, v_tiles = tiles
-    q_full, k_full, k_free, v_full, v_free, turns = barriers
+    q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
     offset, q_len, scale_log2, window = geometry
     out, out_stride, lse = outputs
+    KEYS: gl.constexpr = v_tiles.type.shape[1]
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
     DV_PAD: gl.constexpr = v_tiles.type.shape[2]
     dtype: gl.constexpr = v_tiles.dtype
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
 
-    token = first_token + half * HALF + gl.arange(0, HALF, layout=score_rows)
-    position = token + offset
-    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
-    no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
+    row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
+    oldest = row + first_token + offset - window  # the last position that a query's window leaves out
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
+    no_score = gl.zeros([HALF, KEYS], gl.float32, score_layout)
     query = q_tiles.index(half)
 
-    # The diagonal block: every query sees a key in it, so the maxima are finite from here on.
+    # The diagonal block's first tile. Every query sees a key in it, unless a window leaves out the part of the block
+    # that this tile is: only then can a maximum be infinite.
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
     gl.thread_barrier()
     mbarrier.arrive(k_free.index(0), count=1)
-    key = gl.load(indices + count - 1) * BLOCK + column
-    seen = key[None, :] <= position[:, None]
+    score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     if WINDOW:
-        seen = seen & (key[None, :] > position[:, None] - window)
-    score = gl.where(seen, score, float("-inf"))
+        key = _first_key(indices, count, 0, KEYS) + column
+        score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
     peak = gl.max(score, 1) * scale_log2
-    weight = gl.exp2(score * scale_log2 - peak[:, None])
+    weight = gl.exp2(score * scale_log2 - _finite(peak, WINDOW and PER_BLOCK > 1)[:, None])
     total = gl.sum(weight, 1)
     operand = gl.convert_layout(weight.to(dtype), weight_layout)
     acc = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
 
-    for step in range(1, count):
+    steps = count * PER_BLOCK
+    for step in range(1, steps):
         slot = step % STAGES
         last = (step - 1) % STAGES
-        if TURNS:
-            mbarrier.wait(turns.index(half), (step & 1) ^ half)
         mbarrier.wait(k_full.index(slot), step // STAGES & 1)
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
         acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
-        if TURNS:
-            mbarrier.arrive(turns.index(1 - half), count=1)
         score = warpgroup_mma_wait(1, deps=(score,))
         gl.thread_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
+        if PER_BLOCK > 1:  # the rest of the diagonal block
+            ahead = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
+            score = gl.where(column[None, :] + ahead <= row[:, None], score, float("-inf"))
         if WINDOW:
-            key = gl.load(indices + count - 1 - step) * BLOCK + column
-            score = gl.where(key[None, :] > position[:, None] - window, score, float("-inf"))
+            key = _first_key(indices, count, step, KEYS) + column
+            score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
         new_peak = gl.maximum(peak, gl.max(score, 1) * scale_log2)
-        weight = gl.exp2(score * scale_log2 - new_peak[:, None])
-        decay = gl.exp2(peak - new_peak)
+        base = _finite(new_peak, WINDOW and PER_BLOCK > 1)
+        weight = gl.exp2(score * scale_log2 - base[:, None])
+        decay = gl.exp2(peak - base)
         total = total * decay + gl.sum(weight, 1)
         peak = new_peak
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
@@ -219,8 +231,8 @@ def _consume(
         acc = acc * gl.convert_layout(decay, out_rows)[:, None]
         operand = gl.convert_layout(weight.to(dtype), weight_layout)
 
-    last = (count - 1) % STAGES
-    mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
+    last = (steps - 1) % STAGES
+    mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
     acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
 
@@ -231,4 +243,5 @@ def _consume(
     out_at = out + out_token.to(gl.int64)[:, None] * out_stride + dims[None, :]
     gl.store(out_at, acc.to(dtype), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
+        token = row + first_token
         gl.store(lse + token, (peak + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))

@@ -1,4 +1,4 @@
-"""Which tile, warps and pipeline depth the attention kernel gets: a table, kept apart from the kernel.
+"""Which tile, warps and pipeline depth the attention kernels get: a table, kept apart from the kernels.
 
 The entries were measured (docs/log.md) or follow from the shared memory and registers that a tile takes.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Launch choices of the attention kernel.
+    """Launch choices of the portable kernel.
 
     Args:
         keys: Key tokens a step; divides the block.
@@ -39,4 +39,28 @@ def choose_tile(*, block_size: int, head_dim: int, item_bytes: int, hopper: bool
         return Tile(min(block_size, 32), min(warps, 4), 1)
     if head_dim > 128:
         return Tile(min(block_size, 64 if hopper else 32), warps, 2)
+    if head_dim == 128 and block_size == 128:
+        return Tile(64, warps, 2, 128 if hopper else None)
     return Tile(min(block_size, 64), warps, 2 if head_dim == 128 else 3)
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTile:
+    """Launch choices of the Hopper kernel.
+
+    Args:
+        keys: Key tokens a step; divides the block of 128.
+        stages: Tiles that each of the key and value rings holds.
+    """
+
+    keys: int
+    stages: int
+
+
+def choose_hopper_tile(head_dim: int, v_head_dim: int) -> HopperTile:
+    """Pick the launch choices, from the head dims padded to powers of two, 64 to 256.
+
+    The accumulators take `v_head_dim / 2` registers a thread and the scores `keys / 2`; the rings and the queries
+    share 227 KiB.
+    """
+    return HopperTile(128 if max(head_dim, v_head_dim) <= 128 else 64, 2)
