@@ -64,6 +64,7 @@ class Fa4Backend(Backend):
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         from flash_attn.cute import flash_attn_func
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
         with torch.cuda.device(q.device), torch.no_grad():
             out, lse = flash_attn_func(
@@ -73,25 +74,26 @@ class Fa4Backend(Backend):
                 softmax_scale=scale,
                 causal=True,
                 pack_gqa=False,  # heads of a group have lists of their own
-                block_sparse_tensors=block_lists(selection),
+                block_sparse_tensors=BlockSparseTensorsTorch(**block_lists(selection), block_size=(BLOCK, BLOCK)),
                 return_lse=return_lse,
             )
         return out.transpose(1, 2), lse if return_lse else None
 
 
-def block_lists(selection: BlockSelection):  # type: ignore[no-untyped-def]  # an optional package's type
+def block_lists(selection: BlockSelection) -> dict[str, Tensor]:
     """Return FA4's two lists: the diagonal block of each row, which needs a mask, and the others, which do not.
 
     A row's diagonal block is the last it keeps, so the list of the others is the row's own, one entry shorter.
-    """
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
+    Returns:
+        int32 `mask_block_cnt` [1, 1, Qb] and `mask_block_idx` [1, 1, Qb, 1]; `full_block_cnt` [B, Hq, Qb] and
+        `full_block_idx` [B, Hq, Qb, at most Kb].
+    """
     grid = selection.grid
     diagonal = torch.arange(grid.first_block, grid.k_blocks, dtype=torch.int32, device=selection.counts.device)
-    return BlockSparseTensorsTorch(
-        mask_block_cnt=torch.ones_like(diagonal)[None, None],
-        mask_block_idx=diagonal[None, None, :, None],
-        full_block_cnt=selection.counts - 1,
-        full_block_idx=selection.indices[..., : grid.k_blocks],
-        block_size=(BLOCK, BLOCK),
-    )
+    return {
+        "mask_block_cnt": torch.ones_like(diagonal)[None, None],
+        "mask_block_idx": diagonal[None, None, :, None],
+        "full_block_cnt": selection.counts - 1,
+        "full_block_idx": selection.indices[..., : grid.k_blocks],
+    }
