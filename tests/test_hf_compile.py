@@ -4,8 +4,9 @@ Without a cache and a padding mask transformers traces a mask for packed sequenc
 
 import pytest
 import torch
+from transformers import CompileConfig
 
-from hf_models import BLOCK, SPARSE, relative_error, tiny_model, tokens
+from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
 
@@ -73,3 +74,20 @@ def test_training_under_compile_is_dense():
     actual = torch.autograd.grad(run(ids, use_cache=False).logits.square().mean(), model.lm_head.weight)[0]
     assert relative_error(actual, expected) < 1e-5
     assert hf.stats(model).sparse == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 4 * BLOCK])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@torch.no_grad()
+def test_generate_compiles_its_steps(family, chunk):
+    extra = {} if family == "llama" else {"sliding_window": 40}
+    model, ids = tiny_model(family, **extra), tokens(2, 10 * BLOCK)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    steps = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    steps._compile_all_devices = True
+    inputs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(ids, **inputs)
+    hf.enable(model, KEEP_ALL)
+    actual = model.generate(ids, **inputs, prefill_chunk_size=chunk, compile_config=steps)
+    assert torch.equal(actual, expected)

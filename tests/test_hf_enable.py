@@ -36,11 +36,14 @@ REFUSED = {
     "xglm": "attention interface",
     "mpt": "attention interface",
     "mamba": "no attention layers",
-    "vaultgemma": "does not support SDPA",
+    "gpt_neo": "attention interface",
+    "bigbird_pegasus": "does not support SDPA",
     "deepseek_v32": "indexer",
 }
 SIZES = {  # of those that do not take the common ones
     "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128},
+    "bigbird_pegasus": {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 128},
+    "gpt_neo": {"hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128},
     "deepseek_v32": {**COMMON, **FAMILIES["deepseek_v3"], "index_head_dim": 16, "index_n_heads": 2, "index_topk": 32},
 }
@@ -230,6 +233,17 @@ def test_output_attentions_custom_masks_packing_and_bidirectional_are_dense():
         real = inputs["attention_mask"].bool()[0] if reason == "padding between tokens" else slice(None)
         assert relative_error(model(ids, **inputs).logits[0, real], expected[0, real]) < 1e-6, reason
         assert hf.stats(model).dense == {reason: 2}
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_stays_finite_and_changes_nothing():
+    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(2, LENGTH)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1] = 0
+    logits = model(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    assert relative_error(logits[0], model(ids[:1]).logits[0]) < 1e-5
+    assert model(ids, attention_mask=torch.zeros_like(mask)).logits.isfinite().all()
 
 
 @torch.no_grad()

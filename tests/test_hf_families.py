@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hf_models import FAMILIES, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_models import FAMILIES, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
 from stem_attn import stem_attention
 from stem_attn.integrations import hf
 

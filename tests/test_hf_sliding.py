@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hf_models import BLOCK, KEEP_ALL, relative_error, tiny_model, tokens
-from test_hf_families import KINDS, LENGTH, run
 from transformers import DynamicCache
 
+from hf_models import BLOCK, KEEP_ALL, relative_error, tiny_model, tokens
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
+from test_hf_families import KINDS, LENGTH, run
 
 HYBRID = {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
@@ -78,3 +78,14 @@ def test_a_band_stands_for_dense_in_dense_layers():
     model(tokens(1, LENGTH))
     assert hf.stats(model).banded == 1
     assert hf.stats(model).dense == {"dense layer": 1}
+
+
+@torch.no_grad()
+def test_padding_between_tokens_gets_the_windowed_mask():
+    model, ids = tiny_model("gemma3_text", sliding_window=40), tokens(2, LENGTH)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, 50:60] = 0
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    hf.enable(model, KEEP_ALL)
+    assert relative_error(model(ids, attention_mask=mask).logits[mask.bool()], expected) < 1e-6
+    assert hf.stats(model).dense == {"padding between tokens": 2}

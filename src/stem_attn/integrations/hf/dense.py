@@ -21,7 +21,7 @@ def attend(
     Args:
         module: The attention module; only its attributes are read.
         query: [B, Hq, L, D].
-        key: [B, Hkv, n, D]; a static cache has more places than the mask has keys.
+        key: [B, Hkv, n, D]; places beyond the tokens seen are ignored.
         value: [B, Hkv, n, Dv].
         mask: None, compact, or 4-D.
         eager: Whether to call the model's own eager function (softcap and sinks), not SDPA.
@@ -32,8 +32,9 @@ def attend(
     """
     q_len = query.shape[2]
     if mask is not None and mask.ndim == 2:
-        key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
-        mask = masks.to_dense(mask, q_len)
+        keys = masks.present_keys(mask, key)
+        key, value = key[:, :, :keys], value[:, :, :keys]
+        mask = masks.to_dense(mask, q_len, keys)
     if not eager:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]  # looked up here, since others may replace it
         return sdpa(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]

@@ -1,9 +1,10 @@
 """Masks: the compact form that our mask function gives to attention, and back to what SDPA takes.
 
-A compact mask is [B, n] for the n keys that exist, of which the queries are the last: 0 where a key is padding.
-bool stands for causal attention; int32 for a sliding window, with the window's width at real keys. Shape and dtype
-survive what models, caches and device maps do to masks, which attributes would not, and a compact mask that meets
-the mask function again (generate builds masks ahead for static caches) comes out unchanged.
+A compact mask is [B, seen], 0 where a token is padding; the queries are the last of the tokens seen, and a sliding
+cache may hold keys of the last ones only. bool stands for causal attention; int32 for a sliding window, with the
+window's width at real tokens. Shape and dtype survive what models, caches and device maps do to masks, which
+attributes would not, and a compact mask that meets the mask function again (generate builds masks ahead for static
+caches) comes out unchanged.
 """
 
 from __future__ import annotations
@@ -79,7 +80,11 @@ def stem_mask(
             return delegate(False)
         window = None
 
-    real = _real_keys(attention_mask, batch_size, kv_offset, seen - kv_offset, device)
+    if attention_mask is None:
+        real = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+    else:  # what the caller's mask does not reach counts as padding, as in transformers
+        real = attention_mask.bool()[:, :seen]
+        real = torch.nn.functional.pad(real, (0, seen - real.shape[1]))
     if window is not None:
         return real.int() * window
     if seen == q_length and (attention_mask is None or (not tracing and bool(real.all()))):
@@ -87,23 +92,14 @@ def stem_mask(
     return real
 
 
-def _real_keys(attention_mask: Tensor | None, batch: int, start: int, keys: int, device: Any) -> Tensor:
-    """Return which of the keys from position `start` on are not padding, bool [B, keys]."""
-    if attention_mask is None:
-        return torch.ones(batch, keys, dtype=torch.bool, device=device)
-    real = attention_mask.bool()[:, start : start + keys]
-    # What the caller's mask does not reach counts as padding, as in transformers.
-    return torch.nn.functional.pad(real, (0, keys - real.shape[1]))
-
-
 @dataclass(frozen=True, slots=True)
 class Padding:
     """What a compact mask says, read on the host once for all layers.
 
     Args:
-        rows: (first real key, end of the real keys) of every batch row; None if some row has padding in between.
+        rows: (first real token, end of the real tokens) of every batch row; None if some row has padding in between.
         window: Tokens of the sliding window, or None.
-        full: Whether no key is padding.
+        full: Whether no token is padding.
     """
 
     rows: tuple[tuple[int, int], ...] | None
@@ -113,7 +109,7 @@ class Padding:
 
 # They drop an entry when its mask dies.
 _read: MutableMapping[Tensor, Padding] = WeakTensorKeyDictionary()
-_dense: MutableMapping[Tensor, dict[int, Tensor | None]] = WeakTensorKeyDictionary()
+_dense: MutableMapping[Tensor, dict[tuple[int, int], Tensor | None]] = WeakTensorKeyDictionary()
 
 
 def read(mask: Tensor) -> Padding:
@@ -125,11 +121,11 @@ def read(mask: Tensor) -> Padding:
 
 
 def _read_values(mask: Tensor) -> Padding:
-    keys = torch.arange(mask.shape[1])
+    tokens = torch.arange(mask.shape[1])
     real = mask != 0
     count = real.sum(1)
-    first = keys.where(real, mask.shape[1]).amin(1).minimum(count.new_tensor(mask.shape[1]))
-    end = (keys + 1).where(real, 0).amax(1)
+    first = tokens.where(real, mask.shape[1]).amin(1)
+    end = (tokens + 1).where(real, 0).amax(1)
     first = first.minimum(end)
     whole = bool((end - first == count).all())
     return Padding(
@@ -139,24 +135,34 @@ def _read_values(mask: Tensor) -> Padding:
     )
 
 
-def to_dense(mask: Tensor, q_len: int) -> Tensor | None:
-    """Turn a compact mask [B, n] into SDPA's: bool [1 or B, 1, q_len, n], or None for plain causal attention."""
+def present_keys(mask: Tensor, key: Tensor) -> int:
+    """Return how many tokens of a compact mask have keys [B, Hkv, n, D]: the last ones, first in the tensor."""
+    return min(mask.shape[1], key.shape[2])
+
+
+def to_dense(mask: Tensor, q_len: int, keys: int) -> Tensor | None:
+    """Turn a compact mask into SDPA's for the last `q_len` queries and `keys` keys.
+
+    Returns:
+        bool [1 or B, 1, q_len, keys], or None for plain causal attention.
+    """
     if torch.compiler.is_compiling():
-        return _to_dense(mask, q_len, mask.max() if mask.dtype != torch.bool else None, padded=True)
+        return _to_dense(mask, q_len, keys, mask.max() if mask.dtype != torch.bool else None, padded=True)
     known = _dense.setdefault(mask, {})
-    if q_len not in known:
-        padding, keys = read(mask), mask.shape[1]
-        window = padding.window if padding.window is not None and padding.window < keys else None
-        plain = padding.full and window is None and q_len == keys
-        known[q_len] = None if plain else _to_dense(mask, q_len, window, padded=not padding.full)
-    return known[q_len]
+    if (q_len, keys) not in known:
+        padding, seen = read(mask), mask.shape[1]
+        window = padding.window if padding.window is not None and padding.window < seen else None
+        plain = padding.full and window is None and q_len == keys == seen
+        dense = None if plain else _to_dense(mask, q_len, keys, window, padded=not padding.full)
+        known[q_len, keys] = dense
+    return known[q_len, keys]
 
 
-def _to_dense(mask: Tensor, q_len: int, window: int | Tensor | None, *, padded: bool) -> Tensor:
-    keys = torch.arange(mask.shape[1], device=mask.device)
-    queries = keys[-q_len:, None]
-    allowed = keys <= queries
+def _to_dense(mask: Tensor, q_len: int, keys: int, window: int | Tensor | None, *, padded: bool) -> Tensor:
+    tokens = torch.arange(mask.shape[1], device=mask.device)
+    queries, kept = tokens[-q_len:, None], tokens[-keys:]
+    allowed = kept <= queries
     if window is not None:
-        allowed = allowed & (keys > queries - window)
+        allowed = allowed & (kept > queries - window)
     allowed = allowed[None, None]
-    return allowed & (mask != 0)[:, None, None] if padded else allowed
+    return allowed & (mask[:, -keys:] != 0)[:, None, None] if padded else allowed

@@ -43,13 +43,13 @@ def prefill(
         ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size.
     """
     batch, _, q_len, _ = query.shape
-    keys = q_len if mask is None else mask.shape[1]
-    padding = masks.Padding(((0, keys),) * batch, None, True) if mask is None else masks.read(mask)
+    seen = q_len if mask is None else mask.shape[1]
+    padding = masks.Padding(((0, seen),) * batch, None, True) if mask is None else masks.read(mask)
     told_lens = state.prompt_lens(batch)
-    reason = _why_dense(state, padding, told_lens, q_len, keys)
+    reason = _why_dense(state, padding, told_lens, q_len, seen)
     rows = padding.rows or ()
     lens = told_lens or [end - first for first, end in rows]
-    window = padding.window if padding.window is not None and padding.window < max(lens) else None
+    window = padding.window if padding.window is not None and padding.window < max(lens, default=0) else None
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
         reason = "dense layer"
     if reason is not None:
@@ -59,7 +59,7 @@ def prefill(
 
     if window is None:
         state.count("sparse", batch * q_len)
-        if told_lens is None and keys > q_len:
+        if told_lens is None and seen > q_len:
             state.count_unknown_prompt_len()
     else:
         state.count("banded", batch * q_len)
@@ -69,37 +69,42 @@ def prefill(
             return _sparse(state, q, k, v, scale, lens)
         return _banded(state, q, k, v, scale, window)
 
+    keys = q_len if mask is None else masks.present_keys(mask, key)
+    key, value = key[:, :, :keys], value[:, :, :keys]
     # Rows that are padded alike go together; otherwise each row is cut to its real tokens.
     alike = len(set(rows)) == 1
-    parts = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
-    if alike and rows[0] == (0, keys):
-        return attend(query, key[:, :, :keys], value[:, :, :keys], lens).transpose(1, 2).contiguous()
+    if alike and rows[0] == (0, seen):
+        return attend(query, key, value, lens).transpose(1, 2).contiguous()
     out = query.new_zeros(batch, q_len, query.shape[1], value.shape[3])
-    offset = keys - q_len
+    parts = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
     for which, (first, end) in parts:
-        start, stop = max(first - offset, 0), end - offset
-        if start < stop:
-            part = attend(
-                query[which, :, start:stop], key[which, :, first:end], value[which, :, first:end], lens[which]
-            )
-            out[which, start:stop] = part.transpose(1, 2)
+        queries = _present(first, end, seen, q_len)
+        if queries.start < queries.stop:
+            present = _present(first, end, seen, keys)
+            part = attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens[which])
+            out[which, queries] = part.transpose(1, 2)
     return out
 
 
-def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None, q_len: int, keys: int) -> str | None:
+def _present(first: int, end: int, seen: int, last: int) -> slice:
+    """Return where the tokens first..end are among the last `last` of all seen."""
+    return slice(max(first - seen + last, 0), end - seen + last)
+
+
+def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None, q_len: int, seen: int) -> str | None:
     """Say why this call is not for sparse or banded attention, or return None."""
-    few = keys > q_len and q_len < state.config.block_size  # a prompt's last short chunk, or a decode step of several
+    few = seen > q_len and q_len < state.config.block_size  # a prompt's last short chunk, or a decode step of several
     if padding.rows is None:
         return "decode" if few else "padding between tokens"
-    seen = [end - first for first, end in padding.rows]
+    real = [end - first for first, end in padding.rows]
     if told_lens is None:
         if few:
             return "decode"
-    elif any(n > told for n, told in zip(seen, told_lens, strict=True)):
+    elif any(n > told for n, told in zip(real, told_lens, strict=True)):
         if few:
             return "decode"
-        raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {seen}")
-    return "short prompt" if max(told_lens or seen) < state.config.min_seq_len else None
+        raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {real}")
+    return "short prompt" if max(told_lens or real) < state.config.min_seq_len else None
 
 
 def _sparse(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]) -> Tensor:

@@ -20,7 +20,7 @@ log = logging.getLogger("stem_attn.hf")
 ATTRIBUTE = "_stem_state"  # where a model's modules carry its State
 
 # Reasons for dense attention that belong to normal use; every other one is logged as a warning.
-_EXPECTED = frozenset({"decode", "short prompt", "dense layer", "not causal"})
+_EXPECTED = frozenset({"decode", "short prompt", "dense layer"})
 
 _keys = itertools.count()
 _by_key: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
