@@ -1,8 +1,8 @@
 """Block-sparse attention in plain torch: made for CPUs, runs on any device.
 
 A task is one query block of one head. Tasks are sorted by how many key blocks they keep, and a batch of tasks of
-nearly equal counts is two batched matmuls over gathered keys and values. So it makes no difference whether heads and
-batch rows keep equally many blocks.
+equal counts is two batched matmuls over gathered keys and values. So it makes no difference whether heads and batch
+rows keep equally many blocks.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ class CpuBackend(Backend):
         keys = _to_blocks(k, grid.k_blocks, size, compute)
         values = _to_blocks(v, grid.k_blocks, size, compute)
         result = queries.new_empty(len(order), size, v.shape[3])
-        peak = queries.new_empty(len(order), size, 1)
-        total = queries.new_empty(len(order), size, 1)
+        lse = queries.new_empty(len(order), size) if return_lse else None
 
         batches = _batches(counts.tolist(), size)
         room = max((stop - start) * width for start, stop, width in batches)  # blocks
@@ -78,87 +77,62 @@ class CpuBackend(Backend):
         future = keys.new_full((size, size), -math.inf).triu_(1)
         for start, stop, width in batches:
             tasks = slice(start, stop)
-            kept, padding = _pack_right(blocks[tasks, :width], counts[tasks])
+            kept = blocks[tasks, :width]
             chosen, used = kept.flatten(), kept.numel()
             torch.index_select(keys, 0, chosen, out=key_buffer[:used])
             torch.index_select(values, 0, chosen, out=value_buffer[:used])
             batch_keys = key_buffer[:used].view(stop - start, width * size, -1)
             batch_values = value_buffer[:used].view(stop - start, width * size, -1)
             logits = logit_buffer[: used * size * size].view(stop - start, size, width * size)
-
-            # In base 2: exp2 is the cheaper exponential.
-            logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale * math.log2(math.e))
-            logits[:, :, -size:] += future  # the last slot holds the diagonal block
-            by_slot = torch.unflatten(logits, 2, (width, size))
-            if padding is not None:
-                slots = int(padding.sum(-1).max())
-                by_slot[:, :, :slots].masked_fill_(padding[:, None, :slots, None], -math.inf)
+            logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale)
+            logits[:, :, -size:] += future  # the last block that a task keeps is its diagonal one
             if window is not None:
-                _hide_left_of_window(by_slot, diagonal[tasks, None] - kept, padding, window)
-            torch.amax(logits, -1, keepdim=True, out=peak[tasks])
-            torch.sum(logits.sub_(peak[tasks]).exp2_(), -1, keepdim=True, out=total[tasks])
-            torch.bmm(logits, batch_values, out=result[tasks])
+                _hide_left_of_window(logits, diagonal[tasks, None] - kept, window)
+            if lse is not None:
+                torch.logsumexp(logits, -1, out=lse[tasks])
+            torch.bmm(torch.softmax(logits, -1, out=logits), batch_values, out=result[tasks])
 
         out = empty_output(padded, v)
-        torch.unflatten(out, 2, (grid.q_blocks, size))[sample, head, row] = result.div_(total).to(q.dtype)
+        torch.unflatten(out, 2, (grid.q_blocks, size))[sample, head, row] = result.to(q.dtype)
         if before + after:
             out = empty_output(q, v).copy_(out[:, :, before : before + q_len])
-        if not return_lse:
+        if lse is None:
             return out, None
-        lse = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
-        lse[sample, head, row] = (total.log2_().add_(peak) * math.log(2)).squeeze(-1).float()
-        return out, lse.flatten(2)[:, :, before : before + q_len].contiguous()
+        by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
+        by_row[sample, head, row] = lse.float()
+        return out, by_row.flatten(2)[:, :, before : before + q_len].contiguous()
 
 
 def _batches(counts: list[int], size: int) -> list[tuple[int, int, int]]:
-    """Cut tasks, sorted by falling counts, into batches (start, stop, largest count) of nearly equal counts."""
+    """Cut tasks, sorted by falling counts, into batches (start, stop, count) of equal counts."""
     batches = []
     start = 0
     while start < len(counts):
         width = counts[start]
         limit = max(1, _THREAD_LOGITS // (width * size * size)) * torch.get_num_threads()
         stop = start + 1
-        while stop < min(start + limit, len(counts)) and counts[stop] >= width - max(1, width // 16):
+        while stop < min(start + limit, len(counts)) and counts[stop] == width:
             stop += 1
         batches.append((start, stop, width))
         start = stop
     return batches
 
 
-def _pack_right(blocks: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Shift every task's blocks to the right, so that the diagonal block comes last.
-
-    Args:
-        blocks: int32 [tasks, width], left-packed in ascending order.
-        counts: int32 [tasks], falling.
-
-    Returns:
-        The blocks, and bool [tasks, width], true in the slots on the left that stay empty, or None if none does.
-        An empty slot repeats the task's first block.
-    """
-    width = blocks.shape[1]
-    if int(counts[-1]) == width:
-        return blocks, None
-    slot = torch.arange(width, device=blocks.device) - (width - counts[:, None])
-    return blocks.gather(1, slot.clamp(min=0)), slot < 0
-
-
-def _hide_left_of_window(logits: Tensor, ages: Tensor, padding: Tensor | None, window: int) -> None:
+def _hide_left_of_window(logits: Tensor, ages: Tensor, window: int) -> None:
     """Set the logits of keys that have left the window to -inf.
 
     Args:
-        logits: [tasks, size, width, size], changed in place.
-        ages: int [tasks, width]; blocks from a slot's key block to the task's query block.
-        padding: bool [tasks, width]; empty slots, or None.
+        logits: [tasks, size, width * size], changed in place.
+        ages: int [tasks, width], falling; blocks from a kept block to the task's query block.
         window: Tokens of the sliding window.
     """
     size = logits.shape[1]
-    edge = (ages + 1) * size > window  # the last query does not see the block's first key
-    # The oldest blocks come first, behind empty slots.
-    slots = int((edge if padding is None else edge | padding).sum(-1).max())
+    # The oldest blocks come first; the last query of a block does not see the first key of those beyond the edge.
+    slots = int(((ages + 1) * size > window).sum(-1).max())
     token = torch.arange(size, device=logits.device)
     distance = ages[:, None, :slots, None] * size + token[:, None, None] - token
-    logits[:, :, :slots].masked_fill_(distance >= window, -math.inf)
+    by_slot = torch.unflatten(logits, 2, (-1, size))
+    by_slot[:, :, :slots].masked_fill_(distance >= window, -math.inf)
 
 
 def _to_blocks(x: Tensor, blocks: int, size: int, dtype: torch.dtype) -> Tensor:
