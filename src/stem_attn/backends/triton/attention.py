@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.base import empty_output
 from stem_attn.backends.triton.attention_kernel import attention_kernel
+from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
 
 log = logging.getLogger("stem_attn")
-_compiled: set[tuple[Any, ...]] = set()
+
+Layouts = tuple[tuple[torch.Size, tuple[int, ...]], ...]
+"""Shapes and strides of q, k, v, out, indices and counts."""
 
 LONG_TOKENS = 1024
 """Packed sequences of this many query tokens on average fill a Hopper GPU one at a time, with its own kernel."""
@@ -131,8 +135,8 @@ def _normalise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
 
 def _portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
     head_dim = max(_padded(q.shape[3]), _padded(v.shape[3]))
-    hopper = has_copy_engine(q.device)
-    return choose_tile(block_size=block_size, head_dim=head_dim, item_bytes=q.element_size(), hopper=hopper)
+    tma = has_copy_engine(q.device)
+    return choose_tile(block_size=block_size, head_dim=head_dim, item_bytes=q.element_size(), tma=tma)
 
 
 def launch(
@@ -150,55 +154,58 @@ def launch(
     packing: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Run the portable kernel on q's device, on its current stream."""
-    _, heads, q_len, head_dim = q.shape
-    pad, pad_v = _padded(head_dim), _padded(v.shape[3])
+    tensors = (out, lse if lse is not None else out, indices, counts, *(packing or (counts,) * 4))
     tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v)))
-    tensors: tuple[Any, ...] = (q, k, v)
+    key = _layouts(q, k, v, out, indices, counts), q.dtype, q.device, _alignment(q, k, v, *tensors)
+    plan = _portable_plan(*key, block_size, scale, window, lse is not None, packing is not None, tma, tile)
+    inputs: tuple[Any, ...] = (q, k, v)
     if tma:
+        pad, pad_v = _padded(q.shape[3]), _padded(v.shape[3])
         shapes = ((block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
-        tensors = tuple(TensorDescriptor(x, *_described(x, *shape)) for x, shape in zip(tensors, shapes, strict=True))
-    rows = counts.shape[2]
-    grid = (rows, heads, q.shape[0])
-    with _first_call(q, v, block_size, tma, window is None, lse is None, packing is None, tile):
-        attention_kernel[grid](
-            *tensors,
-            out,
-            lse if lse is not None else out,
-            indices,
-            counts,
-            *(packing if packing is not None else (counts,) * 4),
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
-            indices.stride(),
-            counts.stride(),
-            rows,
-            heads // k.shape[1],
-            q_len,
-            k.shape[2],
-            scale * math.log2(math.e),
-            window or 0,
-            D=head_dim,
-            DV=v.shape[3],
-            D_PAD=pad,
-            DV_PAD=pad_v,
-            BLOCK=block_size,
-            KEYS=tile.keys,
-            TMA=tma,
-            PACKED=packing is not None,
-            WINDOW=window is not None,
-            LSE=lse is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            maxnreg=tile.registers,
-        )
+        inputs = tuple(TensorDescriptor(x, *_described(x, *shape)) for x, shape in zip(inputs, shapes, strict=True))
+    _run(plan, q.device, *inputs, *tensors)
+
+
+@lru_cache(maxsize=1024)
+def _portable_plan(
+    layouts: Layouts,
+    dtype: torch.dtype,
+    device: torch.device,
+    alignment: tuple[bool, ...],
+    block_size: int,
+    scale: float,
+    window: int | None,
+    lse: bool,
+    packed: bool,
+    tma: bool,
+    tile: Tile,
+) -> Launch:
+    """Make the launch that calls of equal layouts share."""
+    head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
+    grid, numbers = _geometry(layouts, scale, window)
+    constants = {
+        "D": head_dim,
+        "DV": v_head_dim,
+        "D_PAD": _padded(head_dim),
+        "DV_PAD": _padded(v_head_dim),
+        "BLOCK": block_size,
+        "KEYS": tile.keys,
+        "TMA": tma,
+        "PACKED": packed,
+        "WINDOW": window is not None,
+        "LSE": lse,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers is not None:  # not every target knows the option
+        options["maxnreg"] = tile.registers
+    strides = tuple(layouts[i][1] for i in (0, 1, 2, 3, 4, 5))
+    return Launch(attention_kernel, grid, (*strides, *numbers), constants, **options)
 
 
 def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
     """Tell whether the Hopper kernel can take a call."""
-    if not has_copy_engine(q.device) or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
         return False
     pads = _padded(q.shape[3]), _padded(v.shape[3])
     shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
@@ -220,43 +227,66 @@ def launch_hopper(
     """Run the Hopper kernel on q's device, on its current stream."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
+    tensors = (out, lse if lse is not None else out, indices, counts)
+    key = _layouts(q, k, v, out, indices, counts), q.dtype, q.device, _alignment(*tensors)
+    plan, boxes = _hopper_plan(*key, scale, window, lse is not None, tile)
+    inputs = (
+        GluonDescriptor(x, *_described(x, *shape), layout) for x, (shape, layout) in zip((q, k, v), boxes, strict=True)
+    )
+    _run(plan, q.device, *inputs, *tensors)
+
+
+@lru_cache(maxsize=1024)
+def _hopper_plan(
+    layouts: Layouts,
+    dtype: torch.dtype,
+    device: torch.device,
+    alignment: tuple[bool, ...],
+    scale: float,
+    window: int | None,
+    lse: bool,
+    tile: HopperTile,
+) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
+    """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
     from stem_attn.backends.triton.hopper_kernel import hopper_attention_kernel, tile_layout
 
-    _, heads, q_len, head_dim = q.shape
-    pads = _padded(head_dim), _padded(head_dim), _padded(v.shape[3])
-    shapes = [_described(x, n, d) for x, n, d in zip((q, k, v), (64, tile.keys, tile.keys), pads, strict=True)]
-    descriptors = (
-        GluonDescriptor(x, *shape, tile_layout(shape[2])) for x, shape in zip((q, k, v), shapes, strict=True)
-    )
-    rows = counts.shape[2]
-    with _first_call(q, v, window is None, lse is None, tile):
-        hopper_attention_kernel[(rows, heads, q.shape[0])](
-            *descriptors,
-            out,
-            lse if lse is not None else out,
-            indices,
-            counts,
-            out.stride(),
-            indices.stride(),
-            counts.stride(),
-            rows,
-            heads // k.shape[1],
-            q_len,
-            k.shape[2],
-            scale * math.log2(math.e),
-            window or 0,
-            DV=v.shape[3],
-            STAGES=tile.stages,
-            WINDOW=window is not None,
-            LSE=lse is not None,
-            num_warps=4,
-            maxnreg=168,  # 384 threads share 64 Ki registers; the kernel deals them out anew
-        )
+    head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
+    grid, numbers = _geometry(layouts, scale, window)
+    constants = {"DV": v_head_dim, "STAGES": tile.stages, "WINDOW": window is not None, "LSE": lse}
+    strides = tuple(layouts[i][1] for i in (3, 4, 5))
+    # 384 threads share 64 Ki registers; the kernel deals them out anew.
+    plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, num_warps=4, maxnreg=168)
+    pad, pad_v = _padded(head_dim), _padded(v_head_dim)
+    boxes = ((64, pad), (tile.keys, pad), (tile.keys, pad_v))
+    return plan, [(box, tile_layout([1, 1, *box])) for box in boxes]
+
+
+def _geometry(layouts: Layouts, scale: float, window: int | None) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+    """Return the grid, and the numbers that both kernels take after the strides."""
+    (batch, heads, q_len, _), (_, kv_heads, k_len, _), rows = layouts[0][0], layouts[1][0], layouts[5][0][2]
+    return (rows, heads, batch), (rows, heads // kv_heads, q_len, k_len, scale * math.log2(math.e), window or 0)
+
+
+def _layouts(*tensors: Tensor) -> Layouts:
+    return tuple((x.shape, x.stride()) for x in tensors)
+
+
+def _alignment(*tensors: Tensor) -> tuple[bool, ...]:
+    """Say which tensors start at a multiple of 16 bytes: kernels are compiled for it."""
+    return tuple(x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def has_copy_engine(device: torch.device) -> bool:
-    """Tell whether the device copies tiles by descriptor: NVIDIA since Hopper."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    """Tell whether tiles should be copied by descriptor: on NVIDIA's data-centre GPUs since Hopper.
+
+    Consumer Blackwell has the engine too, but there Triton 3.6 spills thousands of bytes a thread with it.
+    """
+    return device.type == "cuda" and torch.version.hip is None and _capability(device)[0] in (9, 10)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _describable(x: Tensor) -> bool:
@@ -276,13 +306,11 @@ def _padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@contextmanager
-def _first_call(q: Tensor, v: Tensor, *variant: Any) -> Iterator[None]:
-    """Launch on q's device, and log what the first call of a variant cost: it compiles, or reads Triton's cache."""
+def _run(plan: Launch, device: torch.device, *tensors: Any) -> None:
+    """Launch, and log a call that had to compile, or to read Triton's cache."""
     start_s = time.perf_counter()
-    with torch.cuda.device(q.device if q.is_cuda else -1):
-        yield
-    key = (q.device, q.dtype, q.shape[3], v.shape[3], *variant)
-    if key not in _compiled:
-        _compiled.add(key)
-        log.info("attention kernel for %s: first call took %.1f s", key, time.perf_counter() - start_s)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        plan(*tensors)
+    seconds = time.perf_counter() - start_s
+    if seconds > 0.1:
+        log.info("attention: the first call of a kernel took %.1f s", seconds)

@@ -14,7 +14,7 @@ class Launch:
 
     Args:
         kernel: A `triton.jit` function whose parameters are tensors, then numbers, then constants.
-        grid: Programs along two axes.
+        grid: Programs along two or three axes.
         numbers: The values of the parameters between tensors and constants, in order.
         constants: The constant parameters by name.
         options: Warps and stages.
@@ -23,9 +23,9 @@ class Launch:
     __slots__ = ("_arguments", "_compiled", "_grid", "_kernel", "_named", "_numbers")
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], numbers: tuple[Any, ...], constants: dict[str, Any], **options: int
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], constants: dict[str, Any], **options: int
     ) -> None:
-        self._kernel, self._grid, self._numbers = kernel, (*grid, 1), numbers
+        self._kernel, self._grid, self._numbers = kernel, (*grid, 1)[:3], numbers
         self._named = {**constants, **options}
         self._arguments = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._compiled: Any = None

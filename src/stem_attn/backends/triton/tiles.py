@@ -25,23 +25,24 @@ class Tile:
     registers: int | None = None
 
 
-def choose_tile(*, block_size: int, head_dim: int, item_bytes: int, hopper: bool) -> Tile:
+def choose_tile(*, block_size: int, head_dim: int, item_bytes: int, tma: bool) -> Tile:
     """Pick the launch choices.
 
     Args:
         block_size: Tokens a block, a power of two from 16 to 128.
         head_dim: The larger of q's and v's head dim, padded to a power of two.
         item_bytes: Bytes a number.
-        hopper: Whether the device has Hopper's asynchronous matrix products and 227 KiB of shared memory.
+        tma: Whether tiles come by descriptor; such GPUs have 227 KiB of shared memory, others may have only 99.
     """
     warps = max(1, block_size // 16)
+    keys = min(block_size, 64)
     if item_bytes > 2:
         return Tile(min(block_size, 32), min(warps, 4), 1)
     if head_dim > 128:
-        return Tile(min(block_size, 64 if hopper else 32), warps, 2)
+        return Tile(keys, warps, 2) if tma else Tile(min(block_size, 32), warps, 1)
     if head_dim == 128 and block_size == 128:
-        return Tile(64, warps, 2, 128 if hopper else None)
-    return Tile(min(block_size, 64), warps, 2 if head_dim == 128 else 3)
+        return Tile(keys, warps, 2, 128 if tma else None)
+    return Tile(keys, warps, 3 if tma or head_dim < 128 else 2)
 
 
 @dataclass(frozen=True, slots=True)
