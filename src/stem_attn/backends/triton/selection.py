@@ -24,8 +24,9 @@ from stem_attn.selection import kept_per_row
 
 SCORE_BYTES = 1 << 30
 """Memory that the scores of one pass may take."""
+# Measured on an H100 (docs/log.md): 8 warps pool 13% slower; 512 keys a warp select 5% slower, 128 take 1.7x as long.
 POOL_WARPS = 4
-TOP_KEYS_PER_WARP = 512
+TOP_KEYS_PER_WARP = 1024
 
 # Host tables that captured graphs copy from at every replay: they must outlive the graphs.
 _captured: list[Tensor] = []
@@ -107,7 +108,7 @@ class _Plan:
         dim_out = -(-dim // 8) * 8  # descriptors want rows of whole 16 bytes
         self.pooled_dtype = torch.float32 if dtype == torch.float32 else torch.float16
         self.depth = config.stride * dim_out
-        self.values_size = self.k_rows * (per_block if zscore else 1)
+        self.logs_size = self.k_rows * per_block
         self.pool = Launch(
             pool_kernel,
             (self.q_rows + self.k_rows * (2 if valued else 1), 1),
@@ -134,7 +135,7 @@ class _Plan:
                 "STRIDE": config.stride,
                 # 8 numbers a thread: 16 bytes.
                 "TOKENS": min(max(config.stride, POOL_WARPS * 256 // dim_pad), grid.block_size),
-                "ZSCORE": zscore,
+                "ZSCORE": zscore and valued,
             },
             num_warps=POOL_WARPS,
         )
@@ -143,23 +144,22 @@ class _Plan:
             self.zscore = Launch(
                 zscore_kernel,
                 (self.all_heads, 1),
-                (groups, grid.k_blocks, config.value_weight),
+                (self.q_rows + self.k_rows, groups, grid.k_blocks, config.value_weight),
                 {"PER_BLOCK": per_block, "CHUNK": 8192 // per_block},
                 num_warps=8,
             )
         pitch = triton.cdiv(grid.k_blocks, 16) * 16
         pass_rows = min(self.all_rows, max(SCORE_BYTES // (4 * self.all_heads * pitch), 1))
         self.scores_size = self.all_heads * pass_rows * pitch
-        tile_rows, tile_columns, warps, stages = _score_tile(self.all_heads, pass_rows, grid.k_blocks, dtype)
+        self.tile, warps, stages = _score_tile(self.all_heads, pass_rows, grid.k_blocks, dtype)
         self.step = min(max(triton.next_power_of_2(self.depth), 16), 64 if self.pooled_dtype == torch.float16 else 16)
-        self.tile_rows, self.tile_columns = tile_rows, tile_columns
         columns = triton.next_power_of_2(pitch)
         self.passes = []
         for first_row in range(0, self.all_rows, pass_rows):
             rows = min(pass_rows, self.all_rows - first_row)
             score = Launch(
                 score_kernel,
-                (triton.cdiv(rows, tile_rows) * triton.cdiv(grid.k_blocks, tile_columns), self.all_heads),
+                (triton.cdiv(rows, self.tile) * triton.cdiv(grid.k_blocks, self.tile), self.all_heads),
                 (
                     scale / config.stride,
                     first_row,
@@ -170,13 +170,7 @@ class _Plan:
                     grid.first_block,
                     pitch,
                 ),
-                {
-                    "DEPTH": self.depth,
-                    "ROWS": tile_rows,
-                    "COLUMNS": tile_columns,
-                    "STEP": self.step,
-                    "VALUES": valued,
-                },
+                {"DEPTH": self.depth, "TILE": self.tile, "STEP": self.step, "VALUES": valued},
                 num_warps=warps,
                 num_stages=stages,
             )
@@ -206,39 +200,35 @@ class _Plan:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
         """Make the selection of inputs of this plan's layout on the current device and stream."""
-        pooled, scales, values = self.pool_inputs(q, k, v)
+        pooled, table = self.pool_inputs(q, k, v)
         keep = self.keep_on_device()
-        device = self.device
-        scores = torch.empty(self.scores_size, dtype=torch.float32, device=device)
-        indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=device)
-        counts = torch.empty(self.rows, dtype=torch.int32, device=device)
-        q_pooled = TensorDescriptor(pooled, [self.q_rows, self.depth], [self.depth, 1], [self.tile_rows, self.step])
-        k_pooled = TensorDescriptor(
-            pooled[self.q_rows :], [self.k_rows, self.depth], [self.depth, 1], [self.tile_columns, self.step]
-        )
+        scores = torch.empty(self.scores_size, dtype=torch.float32, device=self.device)
+        indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=self.device)
+        counts = torch.empty(self.rows, dtype=torch.int32, device=self.device)
+        tiles = TensorDescriptor(pooled, pooled.shape, [self.depth, 1], [self.tile, self.step])
         for score, top in self.passes:
-            score(q_pooled, k_pooled, scales, values, scores)
+            score(tiles, table, scores)
             top(scores, keep, indices, counts)
         grid = self.grid
         return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.k_len)
 
-    def pool_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pool_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Read q, k and v once.
 
         Returns:
-            pooled [q rows + k rows, stride * D], D rounded up to a multiple of 8; the powers of two it was divided
-            by, float32 [q rows + k rows]; and the weighted value term of the k rows, float32, at the start of the
-            last.
+            pooled [q rows + k rows, stride * D], D rounded up to a multiple of 8, and a float32 table: the powers of
+            two that these rows were divided by, then the weighted value term of the k rows.
         """
-        device = self.device
-        pooled = torch.empty((self.q_rows + self.k_rows, self.depth), dtype=self.pooled_dtype, device=device)
-        scales = torch.empty(self.q_rows + self.k_rows, dtype=torch.float32, device=device)
-        values = torch.empty(self.values_size, dtype=torch.float32, device=device)
-        self.pool(q, k, v, pooled, scales, values)
-        if self.zscore is not None:
-            logs, values = values, torch.empty(self.k_rows, dtype=torch.float32, device=device)
-            self.zscore(logs, values)
-        return pooled, scales, values
+        rows = self.q_rows + self.k_rows
+        pooled = torch.empty((rows, self.depth), dtype=self.pooled_dtype, device=self.device)
+        table = torch.empty(rows + self.k_rows, dtype=torch.float32, device=self.device)
+        if self.zscore is None:
+            self.pool(q, k, v, pooled, table, table)
+        else:
+            logs = torch.empty(self.logs_size, dtype=torch.float32, device=self.device)
+            self.pool(q, k, v, pooled, table, logs)
+            self.zscore(logs, table)
+        return pooled, table
 
     def keep_on_device(self) -> Tensor:
         """Copy the table of blocks to take to the device, once a stream, and within a captured graph each time."""
@@ -254,10 +244,10 @@ class _Plan:
         return table
 
 
-def _score_tile(heads: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Pick rows and columns of a score tile, warps and stages: large tiles read less, small ones fill the device."""
+def _score_tile(heads: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Pick the side of a score tile, warps and stages: large tiles read less, small ones fill the device."""
     if dtype == torch.float32:
-        return 64, 64, 4, 2
+        return 64, 4, 2
     if heads * triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 512:
-        return 128, 128, 8, 3
-    return 64, 64, 4, 4
+        return 128, 4, 3
+    return 64, 4, 4

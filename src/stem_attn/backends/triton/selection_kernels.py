@@ -21,8 +21,8 @@ def pool_kernel(
     k,  # [B, Hkv, Tk, D]
     v,  # [B, Hkv, Tk, DV]
     pooled,  # [B * Hq * Qb + B * Hkv * Kb, STRIDE * D_OUT]: the rows of q, then those of k; zeros past D
-    scales,  # float32, one a row of pooled
-    values,  # float32 [B * Hkv, Kb], weighted; or, where ZSCORE, [B * Hkv, Kb * BLOCK / STRIDE], log magnitudes
+    table,  # float32: the power of each row of pooled, then the weighted value term of each row of k
+    logs,  # float32 [B * Hkv, Kb * BLOCK / STRIDE], log magnitudes; only where ZSCORE, and then instead of the term
     q_strides,  # (batch, head, token, dim) in elements
     k_strides,
     v_strides,
@@ -54,25 +54,25 @@ def pool_kernel(
         head = (program // q_blocks).to(tl.int64)
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
         start = program % q_blocks * BLOCK - q_offset
-        _pool(q, pooled, scales, program, start, q_len, q_strides[2], q_strides[3],
+        _pool(q, pooled, table, program, start, q_len, q_strides[2], q_strides[3],
               D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, False)  # fmt: skip
     elif program < q_rows + k_rows:
         row = program - q_rows
         head = (row // k_blocks).to(tl.int64)
         k += head // kv_heads * k_strides[0] + head % kv_heads * k_strides[1]
-        _pool(k, pooled, scales, program, row % k_blocks * BLOCK, k_len, k_strides[2], k_strides[3],
+        _pool(k, pooled, table, program, row % k_blocks * BLOCK, k_len, k_strides[2], k_strides[3],
               D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, True)  # fmt: skip
     else:
         row = program - q_rows - k_rows
         head = (row // k_blocks).to(tl.int64)
         v += head // kv_heads * v_strides[0] + head % kv_heads * v_strides[1]
-        _measure(v, values, row, row % k_blocks * BLOCK, k_len, v_strides[2], v_strides[3], weight,
-                 DV, DV_PAD, BLOCK, STRIDE, ZSCORE)  # fmt: skip
+        _measure(v, table + q_rows + k_rows, logs, row, row % k_blocks * BLOCK, k_len, v_strides[2], v_strides[3],
+                 weight, DV, DV_PAD, BLOCK, STRIDE, ZSCORE)  # fmt: skip
 
 
 @triton.jit
 def _pool(
-    x, pooled, scales, row, start, length, token_stride, dim_stride,
+    x, pooled, table, row, start, length, token_stride, dim_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, D_OUT: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     TOKENS: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _pool(
     means = sums * (STRIDE / BLOCK)
     exponent = tl.max(tl.max(tl.abs(means), 1), 0).to(tl.int32, bitcast=True) >> 23  # biased by 127
     means *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(scales + row, (exponent << 23).to(tl.float32, bitcast=True))
+    tl.store(table + row, (exponent << 23).to(tl.float32, bitcast=True))
     position = tl.arange(0, STRIDE)
     if REVERSED:
         position = STRIDE - 1 - position
@@ -99,7 +99,7 @@ def _pool(
 
 @triton.jit
 def _measure(
-    v, values, row, start, length, token_stride, dim_stride, weight,
+    v, values, logs, row, start, length, token_stride, dim_stride, weight,
     DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ZSCORE: tl.constexpr,
 ):  # fmt: skip
     """Write log(max |v| + 1e-6) of each group of STRIDE tokens, or the weighted max(0, log |v|) of the block."""
@@ -113,15 +113,16 @@ def _measure(
         value = tl.load(v + token.to(tl.int64) * token_stride, mask=present, other=0.0).to(tl.float32)
         squares = tl.maximum(squares, tl.sum(value * value, 1))
     if ZSCORE:
-        tl.store(values + row.to(tl.int64) * (BLOCK // STRIDE) + groups, tl.log(tl.sqrt(squares) + 1e-6))
+        tl.store(logs + row.to(tl.int64) * (BLOCK // STRIDE) + groups, tl.log(tl.sqrt(squares) + 1e-6))
     else:
         tl.store(values + row, weight * tl.log(tl.maximum(tl.sqrt(tl.max(squares, 0)), 1.0)))
 
 
-@triton.jit(do_not_specialize=["groups", "k_blocks"])
+@triton.jit(do_not_specialize=["pooled_rows", "groups", "k_blocks"])
 def zscore_kernel(
     logs,  # float32 [B * Hkv, Kb * PER_BLOCK], log magnitudes of groups of tokens
-    values,  # float32 [B * Hkv, Kb]
+    table,  # float32 [pooled_rows + B * Hkv * Kb], the value term last
+    pooled_rows,
     groups,  # whole groups of the sequence, at least 2; only they count
     k_blocks,
     weight,
@@ -131,6 +132,7 @@ def zscore_kernel(
     """Write the weighted mean over each block of the rectified z-scores over the sequence, for one head."""
     head = tl.program_id(0).to(tl.int64)
     logs += head * k_blocks * PER_BLOCK
+    values = table + pooled_rows + head * k_blocks
     slots = tl.arange(0, CHUNK * PER_BLOCK)
     total = tl.zeros([CHUNK * PER_BLOCK], tl.float32)
     for start in range(0, groups, CHUNK * PER_BLOCK):
@@ -146,15 +148,13 @@ def zscore_kernel(
         slot = block[:, None] * PER_BLOCK + tl.arange(0, PER_BLOCK)[None, :]
         excess = tl.load(logs + slot, mask=slot < groups, other=0.0) - mean
         z = tl.where(slot < groups, tl.maximum(excess / (deviation + 1e-6), 0.0), 0.0)
-        tl.store(values + head * k_blocks + block, tl.sum(z, 1) * (weight / PER_BLOCK), mask=block < k_blocks)
+        tl.store(values + block, tl.sum(z, 1) * (weight / PER_BLOCK), mask=block < k_blocks)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "all_rows", "q_blocks", "k_blocks", "first_block"])
 def score_kernel(
-    q_pooled,  # descriptor of [B * Hkv * group * Qb, DEPTH]: the query heads of a KV head share a product
-    k_pooled,  # descriptor of [B * Hkv * Kb, DEPTH]
-    scales,  # float32, one a row of q_pooled, then one a row of k_pooled
-    values,  # float32 [B * Hkv * Kb], unused unless VALUES
+    pooled,  # descriptor of [B * Hkv * group * Qb + B * Hkv * Kb, DEPTH]: all query heads of a KV head are one matrix
+    table,  # float32: the power of each row of pooled, then, where VALUES, the value term of each row of k
     scores,  # float32 [B * Hkv, rows, pitch]
     factor,  # logit factor over STRIDE
     first_row,  # of the group * Qb rows of a KV head, the first to score
@@ -165,32 +165,32 @@ def score_kernel(
     first_block,
     pitch,  # k_blocks, rounded up to a multiple of 16
     DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,  # rows and columns
     STEP: tl.constexpr,  # of the depth
     VALUES: tl.constexpr,
 ):
     """Score a tile of (query row, key block) pairs; tiles wholly in the future are left unwritten."""
-    column_tiles = tl.cdiv(k_blocks, COLUMNS)
-    first_column = tl.program_id(0) % column_tiles * COLUMNS
-    first_slot = tl.program_id(0) // column_tiles * ROWS
-    slot = tl.arange(0, ROWS)
+    column_tiles = tl.cdiv(k_blocks, TILE)
+    first_column = tl.program_id(0) % column_tiles * TILE
+    first_slot = tl.program_id(0) // column_tiles * TILE
+    slot = tl.arange(0, TILE)
     row = tl.minimum(first_row + first_slot + slot, all_rows - 1)
     if first_column > first_block + tl.max(row % q_blocks, 0):
         return
     head = tl.program_id(1)
     # A tile may reach into the next head's rows and columns: what it computes there is not stored.
-    q_row = head * all_rows + first_row + first_slot
-    k_row = head * k_blocks + first_column
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    k_rows = tl.num_programs(1) * all_rows + head * k_blocks
+    q_tile = head * all_rows + first_row + first_slot
+    k_tile = k_rows + first_column
+    acc = tl.zeros([TILE, TILE], tl.float32)
     for depth in tl.range(0, DEPTH, STEP):
-        acc = tl.dot(q_pooled.load([q_row, depth]), k_pooled.load([k_row, depth]).T, acc, input_precision="ieee")
-    column = tl.arange(0, COLUMNS)
-    key = head * k_blocks + tl.minimum(first_column + column, k_blocks - 1)
-    acc *= (tl.load(scales + head * all_rows + row) * factor)[:, None]
-    acc *= tl.load(scales + tl.num_programs(1) * all_rows + key)[None, :]
+        acc = tl.dot(pooled.load([q_tile, depth]), pooled.load([k_tile, depth]).T, acc, input_precision="ieee")
+    column = tl.arange(0, TILE)
+    key = k_rows + tl.minimum(first_column + column, k_blocks - 1)
+    acc *= (tl.load(table + head * all_rows + row) * factor)[:, None]
+    acc *= tl.load(table + key)[None, :]
     if VALUES:
-        acc += tl.load(values + key)[None, :]
+        acc += tl.load(table + tl.num_programs(1) * k_blocks + key)[None, :]
     scores += (head.to(tl.int64) * rows + first_slot) * pitch + first_column
     stored = (slot < rows - first_slot)[:, None] & (column < pitch - first_column)[None, :]
     tl.store(scores + slot[:, None] * pitch + column[None, :], acc, mask=stored)
