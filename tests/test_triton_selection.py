@@ -89,7 +89,7 @@ def test_equals_the_plain_selection(fields, q_len, k_len, shape):
 @pytest.mark.parametrize("layout", ["tokens_first", "tokens_last", "expanded"])
 def test_any_strides(layout):
     config = make_config()
-    q, k, v = make_qkv(100, 130, batch=2, heads=2, kv_heads=1)
+    q, k, v = make_qkv(60, 90, batch=2, heads=2, kv_heads=1)
     if layout == "expanded":
         k, v = k[:1].expand_as(k), v[:1].expand_as(v)
     expected = select_plainly(q, k, v, config)
@@ -222,7 +222,7 @@ def test_a_captured_graph_follows_its_inputs():
 
 
 @pytest.mark.skipif(not GPU, reason="takes hours in the interpreter")
-@pytest.mark.parametrize("k_len", [16384, 20000, 262144])
+@pytest.mark.parametrize("k_len", [16384, 20000, 1048576])
 @pytest.mark.parametrize("preset", ["default", "official"])
 def test_long_prompts(preset, k_len):
     config = StemConfig.preset(preset)
