@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from helpers import SMALL
 from stem_attn import BlockSelection, StemConfig, backends, select_blocks
-from stem_attn.bench import machine
+from stem_attn.bench import limit
 from stem_attn.bench.gate import AttentionGate, GateError, check_selection, draw_samples
 from stem_attn.bench.run import run_case
 from stem_attn.bench.shapes import Case, Shape
@@ -26,7 +26,7 @@ def _quick(monkeypatch):
     """Tiny tensors gain nothing from threads, and wait long for them where tests run side by side."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(machine, "_LIMIT_SIZE", {"cuda": 256, "cpu": 256})
+    monkeypatch.setattr(limit, "_SIZE", {"cuda": 256, "cpu": 256})
     yield
     torch.set_num_threads(threads)
 

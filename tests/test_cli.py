@@ -104,10 +104,10 @@ def test_embedded_text_and_json_on_stdout(folder):
 
 
 def test_missing_extra_is_named():
-    for name in ("typer", "transformers"):
-        code, out, err = stem_attn("--version", before=f"import sys; sys.modules[{name!r}] = None")
+    for name, command in (("typer", "--version"), ("transformers", "prefill")):
+        code, out, err = stem_attn(command, before=f"import sys; sys.modules[{name!r}] = None")
         assert (code, out) == (2, "")
-        assert err == f'stem-attn: error: the command line needs {name}: pip install "stem-attn[demo]"\n'
+        assert err == f'stem-attn: error: this needs {name}: pip install "stem-attn[demo]"\n'
 
 
 def test_no_default_model_says_both_ways(tmp_path):

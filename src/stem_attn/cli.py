@@ -2,17 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 from stem_attn import __version__
-from stem_attn.errors import InputError
+from stem_attn.errors import InputError, require
 
 if TYPE_CHECKING:
     import typer
-
-# What the commands import beyond torch, by import name.
-_NEEDED = ("typer", "rich", "transformers", "gguf", "psutil")
 
 
 def main() -> None:
@@ -29,9 +25,10 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 where the input cannot be used (one line on stderr says why), 130 if interrupted.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        return _fail(f'the command line needs {", ".join(missing)}: pip install "stem-attn[demo]"')
+    try:
+        require("typer", "rich", extra="demo")  # what every command imports beyond torch
+    except InputError as error:
+        return _fail(str(error))
     from typer import Abort
     from typer.main import get_command
 

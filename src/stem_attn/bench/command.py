@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stem_attn.errors import InputError
+from stem_attn.errors import InputError, require
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +76,9 @@ def bench(
     Every method is checked against float64 on sampled rows, and one that is wrong is not timed. On a GPU the L2 cache
     is flushed before each call and the SM clock is read in every round. Exit code 1 if a method failed.
     """
-    from stem_attn.bench import machine
     from stem_attn.bench.gate import GateError
     from stem_attn.bench.shapes import DTYPES
+    from stem_attn.report import machine
     from stem_attn.report.options import config_from_options
 
     config = config_from_options(preset, override or [])
@@ -100,7 +100,7 @@ def bench(
         "dtype": dtype,
         "device": str(where),
         "preset": preset,
-        "config": dataclasses.asdict(config),
+        "config": json.loads(config.to_json()),
         "repeats": _positive("--repeats", _ROUNDS[kind] if repeats is None else repeats),
         "seed": seed,
     }
@@ -202,8 +202,8 @@ def _files(out: Path | None, json_path: Path | None, csv_path: Path | None, plot
     for path in wanted.values():
         if not path.parent.is_dir() or path.is_dir():
             raise InputError(f"cannot write {path}: its folder does not exist, or it is a folder")
-    if "png" in wanted and find_spec("matplotlib") is None:
-        raise InputError('the plot needs matplotlib: pip install "stem-attn[bench]"')
+    if "png" in wanted:
+        require("matplotlib", extra="bench")
     return wanted
 
 

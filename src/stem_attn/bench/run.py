@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from stem_attn.bench import machine, methods
+from stem_attn.bench import methods
 from stem_attn.bench.gate import AttentionGate, Errors, GateError, Sample, check_selection, draw_samples
+from stem_attn.bench.limit import limit
 from stem_attn.bench.methods import Method, Problem, UnavailableError
 from stem_attn.bench.shapes import Case
 from stem_attn.bench.timing import first_call, peak_extra_mib, time_rounds
@@ -86,7 +87,7 @@ def run_case(
             )
 
     say(f"{case.k_len} tokens: timing {len(ready)} methods, {rounds} rounds")
-    limit_name, limit_run, limit_flops = machine.limit(case.device, case.dtype)
+    limit_name, limit_run, limit_flops = limit(case.device, case.dtype)
     limit_run()
     times, states = time_rounds([limit_run, *(m.run for m in ready)], case.device, rounds)
     limit_tflops = limit_flops / times[0].median / 1e9

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.errors import InputError
+from stem_attn.errors import InputError, require
 
 if TYPE_CHECKING:
     from stem_attn.config import StemConfig
@@ -19,8 +19,15 @@ if TYPE_CHECKING:
     from stem_attn.evals.prompts import Prompt
 
 # The published presets are made for long prompts: of 8K tokens their fixed minimum of 128-token blocks keeps nearly
-# everything. Small blocks and a budget in proportion to the prompt keep about a quarter at any length.
-DEMO = {"block_size": 32, "budget_ratio": 0.17, "budget_bias": 0, "min_seq_len": 1024}
+# everything. Smaller blocks and a budget in proportion to the prompt keep 22% to 30% at any length up to 32K tokens.
+DEMO = {
+    "block_size": 64,
+    "budget_ratio": 0.19,
+    "budget_bias": 0,
+    "sink_blocks": 2,
+    "local_blocks": 4,
+    "min_seq_len": 1024,
+}
 DEMO_TOKENS = 8192
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -116,6 +123,7 @@ def prefill(
     from stem_attn.evals.prompts import read_text
     from stem_attn.report.options import config_from_options
 
+    require("transformers", "gguf", extra="demo")
     # Everything that can be refused without the model is refused before it loads.
     if preset == "demo":
         config = config_from_options("default", override or [], **DEMO)
@@ -129,10 +137,10 @@ def prefill(
 
     from rich.console import Console
 
-    from stem_attn.bench import machine
     from stem_attn.evals import models
     from stem_attn.evals.measure import memory_method
     from stem_attn.evals.prefill import compare
+    from stem_attn.report import machine
     from stem_attn.report.prefill import render
 
     _progress_only_on_terminals()
@@ -183,7 +191,7 @@ def _prompt(
     if max_tokens is None:
         max_tokens = max(1, min(loaded.context_tokens, DEMO_TOKENS) - new_tokens)
     text, source = public_text()
-    needle = make_needle(seed) if question is None else None
+    needle = make_needle(text, seed) if question is None else None
     return build_prompt(loaded.tokenizer, text, source=source, question=question, needle=needle, max_tokens=max_tokens)
 
 

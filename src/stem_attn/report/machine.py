@@ -1,4 +1,4 @@
-"""What the numbers were measured with: versions, device, driver, and the machine's own limit."""
+"""What numbers were measured with: versions, processor, device and driver."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stem_attn import __version__
-from stem_attn.bench.timing import Run
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn-4", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
-_LIMIT_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -48,21 +44,6 @@ def describe(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         }
     return found
-
-
-def limit(device: torch.device, dtype: torch.dtype) -> tuple[str, Run, int]:
-    """Prepare the machine's limit: a square matrix product on random data, in float32 on a CPU.
-
-    Returns:
-        Its description, the call, and its floating-point operations.
-    """
-    n = _LIMIT_SIZE["cuda" if device.type == "cuda" else "cpu"]
-    kind = dtype if device.type == "cuda" else torch.float32
-    gen = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(n, n, generator=gen, dtype=kind, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    run: Callable[[], Tensor] = lambda: torch.mm(a, b, out=out)  # noqa: E731
-    return f"{str(kind).removeprefix('torch.')} matmul {n}x{n}x{n}", run, 2 * n**3
 
 
 def _version(package: str) -> str | None:
