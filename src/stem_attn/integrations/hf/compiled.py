@@ -30,8 +30,11 @@ def prefill_op(
     return out
 
 
-# It reads masks on the host, which a CUDA graph must not record.
-@torch.library.custom_op("stem_attn::hf_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+# It reads masks on the host, which a CUDA graph must not record; older torch has no such tag.
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("stem_attn::hf_prefill", mutates_args=(), **_TAGS)
 def _op(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dense_layer: bool, state_key: int
 ) -> Tensor:
