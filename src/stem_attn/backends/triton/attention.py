@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,6 +26,8 @@ log = logging.getLogger("stem_attn")
 Layouts = tuple[tuple[torch.Size, tuple[int, ...]], ...]
 """Shapes and strides of q, k, v, out, indices and counts."""
 
+GLUON_TRITON = ((3, 6), (3, 9))
+"""The oldest and the newest Triton that the Hopper kernel was compiled with; run with 3.6."""
 LONG_TOKENS = 1024
 """Packed sequences of this many query tokens on average fill a Hopper GPU one at a time, with its own kernel."""
 
@@ -209,7 +212,16 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
         return False
     pads = _padded(q.shape[3]), _padded(v.shape[3])
     shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
-    return shaped and all(map(_describable, (q, k, v)))
+    return shaped and all(map(_describable, (q, k, v))) and _gluon_known()
+
+
+@cache
+def _gluon_known() -> bool:
+    """Tell whether this Triton can compile the Hopper kernel: Gluon is experimental, and its names change."""
+    known = GLUON_TRITON[0] <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= GLUON_TRITON[1]
+    if not known:
+        log.warning("Triton %s is not known to compile the Hopper kernel: the portable one runs", triton.__version__)
+    return known
 
 
 def launch_hopper(

@@ -18,6 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.7 renamed the one, 3.9 the other.
+warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN2 = gl.constexpr(0.6931471805599453)
 HALF = gl.constexpr(64)  # queries a warpgroup
 BLOCK = gl.constexpr(128)
@@ -112,12 +115,10 @@ def _produce(descriptors, tiles, barriers, blocks, batch, head, kv_head, STAGES:
     indices, count, first_token = blocks
     mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
     for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            q, [batch, head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half)
-        )
+        load_tile(q, [batch, head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
     first = _first_key(indices, count, 0, k_tiles.type.shape[1])
     mbarrier.expect(k_full.index(0), k.block_type.nbytes)
-    tma.async_copy_global_to_shared(k, [batch, kv_head, first, 0], k_full.index(0), k_tiles.index(0))
+    load_tile(k, [batch, kv_head, first, 0], k_full.index(0), k_tiles.index(0))
     steps = count * (BLOCK // k_tiles.type.shape[1])
     for step in range(1, steps + 1):
         last_first = first
@@ -126,11 +127,11 @@ def _produce(descriptors, tiles, barriers, blocks, batch, head, kv_head, STAGES:
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [batch, kv_head, first, 0], k_full.index(slot), k_tiles.index(slot))
+            load_tile(k, [batch, kv_head, first, 0], k_full.index(slot), k_tiles.index(slot))
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
         mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-        tma.async_copy_global_to_shared(v, [batch, kv_head, last_first, 0], v_full.index(slot), v_tiles.index(slot))
+        load_tile(v, [batch, kv_head, last_first, 0], v_full.index(slot), v_tiles.index(slot))
 
 
 @gluon.jit
@@ -190,7 +191,7 @@ def _consume(
     mbarrier.wait(k_full.index(0), 0)
     score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
-    gl.thread_barrier()
+    warpgroup_barrier()
     mbarrier.arrive(k_free.index(0), count=1)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     if WINDOW:
@@ -211,7 +212,7 @@ def _consume(
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
         acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
-        gl.thread_barrier()
+        warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         if PER_BLOCK > 1:  # the rest of the diagonal block
             ahead = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
@@ -226,7 +227,7 @@ def _consume(
         total = total * decay + gl.sum(weight, 1)
         peak = new_peak
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
-        gl.thread_barrier()
+        warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
         acc = acc * gl.convert_layout(decay, out_rows)[:, None]
         operand = gl.convert_layout(weight.to(dtype), weight_layout)
