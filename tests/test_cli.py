@@ -99,7 +99,7 @@ def test_embedded_text_and_json_on_stdout(folder):
     assert "language reference" in found["prompt"]["source"]
     assert found["prompt"]["needle"]["answer"] in found["prompt"]["needle"]["sentence"]
     assert found["dense"]["answer_right"] is False  # random weights know nothing
-    assert found["density"] <= 0.30
+    assert 0 < found["density"] < 0.4  # at 2K tokens the sink and local blocks weigh more
     assert "dense / stem" in err  # the table
 
 

@@ -154,18 +154,22 @@ def test_public_text_is_long_and_plain():
     assert "compound statement" in text
 
 
-def test_needle_follows_from_the_seed():
-    assert make_needle(3) == make_needle(3)
-    assert make_needle(3) != make_needle(4)
-    needle = make_needle(3)
+def test_needle_follows_from_the_seed_and_is_new_to_the_text():
+    text, _ = public_text()
+    needle = make_needle(text, 3)
+    assert make_needle(text, 3) == needle
+    assert make_needle(text, 4) != needle
     assert needle.answer in needle.sentence
     assert needle.answer not in needle.question
+    assert needle.answer not in text
+    assert make_needle(f"{text} {needle.answer}", 3).answer != needle.answer
 
 
 @pytest.mark.parametrize("max_tokens", [300, 1000, 1999])
 def test_embedded_prompt_fits_and_holds_its_needle(max_tokens):
-    tokenizer, needle = tiny_model.tokenizer(), make_needle(0)
+    tokenizer = tiny_model.tokenizer()
     text, source = public_text()
+    needle = make_needle(text, 0)
     prompt = build_prompt(tokenizer, text, source=source, needle=needle, max_tokens=max_tokens)
     assert max_tokens - 16 <= prompt.tokens <= max_tokens
     assert prompt.cut
@@ -196,3 +200,18 @@ def test_chat_template_is_used():
 def test_no_room_for_text_is_an_error():
     with pytest.raises(InputError, match="--max-tokens 10 leaves no room"):
         build_prompt(tiny_model.tokenizer(), "text", source="mine", question="Why though?", max_tokens=10)
+
+
+def test_a_question_runs_as_a_dense_chunk_of_its_own():
+    tokenizer = tiny_model.tokenizer()
+    prompt = build_prompt(tokenizer, "abc " * 100, source="mine", question="Why?")
+    assert tokenizer.decode(prompt.ids[0, -prompt.question_tokens :]) == "Why?\n"
+    model = tiny_model.model()
+    whole, _ = run(model, SPARSE, prompt.ids)
+    parts, seen = run(model, SPARSE, prompt.ids, question_tokens=prompt.question_tokens)
+    assert parts.dense.perplexity == pytest.approx(whole.dense.perplexity, rel=1e-4)
+    assert parts.dense.answer == whole.dense.answer
+    assert parts.sparse_layers == 2
+    assert parts.other_layers == {}
+    assert ("stem 1/1", 4) in seen  # two layers, two chunks
+    assert seen.count("stem 1/1") == 4

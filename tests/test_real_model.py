@@ -34,8 +34,8 @@ def test_the_converted_copy_has_the_weights_of_the_gguf(loaded):
 
 
 def test_dense_and_sparse_find_the_same_needle(loaded):
-    needle = make_needle(0)
     text, source = public_text()
+    needle = make_needle(text, seed=0)
     prompt = build_prompt(loaded.tokenizer, text, source=source, needle=needle, max_tokens=PROMPT_TOKENS)
     assert PROMPT_TOKENS - 16 <= prompt.tokens <= PROMPT_TOKENS
 
@@ -47,6 +47,7 @@ def test_dense_and_sparse_find_the_same_needle(loaded):
         new_tokens=24,
         on_start=lambda name, calls: lambda: None,
         rounds=1,
+        question_tokens=prompt.question_tokens,
     )
     print(found)
     assert found.density <= MOST_DENSITY

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stem_attn.evals.prompts import Prompt
 
 # The published presets are made for long prompts: of 8K tokens their fixed minimum of 128-token blocks keeps nearly
-# everything. Smaller blocks and a budget in proportion to the prompt keep 22% to 30% at any length up to 32K tokens.
+# everything. Smaller blocks and a budget in proportion to the prompt keep 28% to 30% at any length from 4K to 32K tokens.
 DEMO = {
     "block_size": 64,
     "budget_ratio": 0.19,
@@ -148,7 +148,15 @@ def prefill(
     loaded = models.load(model, gguf, device=where, dtype=models.pick_dtype(dtype, where))
     prompt = _prompt(loaded, text, prompt_file, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, config, new_tokens)
-    result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
+    result = compare(
+        loaded.model,
+        loaded.tokenizer,
+        prompt.ids,
+        config,
+        new_tokens=new_tokens,
+        on_start=_progress,
+        question_tokens=prompt.question_tokens,
+    )
 
     found = dataclasses.asdict(result)
     found |= {

@@ -16,6 +16,8 @@ from stem_attn.errors import InputError
 
 # Room that joining the parts of a prompt may need beyond their own tokens.
 _SEAM_TOKENS = 8
+# Where needles go. SmolLM2-135M, the default model, misses most of what lies further back in 8K tokens, densely too.
+_DEPTHS = (0.4, 0.9)
 _CITIES = ("Cairo", "Lima", "Lisbon", "Madrid", "Nairobi", "Oslo", "Vienna", "Warsaw")
 
 
@@ -46,6 +48,7 @@ class Prompt:
         question: What is asked after the text, or None.
         needle: The fact hidden in the text, or None.
         cut: Whether the text was longer than what is used.
+        question_tokens: Tokens from the question's first to the prompt's last; 0 without a question.
     """
 
     ids: Tensor
@@ -53,6 +56,7 @@ class Prompt:
     question: str | None
     needle: Needle | None
     cut: bool
+    question_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -64,6 +68,7 @@ class Prompt:
         needle = None if self.needle is None else dataclasses.asdict(self.needle)
         return {
             "tokens": self.tokens,
+            "question_tokens": self.question_tokens,
             "source": self.source,
             "question": self.question,
             "needle": needle,
@@ -99,13 +104,14 @@ def read_text(path: Path) -> str:
     return text
 
 
-def make_needle(seed: int) -> Needle:
-    """Return a needle whose city, seven-digit number and depth follow from the seed."""
+def make_needle(text: str, seed: int) -> Needle:
+    """Return a needle whose city, depth and four-digit number, one that is not in the text, follow from the seed."""
     rng = random.Random(seed)
-    city, number, depth = rng.choice(_CITIES), str(rng.randrange(10**6, 10**7)), rng.uniform(0.1, 0.9)
+    city, depth = rng.choice(_CITIES), rng.uniform(*_DEPTHS)
+    number = rng.choice([number for number in map(str, range(1000, 10000)) if number not in text])
     return Needle(
-        sentence=f"The special magic number for {city} is {number}.",
-        question=f"What is the special magic number for {city}?",
+        sentence=f"Remember this: the password of the red door in {city} is {number}.",
+        question=f"What is the password of the red door in {city}?",
         answer=number,
         depth=depth,
     )
@@ -137,27 +143,34 @@ def build_prompt(
         question = needle.question
     whole = text
     if max_tokens is not None:
-        frame = len(_encode(tokenizer, "", needle, question))
+        frame = sum(map(len, _encode(tokenizer, "", needle, question)))
         room = max_tokens - frame - _SEAM_TOKENS
         if room < 1:
             raise InputError(f"--max-tokens {max_tokens} leaves no room for text: the rest of the prompt has {frame}")
         text = _first_tokens(tokenizer, text, room)
-    ids = torch.tensor([_encode(tokenizer, text, needle, question)])
-    return Prompt(ids, source, question, needle, cut=len(text) < len(whole))
+    head, tail = _encode(tokenizer, text, needle, question)
+    ids = torch.tensor([head + tail])
+    return Prompt(ids, source, question, needle, cut=len(text) < len(whole), question_tokens=len(tail))
 
 
-def _encode(tokenizer: Any, text: str, needle: Needle | None, question: str | None) -> list[int]:
+def _encode(tokenizer: Any, text: str, needle: Needle | None, question: str | None) -> tuple[list[int], list[int]]:
+    """Return the prompt's tokens before the question, and from it on."""
     if needle is not None:
         gap = text.find("\n\n", int(needle.depth * len(text)))
         gap = len(text) if gap < 0 else gap
         text = f"{text[:gap]}\n\n{needle.sentence}{text[gap:]}"
     content = text if question is None else f"{text}\n\n{question}"
-    if tokenizer.chat_template is None:
-        return list(tokenizer(content + "\n").input_ids)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    return list(tokenizer(chat, add_special_tokens=False).input_ids)
+    plain = tokenizer.chat_template is None
+    if plain:
+        chat = content + "\n"
+    else:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+    start = len(chat) if question is None else chat.rindex(question)
+    head = tokenizer(chat[:start], add_special_tokens=plain).input_ids
+    tail = tokenizer(chat[start:], add_special_tokens=False).input_ids
+    return list(head), list(tail)
 
 
 def _first_tokens(tokenizer: Any, text: str, tokens: int) -> str:
