@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stem_attn.evals.prompts import Prompt
 
 # The published presets are made for long prompts: of 8K tokens their fixed minimum of 128-token blocks keeps nearly
-# everything. Smaller blocks and a budget in proportion to the prompt keep 28% to 30% at any length from 4K to 32K tokens.
+# everything. Smaller blocks and a budget in proportion to the prompt keep 28% to 30% of 4K to 32K tokens.
 DEMO = {
     "block_size": 64,
     "budget_ratio": 0.19,
