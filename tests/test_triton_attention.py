@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import make_qkv
-from stem_attn import BlockSelection
+from stem_attn import BlockSelection, StemConfig, stem_attention_varlen
 from stem_attn.backends.triton import TritonBackend
 from stem_attn.blocks import BlockGrid
 from stem_attn.reference import reference_attention
@@ -218,7 +218,6 @@ def test_many_blocks() -> None:
 def test_packed_sequences_stay_apart(size: int, long_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed sequences give what each alone gives, even beside a sequence of NaN."""
     from stem_attn.backends.triton import attention
-    from stem_attn.backends.triton.attention import attend_packed
 
     monkeypatch.setattr(attention, "LONG_TOKENS", long_tokens)
     lengths = [(70, 200), (1, 130), (129, 129)]
@@ -230,15 +229,28 @@ def test_packed_sequences_stay_apart(size: int, long_tokens: int, monkeypatch: p
     drawn = [on_device(*x) for x in drawn]
     selections = [random_selection(*pair, size, heads=2, seed=i) for i, pair in enumerate(lengths)]
     packed = (torch.cat([x[n][0] for x in drawn], 1).transpose(0, 1).contiguous() for n in range(3))
-    out, lse = attend_packed(*packed, selections, scale=0.125, window=None, return_lse=True)
-    start = 0
+    out = BACKEND.attend_packed(*packed, selections, scale=0.125)
     for n in (0, 2):
-        (q, k, v), selection = drawn[n], selections[n]
+        expected, _ = BACKEND.attend(*drawn[n], selections[n], scale=0.125, window=None, return_lse=False)
         start = sum(pair[0] for pair in lengths[:n])
-        expected, expected_lse = BACKEND.attend(q, k, v, selection, scale=0.125, window=None, return_lse=True)
-        rows = slice(start, start + lengths[n][0])
-        torch.testing.assert_close(out[rows].transpose(0, 1)[None], expected, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(lse[None, :, rows], expected_lse, atol=1e-3, rtol=1e-3)
+        part = out[start : start + lengths[n][0]]
+        torch.testing.assert_close(part.transpose(0, 1)[None], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [32, 128] if GPU else [32])
+def test_packed_sequences_of_the_public_call(size: int) -> None:
+    """Same blocks and the same numbers as on the CPU; one sequence is sparse, one has a prefix, one a single query."""
+    config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1, min_seq_len=0)
+    lengths = [(10 * size, 10 * size), (20, 3 * size + 5), (1, 1)]
+    parts = [make_qkv(*pair, heads=2, kv_heads=1, dim=64, v_dim=32, seed=i) for i, pair in enumerate(lengths)]
+    packed = [torch.cat([x[n][0].transpose(0, 1) for x in parts]) for n in range(3)]
+    cu_q, cu_k = ([0, *torch.tensor([pair[n] for pair in lengths]).cumsum(0).tolist()] for n in (0, 1))
+    arguments = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "config": config, "prompt_len": [12 * size, 5 * size, 1]}
+    expected = stem_attention_varlen(*packed, **arguments, backend="cpu")
+    out = stem_attention_varlen(*on_device(*packed), **arguments, backend="triton")
+    assert out.shape == expected.shape
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_refusals_say_what_was_expected() -> None:

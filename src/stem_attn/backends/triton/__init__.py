@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +63,13 @@ class TritonBackend(Backend):
         from stem_attn.backends.triton.attention import attend
 
         return attend(q, k, v, selection, scale=scale, window=window, return_lse=return_lse)
+
+    def attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float
+    ) -> Tensor:
+        from stem_attn.backends.triton.attention import attend_packed
+
+        return attend_packed(q, k, v, selections, scale=scale)
 
 
 def _interpreting() -> bool:

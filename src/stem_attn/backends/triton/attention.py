@@ -62,51 +62,28 @@ def _attend_into(
         launch(q, k, v, out, lse, indices, selection.counts, selection.block_size, scale, window, portable)
 
 
-def attend_packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selections: Sequence[BlockSelection],
-    *,
-    scale: float,
-    window: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attend within each of several sequences packed one after the other: in one launch, or one a long sequence.
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float) -> Tensor:
+    """Attend within each of several packed sequences, in one launch or one a long sequence.
 
-    Args:
-        q: [T, Hq, D], the query tokens of all sequences.
-        k: [Tk, Hkv, D], the key tokens of all sequences.
-        v: [Tk, Hkv, Dv].
-        selections: One a sequence, each of batch 1; their lengths say where a sequence starts.
-        scale: Factor of the logits.
-        window: Tokens of a causal sliding window, or None.
-        return_lse: Whether the log-sum-exp is wanted.
-
-    Returns:
-        out [T, Hq, Dv] and the natural log-sum-exp float32 [Hq, T] or None.
+    See `Backend.attend_packed`.
     """
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    lse = q.new_empty(1, q.shape[1], q.shape[0], dtype=torch.float32) if return_lse else None
-    q, k, v, heads_first = (x.transpose(0, 1)[None] for x in (q, k, v, out))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = empty_output(q, v)
     block_size = selections[0].block_size
     if q.shape[2] >= LONG_TOKENS * len(selections) and hopper_fits(q, k, v, block_size):
         q_start = k_start = 0
         for selection in selections:
             q_stop, k_stop = q_start + selection.q_len, k_start + selection.k_len
             queries, keys = slice(q_start, q_stop), slice(k_start, k_stop)
-            part = None if lse is None else lse.new_empty(1, q.shape[1], selection.q_len)
-            views = heads_first[:, :, queries], part, q[:, :, queries], k[:, :, keys], v[:, :, keys]
-            _attend_into(*views, selection, scale, window)
-            if lse is not None and part is not None:
-                lse[:, :, queries] = part
+            views = out[:, :, queries], None, q[:, :, queries], k[:, :, keys], v[:, :, keys]
+            _attend_into(*views, selection, scale, None)
             q_start, k_start = q_stop, k_stop
     else:
         q, k, v, scale = _normalise(q, k, v, scale)
         indices, counts, packing = _pack(selections, q.device)
         tile = _portable_tile(q, v, block_size)
-        launch(q, k, v, heads_first, lse, indices, counts, block_size, scale, window, tile, packing)
-    return out, None if lse is None else lse[0]
+        launch(q, k, v, out, None, indices, counts, block_size, scale, None, tile, packing)
+    return out[0].transpose(0, 1)
 
 
 def _pack(selections: Sequence[BlockSelection], device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
