@@ -12,7 +12,7 @@ from stem_attn.scoring import block_scores
 VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.safetensors"))
 
 # Keeps about a fifth of the blocks at a few hundred tokens.
-SMALL = StemConfig(block_size=16, budget_ratio=0.15, budget_bias=2, min_seq_len=0)
+SMALL = StemConfig(block_size=16, budget_ratio=0.15, budget_bias=2, tail_blocks=0, min_seq_len=0)
 
 
 def make_qkv(

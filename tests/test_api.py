@@ -134,6 +134,7 @@ FIELD_CHANGES = {
     "dense_below": 100,
     "decay": 0.3,
     "decay_from": "first_row",
+    "tail_blocks": 3,
     "sink_blocks": 3,
     "local_blocks": 4,
     "forced_blocks": "on_top",

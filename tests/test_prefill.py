@@ -200,18 +200,3 @@ def test_chat_template_is_used():
 def test_no_room_for_text_is_an_error():
     with pytest.raises(InputError, match="--max-tokens 10 leaves no room"):
         build_prompt(tiny_model.tokenizer(), "text", source="mine", question="Why though?", max_tokens=10)
-
-
-def test_a_question_runs_as_a_dense_chunk_of_its_own():
-    tokenizer = tiny_model.tokenizer()
-    prompt = build_prompt(tokenizer, "abc " * 100, source="mine", question="Why?")
-    assert tokenizer.decode(prompt.ids[0, -prompt.question_tokens :]) == "Why?\n"
-    model = tiny_model.model()
-    whole, _ = run(model, SPARSE, prompt.ids)
-    parts, seen = run(model, SPARSE, prompt.ids, question_tokens=prompt.question_tokens)
-    assert parts.dense.perplexity == pytest.approx(whole.dense.perplexity, rel=1e-4)
-    assert parts.dense.answer == whole.dense.answer
-    assert parts.sparse_layers == 2
-    assert parts.other_layers == {}
-    assert ("stem 1/1", 4) in seen  # two layers, two chunks
-    assert seen.count("stem 1/1") == 4

@@ -47,9 +47,7 @@ def test_dense_and_sparse_find_the_same_needle(loaded):
         new_tokens=24,
         on_start=lambda name, calls: lambda: None,
         rounds=1,
-        question_tokens=prompt.question_tokens,
     )
-    print(found)
     assert found.density <= MOST_DENSITY
     assert found.sparse_layers + sum(found.other_layers.values()) == 30
     assert needle.answer in found.dense.answer

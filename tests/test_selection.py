@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -86,7 +88,7 @@ def test_ties_go_to_the_lower_index(forced_blocks):
 
 
 def test_forced_blocks_are_kept_even_beyond_the_budget():
-    config = StemConfig(block_size=16, sink_blocks=2, local_blocks=3, budget_ratio=0.0, budget_bias=1, min_seq_len=0)
+    config = dataclasses.replace(SMALL, sink_blocks=2, local_blocks=3, budget_ratio=0.0, budget_bias=1)
     q, k, v = make_qkv(320)
     mask = select_blocks(q, k, v, config=config).to_mask()
     for row in range(20):

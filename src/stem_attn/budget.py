@@ -1,7 +1,7 @@
 """Token Position-Decay: how many key blocks each query block keeps.
 
 A budget depends on positions, the prompt's length and the config only, so it is computed on the host and a chunk
-boundary cannot change it.
+boundary cannot change it. All results are cached, because every layer asks for the same: never write to them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 
 
+@lru_cache(maxsize=256)
 def block_budget(config: StemConfig, prompt_len: int, grid: BlockGrid) -> Tensor:
     """Return the budget of every query row of a call, not yet clipped to the row's causal blocks.
 
@@ -32,9 +33,15 @@ def block_budget(config: StemConfig, prompt_len: int, grid: BlockGrid) -> Tensor
     return _prompt_budget(config, prompt_len, n)[grid.first_block : grid.k_blocks]
 
 
+@lru_cache(maxsize=256)
+def keeps_everything(config: StemConfig, prompt_len: int, grid: BlockGrid) -> bool:
+    """Tell whether every query row of a call keeps all its causal blocks, so that there is nothing to score."""
+    return bool((block_budget(config, prompt_len, grid) > grid.block_ids()).all())
+
+
 @lru_cache(maxsize=64)
 def _prompt_budget(config: StemConfig, prompt_len: int, n: int) -> Tensor:
-    """Budget of all n rows of the prompt; cached because every layer asks for the same, so never written to."""
+    """Return the budget of all n rows of the prompt."""
     if prompt_len < config.min_seq_len or n < config.dense_below:
         return torch.full((n,), n, dtype=torch.int32)
     start = config.ratio(n) * n + config.budget_bias
@@ -45,4 +52,6 @@ def _prompt_budget(config: StemConfig, prompt_len: int, n: int) -> Tensor:
         plateau = min(max(int(start), config.budget_floor), n)
         budget = torch.full((n,), plateau, dtype=torch.float64)
         budget[plateau:] = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64)
-    return budget.floor().clamp(min=config.budget_floor, max=n).to(torch.int32)
+    budget = budget.floor().clamp(min=config.budget_floor, max=n).to(torch.int32)
+    budget[max(n - config.tail_blocks, 0) :] = n
+    return budget

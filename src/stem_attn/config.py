@@ -43,6 +43,8 @@ class StemConfig:
         decay_from: Where the decay starts. `"first_row"`: at row 0 (paper, Eq. 3); `"plateau"`: at the first row
             that has more causal blocks than the budget, from which point a float64 linspace is floored
             (official code).
+        tail_blocks: Query blocks at the end of the prompt that keep everything. The decay leaves the fewest keys to
+            the rows that read the prompt's question and predict its answer; a few full rows cost little.
         sink_blocks: Key blocks at the start of the sequence that are always kept.
         local_blocks: Key blocks up to and including the diagonal one that are always kept; at least 1.
         forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
@@ -65,6 +67,7 @@ class StemConfig:
     dense_below: int = 0
     decay: float = 0.7
     decay_from: DecayStart = "plateau"
+    tail_blocks: int = 2
     sink_blocks: int = 1
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
@@ -83,7 +86,7 @@ class StemConfig:
             raise ValueError(f"stride must divide block_size {self.block_size}, got {self.stride}")
         _check_choice("value_term", self.value_term, ValueTerm)
         _check_float("value_weight", self.value_weight, 0.0, math.inf)
-        for name in ("budget_bias", "dense_below", "sink_blocks", "min_seq_len"):
+        for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks", "min_seq_len"):
             _check_int(name, getattr(self, name), 0)
         _check_int("budget_floor", self.budget_floor, 1)
         _check_int("local_blocks", self.local_blocks, 1)
@@ -158,6 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "budget_ratio": ((160, 0.2), (None, 0.1)),
         "budget_bias": 30,
         "dense_below": 56,
+        "tail_blocks": 0,
         "sink_blocks": 4,
         "local_blocks": 4,
         "forced_blocks": "on_top",
@@ -169,6 +173,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "budget_bias": 0,
         "budget_floor": 54,
         "decay_from": "first_row",
+        "tail_blocks": 0,
         "sink_blocks": 4,
         "local_blocks": 4,
         "min_seq_len": 8192,

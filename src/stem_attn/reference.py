@@ -95,7 +95,8 @@ def reference_budget(config: StemConfig, prompt_len: int) -> list[int]:
         plateau = min(max(int(start), config.budget_floor), n)
         falling = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64)
         rows = [plateau] * plateau + [math.floor(x) for x in falling.tolist()]
-    return [min(max(kept, config.budget_floor), n) for kept in rows]
+    rows = [min(max(kept, config.budget_floor), n) for kept in rows]
+    return [n if n - i <= config.tail_blocks else kept for i, kept in enumerate(rows)]
 
 
 def reference_row(scores: list[float], budget: int, block: int, config: StemConfig) -> list[int]:

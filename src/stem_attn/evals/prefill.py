@@ -98,7 +98,6 @@ def compare(
     new_tokens: int,
     on_start: OnStart,
     rounds: int = 2,
-    question_tokens: int = 0,
 ) -> Comparison:
     """Prefill a prompt densely and with Stem, in turns, and compare the two.
 
@@ -112,8 +111,6 @@ def compare(
         new_tokens: Most tokens of each answer.
         on_start: Told when a prefill starts.
         rounds: Prefills of each side; the fastest counts.
-        question_tokens: The prompt's last tokens, which both sides prefill as a chunk of their own after the rest:
-            the adapter leaves a chunk shorter than a block to dense attention.
 
     Raises:
         InputError: The model cannot run with Stem, or no layer ran sparse.
@@ -129,7 +126,7 @@ def compare(
     for number in range(1, rounds + 1):
         for side, attention in (("dense", nullcontext()), ("stem", _stem(model, config))):
             with attention:
-                done = _prefill(model, ids, f"{side} {number}/{rounds}", on_start, question_tokens)
+                done = _prefill(model, ids, f"{side} {number}/{rounds}", on_start)
                 if side == "stem":
                     stats = hf.stats(model)
                 if number == 1:
@@ -148,7 +145,7 @@ def compare(
         stem=_side(passes["stem"], fidelity.stem_perplexity, answers["stem"]),
         density=density,
         sparse_layers=stats.sparse,
-        other_layers=_other_layers(stats),
+        other_layers={**stats.dense, **({"sliding window": stats.banded} if stats.banded else {})},
         top1_agreement=fidelity.top1_agreement,
         mean_kl_nats=fidelity.mean_kl_nats,
     )
@@ -157,7 +154,7 @@ def compare(
 @contextmanager
 def _stem(model: Any, config: StemConfig) -> Iterator[None]:
     try:
-        hf.enable(model, config)
+        hf.enable(model, config, crossover=False)
     except ValueError as error:
         raise InputError(str(error)) from error
     try:
@@ -166,33 +163,22 @@ def _stem(model: Any, config: StemConfig) -> Iterator[None]:
         hf.disable(model)
 
 
-def _other_layers(stats: hf.Stats) -> dict[str, int]:
-    # A short last chunk counts as "decode": those calls are of the same layers.
-    others = {reason: calls for reason, calls in stats.dense.items() if reason != "decode"}
-    return {**others, **({"sliding window": stats.banded} if stats.banded else {})}
-
-
-def _prefill(model: Any, ids: Tensor, name: str, on_start: OnStart, last_tokens: int = 0) -> _Pass:
-    """Run the whole prompt through the model, its last tokens as a second chunk; logits for the last position only."""
-    cut = ids.shape[1] - last_tokens
-    chunks = [chunk for chunk in (ids[:, :cut], ids[:, cut:]) if chunk.shape[1]]
+def _prefill(model: Any, ids: Tensor, name: str, on_start: OnStart) -> _Pass:
+    """Run the whole prompt through the model; logits for the last position only."""
     outputs: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    on_call = on_start(name, len(chunks) * model.config.get_text_config().num_hidden_layers)
-    cache = None
+    on_call = on_start(name, model.config.get_text_config().num_hidden_layers)
     try:
         with PeakMemory(model.device) as memory, AttentionClock(model, on_call) as clock:
             synchronize(model.device)
             start = time.perf_counter()
-            for chunk in chunks:
-                result = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = result.past_key_values
+            result = model(ids, use_cache=True, logits_to_keep=1)
             synchronize(model.device)
             seconds = time.perf_counter() - start
     finally:
         hook.remove()
-    hidden = type(outputs[0])(last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1))
-    return _Pass(seconds, clock.seconds, memory.bytes, hidden, result.logits[0, -1], cache)
+    hidden = type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state)
+    return _Pass(seconds, clock.seconds, memory.bytes, hidden, result.logits[0, -1], result.past_key_values)
 
 
 def _continue(model: Any, done: _Pass, new_tokens: int) -> list[int]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # everything. Smaller blocks and a budget in proportion to the prompt keep 28% to 30% of 4K to 32K tokens.
 DEMO = {
     "block_size": 64,
-    "budget_ratio": 0.19,
+    "budget_ratio": 0.165,
     "budget_bias": 0,
     "sink_blocks": 2,
     "local_blocks": 4,
@@ -148,15 +148,7 @@ def prefill(
     loaded = models.load(model, gguf, device=where, dtype=models.pick_dtype(dtype, where))
     prompt = _prompt(loaded, text, prompt_file, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, config, new_tokens)
-    result = compare(
-        loaded.model,
-        loaded.tokenizer,
-        prompt.ids,
-        config,
-        new_tokens=new_tokens,
-        on_start=_progress,
-        question_tokens=prompt.question_tokens,
-    )
+    result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
 
     found = dataclasses.asdict(result)
     found |= {

@@ -48,7 +48,6 @@ class Prompt:
         question: What is asked after the text, or None.
         needle: The fact hidden in the text, or None.
         cut: Whether the text was longer than what is used.
-        question_tokens: Tokens from the question's first to the prompt's last; 0 without a question.
     """
 
     ids: Tensor
@@ -56,7 +55,6 @@ class Prompt:
     question: str | None
     needle: Needle | None
     cut: bool
-    question_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -68,7 +66,6 @@ class Prompt:
         needle = None if self.needle is None else dataclasses.asdict(self.needle)
         return {
             "tokens": self.tokens,
-            "question_tokens": self.question_tokens,
             "source": self.source,
             "question": self.question,
             "needle": needle,
@@ -143,18 +140,17 @@ def build_prompt(
         question = needle.question
     whole = text
     if max_tokens is not None:
-        frame = sum(map(len, _encode(tokenizer, "", needle, question)))
+        frame = len(_encode(tokenizer, "", needle, question))
         room = max_tokens - frame - _SEAM_TOKENS
         if room < 1:
             raise InputError(f"--max-tokens {max_tokens} leaves no room for text: the rest of the prompt has {frame}")
         text = _first_tokens(tokenizer, text, room)
-    head, tail = _encode(tokenizer, text, needle, question)
-    ids = torch.tensor([head + tail])
-    return Prompt(ids, source, question, needle, cut=len(text) < len(whole), question_tokens=len(tail))
+    ids = torch.tensor([_encode(tokenizer, text, needle, question)])
+    return Prompt(ids, source, question, needle, cut=len(text) < len(whole))
 
 
-def _encode(tokenizer: Any, text: str, needle: Needle | None, question: str | None) -> tuple[list[int], list[int]]:
-    """Return the prompt's tokens before the question, and from it on."""
+def _encode(tokenizer: Any, text: str, needle: Needle | None, question: str | None) -> list[int]:
+    """Return the tokens of the whole prompt."""
     if needle is not None:
         gap = text.find("\n\n", int(needle.depth * len(text)))
         gap = len(text) if gap < 0 else gap
@@ -167,10 +163,7 @@ def _encode(tokenizer: Any, text: str, needle: Needle | None, question: str | No
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-    start = len(chat) if question is None else chat.rindex(question)
-    head = tokenizer(chat[:start], add_special_tokens=plain).input_ids
-    tail = tokenizer(chat[start:], add_special_tokens=False).input_ids
-    return list(head), list(tail)
+    return list(tokenizer(chat, add_special_tokens=plain).input_ids)
 
 
 def _first_tokens(tokenizer: Any, text: str, tokens: int) -> str:

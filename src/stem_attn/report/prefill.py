@@ -91,11 +91,6 @@ def _table(found: dict[str, Any]) -> Table:
 def _notes(found: dict[str, Any]) -> list[str]:
     rounds = len(found["dense"]["rounds_seconds"])
     notes = [f"Seconds: the faster of {rounds} rounds in turns. Memory: {found['memory_method']}."]
-    if question_tokens := found["prompt"]["question_tokens"]:
-        notes.append(
-            f"The question and what follows it ({question_tokens} tokens) come as a chunk of their own after the text, "
-            f"on both sides; shorter than a block ({found['config']['block_size']}), it runs dense."
-        )
     if found["other_layers"]:
         others = ", ".join(f"{count} ({reason})" for reason, count in found["other_layers"].items())
         notes.append(f"Layers that did not run sparse: {others}.")
