@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stem_attn import StemConfig
+from stem_attn.integrations import hf
 
 BLOCK = 16
 VOCAB = 128
@@ -15,7 +16,7 @@ VOCAB = 128
 # Everything kept: sparse must then equal dense.
 KEEP_ALL = StemConfig(block_size=BLOCK, stride=4, budget_ratio=1.0, decay=1.0, min_seq_len=0)
 # Really sparse, about half of the blocks at 200 tokens.
-SPARSE = StemConfig(block_size=BLOCK, stride=4, budget_ratio=0.2, budget_bias=1, min_seq_len=0)
+SPARSE = StemConfig(block_size=BLOCK, stride=4, budget_ratio=0.2, budget_bias=1, tail_blocks=0, min_seq_len=0)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -93,6 +94,11 @@ def tiny_model(model_type: str, attn_implementation: str = "sdpa", **overrides: 
     torch.manual_seed(0)
     config = tiny_config(model_type, **overrides)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+
+
+def enable(model: PreTrainedModel, config: StemConfig, **options: Any) -> PreTrainedModel:
+    """Enable Stem whether or not it is faster."""
+    return hf.enable(model, config, crossover=False, **options)
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_models import COMMON, FAMILIES, KEEP_ALL, relative_error, tokens
+from hf_models import COMMON, FAMILIES, KEEP_ALL, enable, relative_error, tokens
 from stem_attn.integrations import hf
 from test_hf_families import KINDS, LENGTH, run
 
@@ -124,7 +124,7 @@ def test_everything_kept_equals_dense(model_type, caplog):
     model, ids = AutoModelForCausalLM.from_config(small_config(model_type)).eval(), tokens(2, LENGTH)
     assert sum(p.numel() for p in model.parameters()) < 20e6
     expected = {kind: run(model, ids, kind) for kind in KINDS if not (kind == "prefix" and model_type in NO_PREFIX)}
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     for kind in expected:
         hf.reset_stats(model)
         error = relative_error(run(model, ids, kind), expected[kind])

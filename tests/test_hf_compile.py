@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
+from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
 
@@ -27,7 +27,7 @@ def compiled(model):
 @torch.no_grad()
 def test_full_graph_equals_eager(family, padded):
     extra = {"sliding_window": 40} if family == "gemma3_text" else {}
-    model, ids = hf.enable(tiny_model(family, **extra), SPARSE), tokens(2, LENGTH)
+    model, ids = enable(tiny_model(family, **extra), SPARSE), tokens(2, LENGTH)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :37] = 0
     inputs = {"attention_mask": mask} if padded else {}
@@ -43,7 +43,7 @@ def test_full_graph_equals_eager(family, padded):
 
 @torch.no_grad()
 def test_settings_are_read_when_the_graph_runs():
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     run = compiled(model)
     run(ids)
     with hf.prompt_length(model, 3 * LENGTH):
@@ -54,7 +54,7 @@ def test_settings_are_read_when_the_graph_runs():
 
 @torch.no_grad()
 def test_short_prompts_and_a_cached_prefix_under_compile():
-    model, ids = hf.enable(tiny_model("llama"), StemConfig(block_size=BLOCK, min_seq_len=150)), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), StemConfig(block_size=BLOCK, min_seq_len=150)), tokens(1, LENGTH)
     cache = model(ids[:, :120], use_cache=True).past_key_values
     expected = model(ids[:, 120:], past_key_values=cache).logits
     cache.crop(-(LENGTH - 120))
@@ -69,7 +69,7 @@ def test_short_prompts_and_a_cached_prefix_under_compile():
 def test_training_under_compile_is_dense():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     expected = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), model.lm_head.weight)[0]
-    hf.enable(model, SPARSE)
+    enable(model, SPARSE)
     run = compiled(model)
     actual = torch.autograd.grad(run(ids, use_cache=False).logits.square().mean(), model.lm_head.weight)[0]
     assert relative_error(actual, expected) < 1e-5
@@ -86,6 +86,6 @@ def test_generate_compiles_its_steps(family, chunk):
     steps._compile_all_devices = True
     inputs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **inputs)
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     actual = model.generate(ids, **inputs, prefill_chunk_size=chunk, compile_config=steps)
     assert torch.equal(actual, expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from hf_models import BLOCK, COMMON, FAMILIES, KEEP_ALL, SPARSE, relative_error, tiny_config, tiny_model, tokens
+from hf_models import BLOCK, COMMON, FAMILIES, KEEP_ALL, SPARSE, enable, relative_error, tiny_config, tiny_model, tokens
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
 
@@ -104,9 +104,9 @@ def test_disable_restores_everything(before):
     model, ids = tiny_model("llama", before), tokens(1, LENGTH)
     attributes = {name: set(vars(m)) for name, m in model.named_modules()}
     expected = model(ids).logits
-    assert hf.enable(model, SPARSE) is model
+    assert enable(model, SPARSE) is model
     assert relative_error(model(ids).logits, expected) > 1e-3
-    hf.enable(model, SPARSE)  # twice, and undone once
+    enable(model, SPARSE)  # twice, and undone once
     hf.disable(model)
     assert implementations(model) == [before] * len(implementations(model))
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
@@ -126,7 +126,7 @@ def tiny_vlm():
 def test_only_the_text_tower_of_a_vision_language_model_changes():
     model, ids = tiny_vlm(), tokens(2, LENGTH)
     expected = model(input_ids=ids).logits
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert set(implementations(model.model.vision_tower)) == {"sdpa"}
     assert relative_error(model(input_ids=ids).logits, expected) < 1e-4
@@ -139,10 +139,10 @@ def test_only_the_text_tower_of_a_vision_language_model_changes():
 
 @torch.no_grad()
 def test_enabling_again_updates_the_settings():
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     model(ids)
     assert hf.stats(model).density < 0.7
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert hf.stats(model).calls == 0
     model(ids)
     assert hf.stats(model).density == 1.0
@@ -162,7 +162,7 @@ def test_presets_by_name():
 def test_dense_layers_count_from_both_ends():
     for layers, indices in (((-1,), {2}), ((0, -1), {0, 2}), ((1,), {1})):
         config = StemConfig(block_size=BLOCK, min_seq_len=0, dense_layers=layers)
-        model = hf.enable(tiny_model("llama", num_hidden_layers=3), config)
+        model = enable(tiny_model("llama", num_hidden_layers=3), config)
         model(tokens(1, LENGTH))
         assert hf.stats(model).dense == {"dense layer": len(indices)}
         assert hf.stats(model).sparse == 3 - len(indices)
@@ -171,7 +171,7 @@ def test_dense_layers_count_from_both_ends():
 @torch.no_grad()
 def test_short_prompts_compare_the_whole_prompt():
     config = StemConfig(block_size=BLOCK, min_seq_len=LENGTH)
-    model = hf.enable(tiny_model("llama"), config)
+    model = enable(tiny_model("llama"), config)
     model(tokens(1, LENGTH - 1))
     assert hf.stats(model).dense == {"short prompt": 2}
     with hf.prompt_length(model, LENGTH):  # the first chunk of a prompt that is long enough
@@ -185,7 +185,7 @@ def test_short_prompts_compare_the_whole_prompt():
 
 @torch.no_grad()
 def test_stats_count_tokens_and_weigh_density_by_work():
-    model = hf.enable(tiny_model("llama"), SPARSE)
+    model = enable(tiny_model("llama"), SPARSE)
     model(tokens(2, LENGTH))
     short = hf.stats(model)
     assert short.tokens == {"sparse": 2 * 2 * LENGTH, "banded": 0, "dense": 0}
@@ -203,7 +203,7 @@ def test_stats_count_tokens_and_weigh_density_by_work():
 def test_gradients_and_training_are_dense_and_differentiable():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     expected = torch.autograd.grad(model(ids).logits.square().mean(), model.lm_head.weight)[0]
-    hf.enable(model, SPARSE)
+    enable(model, SPARSE)
     actual = torch.autograd.grad(model(ids).logits.square().mean(), model.lm_head.weight)[0]
     assert relative_error(actual, expected) < 1e-6
     assert hf.stats(model).dense == {"gradients (use torch.no_grad())": 2}
@@ -229,7 +229,7 @@ def test_output_attentions_custom_masks_packing_and_bidirectional_are_dense():
     for inputs, reason in cases:
         hf.disable(model)
         expected = model(ids, **inputs).logits
-        hf.enable(model, SPARSE)
+        enable(model, SPARSE)
         real = inputs["attention_mask"].bool()[0] if reason == "padding between tokens" else slice(None)
         assert relative_error(model(ids, **inputs).logits[0, real], expected[0, real]) < 1e-6, reason
         assert hf.stats(model).dense == {reason: 2}
@@ -237,7 +237,7 @@ def test_output_attentions_custom_masks_packing_and_bidirectional_are_dense():
 
 @torch.no_grad()
 def test_a_row_of_padding_alone_stays_finite_and_changes_nothing():
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(2, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(2, LENGTH)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1] = 0
     logits = model(ids, attention_mask=mask).logits
@@ -256,7 +256,7 @@ def test_encoder_decoder_keeps_cross_and_bidirectional_attention():
     model = BartForConditionalGeneration(BartConfig(**sizes, **layers)).eval()
     inputs = {"input_ids": tokens(2, 150), "decoder_input_ids": tokens(2, LENGTH)}
     expected = model(**inputs).logits
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert relative_error(model(**inputs).logits, expected) < 1e-4
     assert (hf.stats(model).sparse, hf.stats(model).dense) == (1, {"not causal": 2})
 
@@ -278,8 +278,8 @@ def test_each_reason_is_logged_once_per_model(caplog):
 @torch.no_grad()
 def test_models_do_not_share_state():
     one, other, ids = (
-        hf.enable(tiny_model("llama"), SPARSE),
-        hf.enable(tiny_model("llama"), KEEP_ALL),
+        enable(tiny_model("llama"), SPARSE),
+        enable(tiny_model("llama"), KEEP_ALL),
         tokens(1, LENGTH),
     )
     with hf.prompt_length(one, 2 * LENGTH):
@@ -293,7 +293,7 @@ def test_models_do_not_share_state():
 
 @torch.no_grad()
 def test_a_deleted_model_is_freed():
-    model = hf.enable(tiny_model("llama"), SPARSE)
+    model = enable(tiny_model("llama"), SPARSE)
     cache = model(tokens(2, LENGTH), attention_mask=torch.ones(2, LENGTH).tril(150)).past_key_values
     freed = [weakref.ref(model), weakref.ref(model.model.layers[0].self_attn), weakref.ref(cache)]
     del model, cache
@@ -304,7 +304,7 @@ def test_a_deleted_model_is_freed():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.no_grad()
 def test_copies_are_enabled_on_their_own(duplicate):
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     model(ids)
     twin = duplicate(model)
     assert hf.stats(twin) == hf.stats(model)
@@ -318,7 +318,7 @@ def test_copies_are_enabled_on_their_own(duplicate):
 
 @torch.no_grad()
 def test_an_enabled_model_saves_and_reloads_as_usual(tmp_path):
-    model = hf.enable(tiny_model("llama"), SPARSE)
+    model = enable(tiny_model("llama"), SPARSE)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config._attn_implementation == "sdpa"
@@ -334,7 +334,7 @@ def test_registered_name_runs_the_default_config(tmp_path):
     assert relative_error(model(ids).logits, expected) < 1e-6  # short, so dense
     with pytest.raises(ValueError, match="not enabled"):
         hf.stats(model)
-    hf.enable(model, SPARSE)
+    enable(model, SPARSE)
     model(ids)
     assert hf.stats(model).sparse == 2
     hf.disable(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_models import FAMILIES, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
+from hf_models import FAMILIES, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
 from stem_attn import stem_attention
 from stem_attn.integrations import hf
 
@@ -41,7 +41,7 @@ KINDS = ["plain", "left", "right", "prefix"]
 def test_everything_kept_equals_sdpa(family):
     model, ids = tiny_model(family), tokens(2, LENGTH)
     expected = {kind: run(model, ids, kind) for kind in KINDS}
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     for kind in KINDS:
         hf.reset_stats(model)
         error = relative_error(run(model, ids, kind), expected[kind])
@@ -55,7 +55,7 @@ def test_everything_kept_equals_sdpa(family):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_really_sparse_is_stem_on_the_same_inputs(family, kind, monkeypatch):
-    model, ids = hf.enable(tiny_model(family), SPARSE), tokens(2, LENGTH)
+    model, ids = enable(tiny_model(family), SPARSE), tokens(2, LENGTH)
     calls, adapter = [], ALL_ATTENTION_FUNCTIONS["stem"]
 
     def spy(module, query, key, value, mask, **kwargs):
@@ -88,7 +88,7 @@ def test_softcap_and_sinks_run_the_models_own_eager_attention(family, reason, ki
     extra = {"num_local_experts": 4} if family == "gpt_oss" else {}
     model, ids = tiny_model(family, "eager", **window, **extra), tokens(2, LENGTH)
     expected = run(model, ids, kind)
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert relative_error(run(model, ids, kind), expected) < 1e-4
     stats = hf.stats(model)
     assert stats.dense == {reason: stats.calls}
@@ -100,7 +100,7 @@ def test_chunked_attention_layers_stay_dense_beyond_a_chunk(kind):
     model = tiny_model("llama4_text", attention_chunk_size=64)
     ids = tokens(2, LENGTH)
     expected = run(model, ids, kind)
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert relative_error(run(model, ids, kind), expected) < 1e-4
     stats = hf.stats(model)
     assert stats.sparse == stats.dense["4-D mask"] == stats.calls / 2

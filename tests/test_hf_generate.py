@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
+from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
 from stem_attn.integrations import hf
 
 LENGTH = 200
@@ -32,7 +32,7 @@ def left_padded(batch, pads):
 @pytest.mark.parametrize("chunk", [BLOCK, 4 * BLOCK, 7 * BLOCK])
 @torch.no_grad()
 def test_aligned_chunks_with_the_prompt_length_told_equal_one_shot(chunk):
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     expected = forward(model, ids)
     one_shot = hf.stats(model)
     hf.reset_stats(model)
@@ -46,7 +46,7 @@ def test_aligned_chunks_with_the_prompt_length_told_equal_one_shot(chunk):
 
 @torch.no_grad()
 def test_padded_chunks_budget_each_row_by_its_own_length():
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(3, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(3, LENGTH)
     mask = left_padded(3, [0, 2 * BLOCK, 5 * BLOCK])  # chunk boundaries are block boundaries of every row
     real = mask.bool()
     expected = forward(model, ids, mask)[real]
@@ -58,7 +58,7 @@ def test_padded_chunks_budget_each_row_by_its_own_length():
 
 @torch.no_grad()
 def test_chunks_of_unknown_prompt_length_are_counted():
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     forward(model, ids, chunk=4 * BLOCK)
     stats = hf.stats(model)
     assert stats.unknown_prompt_len == 2 * 2  # of 64 + 64 + 64 + 8 tokens, the first sees no prefix, the last is short
@@ -67,7 +67,7 @@ def test_chunks_of_unknown_prompt_length_are_counted():
 
 @torch.no_grad()
 def test_a_prompt_longer_than_told_is_an_error():
-    model, ids = hf.enable(tiny_model("llama"), SPARSE, prompt_len=100), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE, prompt_len=100), tokens(1, LENGTH)
     with pytest.raises(ValueError, match=r"prompt_len says \[100\] tokens, but the prompt already has \[200\]"):
         model(ids)
     with (
@@ -81,7 +81,7 @@ def test_a_prompt_longer_than_told_is_an_error():
 @torch.no_grad()
 def test_generate_in_chunks_equals_one_shot(family):
     extra = GEMMA if family == "gemma3_text" else {}
-    model, ids = hf.enable(tiny_model(family, **extra), SPARSE), tokens(2, LENGTH)
+    model, ids = enable(tiny_model(family, **extra), SPARSE), tokens(2, LENGTH)
     inputs = {"input_ids": ids, "attention_mask": left_padded(2, [0, 2 * BLOCK]), "max_new_tokens": 8}
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(**inputs, **options)
@@ -98,7 +98,7 @@ def test_generate_in_chunks_equals_one_shot(family):
 @torch.no_grad()
 def test_static_cache_equals_dynamic_cache(family, padded, chunk):
     extra = {"mistral": {"sliding_window": 40}, "gemma3_text": GEMMA}.get(family, {})
-    model, ids = hf.enable(tiny_model(family, **extra), SPARSE), tokens(2, LENGTH)
+    model, ids = enable(tiny_model(family, **extra), SPARSE), tokens(2, LENGTH)
     mask = left_padded(2, [0, 37]) if padded else None
     expected = forward(model, ids, mask, chunk=chunk)
     dynamic = hf.stats(model)
@@ -118,7 +118,7 @@ def test_generate_with_a_static_cache_equals_sdpa(family):
     model, ids = tiny_model(family, **extra), tokens(2, LENGTH)
     options = {"attention_mask": left_padded(2, [0, 37]), "max_new_tokens": 6, "cache_implementation": "static"}
     expected = model.generate(ids, do_sample=False, **options)
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert torch.equal(model.generate(ids, do_sample=False, **options), expected)
     assert hf.stats(model).sparse + hf.stats(model).banded == 2
 
@@ -128,7 +128,7 @@ def test_beam_search_equals_sdpa():
     model, ids = tiny_model("llama"), tokens(2, LENGTH)
     options = {"attention_mask": left_padded(2, [0, 37]), "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     expected = model.generate(ids, **options)
-    hf.enable(model, KEEP_ALL, prompt_len=[LENGTH, LENGTH - 37])  # two rows, six beams
+    enable(model, KEEP_ALL, prompt_len=[LENGTH, LENGTH - 37])  # two rows, six beams
     assert torch.equal(model.generate(ids, **options), expected)
     assert hf.stats(model).sparse == 2
 
@@ -138,7 +138,7 @@ def test_assisted_decoding_equals_sdpa():
     model, assistant, ids = tiny_model("llama"), tiny_model("llama", num_hidden_layers=1), tokens(1, LENGTH)
     options = {"assistant_model": assistant, "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(ids, **options)
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert torch.equal(model.generate(ids, **options), expected)
     stats = hf.stats(model)
     assert stats.sparse == 2
@@ -147,6 +147,6 @@ def test_assisted_decoding_equals_sdpa():
 
 @torch.no_grad()
 def test_continuous_batching_is_unsupported():
-    model = hf.enable(tiny_model("llama"), SPARSE)
+    model = enable(tiny_model("llama"), SPARSE)
     with pytest.raises(ValueError, match=r"stem.* is not supported"):
         model.generate_batch([tokens(1, 9)[0].tolist()], progress_bar=False)

@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from hf_models import SPARSE, relative_error, tiny_model, tokens
+from hf_models import SPARSE, enable, relative_error, tiny_model, tokens
 from stem_attn.integrations import hf
 
 LENGTH = 200
@@ -16,7 +16,7 @@ LENGTH = 200
 @torch.no_grad()
 def test_device_map_with_offload(tmp_path):
     pytest.importorskip("accelerate")
-    model, ids = hf.enable(tiny_model("llama", num_hidden_layers=3), SPARSE), tokens(2, LENGTH)
+    model, ids = enable(tiny_model("llama", num_hidden_layers=3), SPARSE), tokens(2, LENGTH)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :37] = 0
     expected = model(ids, attention_mask=mask).logits
@@ -26,7 +26,7 @@ def test_device_map_with_offload(tmp_path):
     spread = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    hf.enable(spread, SPARSE)
+    enable(spread, SPARSE)
     actual = spread(ids, attention_mask=mask).logits
     assert relative_error(actual[mask.bool()], expected[mask.bool()]) < 1e-5
     assert hf.stats(spread).sparse == 3
@@ -40,7 +40,7 @@ def _tensor_parallel_worker(rank, port, folder, ids, expected, errors):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    hf.enable(model, SPARSE)
+    enable(model, SPARSE)
     with torch.no_grad():
         logits = model(ids).logits
     errors[rank] = relative_error(logits, expected)
@@ -52,7 +52,7 @@ def _tensor_parallel_worker(rank, port, folder, ids, expected, errors):
 
 @torch.no_grad()
 def test_tensor_parallel_over_two_processes(tmp_path):
-    model, ids = hf.enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     expected = model(ids).logits
     model.save_pretrained(tmp_path)
     with socket.socket() as probe:

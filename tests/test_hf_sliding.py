@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_models import BLOCK, KEEP_ALL, relative_error, tiny_model, tokens
+from hf_models import BLOCK, KEEP_ALL, enable, relative_error, tiny_model, tokens
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
 from test_hf_families import KINDS, LENGTH, run
@@ -27,7 +27,7 @@ FAMILIES = {
 def test_band_equals_sdpa(family, window):
     model, ids = tiny_model(family, sliding_window=window, **FAMILIES[family]), tokens(2, LENGTH)
     expected = {kind: run(model, ids, kind) for kind in KINDS}
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     for kind in KINDS:
         hf.reset_stats(model)
         error = relative_error(run(model, ids, kind), expected[kind])
@@ -44,7 +44,7 @@ def test_band_equals_sdpa(family, window):
 def test_short_prompts_get_the_windowed_mask(kind):
     model, ids = tiny_model("gemma3_text", sliding_window=40), tokens(2, LENGTH)
     expected = run(model, ids, kind)
-    hf.enable(model, StemConfig(block_size=BLOCK, min_seq_len=4096))
+    enable(model, StemConfig(block_size=BLOCK, min_seq_len=4096))
     assert relative_error(run(model, ids, kind), expected) < 1e-6
     stats = hf.stats(model)
     assert stats.dense == {"short prompt": stats.calls}
@@ -54,7 +54,7 @@ def test_short_prompts_get_the_windowed_mask(kind):
 def test_decode_and_short_steps_see_the_window():
     model, ids = tiny_model("mistral", sliding_window=40), tokens(1, 120)
     expected = model(ids).logits
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     cache = DynamicCache(config=model.config)
     parts = [model(part, past_key_values=cache).logits for part in ids.split([100, 1, 5, 14], dim=1)]
     assert relative_error(torch.cat(parts, 1), expected) < 1e-4
@@ -63,7 +63,7 @@ def test_decode_and_short_steps_see_the_window():
 
 @torch.no_grad()
 def test_a_window_wider_than_the_prompt_is_full_attention():
-    model = hf.enable(tiny_model("mistral", sliding_window=LENGTH), KEEP_ALL)
+    model = enable(tiny_model("mistral", sliding_window=LENGTH), KEEP_ALL)
     model(tokens(1, LENGTH))
     assert hf.stats(model).sparse == 2
     with hf.prompt_length(model, LENGTH + 1):  # but the whole prompt is not
@@ -74,7 +74,7 @@ def test_a_window_wider_than_the_prompt_is_full_attention():
 @torch.no_grad()
 def test_a_band_stands_for_dense_in_dense_layers():
     config = StemConfig(block_size=BLOCK, min_seq_len=0, dense_layers=(0, -1))
-    model = hf.enable(tiny_model("gemma3_text", sliding_window=40), config)
+    model = enable(tiny_model("gemma3_text", sliding_window=40), config)
     model(tokens(1, LENGTH))
     assert hf.stats(model).banded == 1
     assert hf.stats(model).dense == {"dense layer": 1}
@@ -86,6 +86,6 @@ def test_padding_between_tokens_gets_the_windowed_mask():
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, 50:60] = 0
     expected = model(ids, attention_mask=mask).logits[mask.bool()]
-    hf.enable(model, KEEP_ALL)
+    enable(model, KEEP_ALL)
     assert relative_error(model(ids, attention_mask=mask).logits[mask.bool()], expected) < 1e-6
     assert hf.stats(model).dense == {"padding between tokens": 2}

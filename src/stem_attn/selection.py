@@ -52,13 +52,25 @@ def kept_per_row(budget: Tensor, grid: BlockGrid, config: StemConfig) -> tuple[T
         The blocks that top-k takes, int32 in the shape of `budget` (forced ones among them when they are inside),
         and the width of the selection's `indices`: known on the host, so that a GPU need not be asked.
     """
-    causal = grid.block_ids().int() + 1
-    forced = causal.clamp(max=config.sink_blocks + config.local_blocks)
-    if config.forced_blocks == "inside":
-        keep = budget.maximum(forced).minimum(causal)
-        return keep, int(keep.max())
-    keep = budget.minimum(causal)
-    return keep, int((keep + forced).minimum(causal).max())
+    most = most_kept(budget, grid, config)
+    keep = most if config.forced_blocks == "inside" else budget.minimum(most)
+    return keep, int(most.max())
+
+
+def most_kept(budget: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
+    """Bound the blocks that every row keeps, forced ones included: exactly, where these are inside the budget.
+
+    Args:
+        budget: int32 [Qb] or [B, Qb] on the CPU.
+        grid: The geometry of the rows.
+        config: Reads `sink_blocks`, `local_blocks` and `forced_blocks`.
+
+    Returns:
+        int32 in the shape of `budget`; blocks.
+    """
+    forced = config.sink_blocks + config.local_blocks
+    most = budget.clamp(min=forced) if config.forced_blocks == "inside" else budget + forced
+    return most.minimum(grid.block_ids().int() + 1)
 
 
 def _top(scores: Tensor, keep: Tensor) -> Tensor:

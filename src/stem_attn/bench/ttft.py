@@ -114,7 +114,7 @@ def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
     with sdpa_kernel(SDPBackend.MATH):
         unfused = _prefill(model, tokens)
     everything = replace(config, budget_ratio=1.0, dense_below=0, min_seq_len=0, dense_layers=(), decay=1.0)
-    hf.enable(model.module, config=everything)
+    hf.enable(model.module, config=everything, crossover=False)
     try:
         kept = _prefill(model, tokens)
         sparse = hf.stats(model.module).sparse

@@ -37,6 +37,7 @@ def enable(
     *,
     prompt_len: int | Sequence[int] | Tensor | None = None,
     backend: str = "auto",
+    crossover: bool = True,
 ) -> Model:
     """Route a model's prefill through Stem; decode and all that Stem does not cover stay dense.
 
@@ -49,6 +50,8 @@ def enable(
         prompt_len: Tokens of the whole prompt, padding not counted: one int or one a batch row. Tell it, or use
             `prompt_length`, when the prompt comes in chunks; otherwise chunks are budgeted by what they see.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
+        crossover: Whether calls that keep too many blocks to be faster than dense attention go dense. Turn it off to
+            study accuracy.
 
     Returns:
         The same model.
@@ -72,7 +75,7 @@ def enable(
 
     disable(model)
     register()
-    state = State(config, lengths, backend, previous=_implementations(model))
+    state = State(config, lengths, backend, crossover, previous=_implementations(model))
     try:
         model.set_attn_implementation(_target(model))
         switched = [m for m in model.modules() if _implementation(m) == NAME]

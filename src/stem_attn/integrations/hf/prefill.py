@@ -8,8 +8,9 @@ from torch import Tensor
 
 from stem_attn.api import stem_attention
 from stem_attn.attention import block_sparse_attention
-from stem_attn.blocks import BlockSelection
+from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.integrations.hf import dense, masks
+from stem_attn.integrations.hf.crossover import sparse_is_faster
 from stem_attn.integrations.hf.state import State
 
 
@@ -52,6 +53,12 @@ def prefill(
     window = padding.window if padding.window is not None and padding.window < max(lens, default=0) else None
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
         reason = "dense layer"
+    keys = q_len if mask is None else masks.present_keys(mask, key)
+    if reason is None and window is None and state.crossover:
+        calls = _calls(state, rows, lens, q_len, keys, seen)
+        told = None if told_lens is None else tuple(told_lens)
+        if not sparse_is_faster(query.device.type, state.config, calls, told):
+            reason = "no gain from sparsity"
     if reason is not None:
         state.count_dense(reason, batch * q_len)
         out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
@@ -69,7 +76,6 @@ def prefill(
             return _sparse(state, q, k, v, scale, lens)
         return _banded(state, q, k, v, scale, window)
 
-    keys = q_len if mask is None else masks.present_keys(mask, key)
     key, value = key[:, :, :keys], value[:, :, :keys]
     # Rows that are padded alike go together; otherwise each row is cut to its real tokens.
     alike = len(set(rows)) == 1
@@ -84,6 +90,23 @@ def prefill(
             part = attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens[which])
             out[which, queries] = part.transpose(1, 2)
     return out
+
+
+def _calls(
+    state: State, rows: tuple[tuple[int, int], ...], lens: list[int], q_len: int, keys: int, seen: int
+) -> tuple[tuple[int, BlockGrid], ...]:
+    """Return the whole prompt's tokens, as far as known, and the blocks of every batch row that has queries.
+
+    Where all rows are alike, one stands for all.
+    """
+    pairs = list(zip(rows, lens, strict=True))
+    calls = []
+    for (first, end), n in pairs if len(set(pairs)) > 1 else pairs[:1]:
+        queries, present = _present(first, end, seen, q_len), _present(first, end, seen, keys)
+        if queries.start < queries.stop:
+            grid = BlockGrid(queries.stop - queries.start, present.stop - present.start, state.config.block_size)
+            calls.append((n, grid))
+    return tuple(calls)
 
 
 def _present(first: int, end: int, seen: int, last: int) -> slice:

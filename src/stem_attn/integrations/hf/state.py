@@ -20,7 +20,7 @@ log = logging.getLogger("stem_attn.hf")
 ATTRIBUTE = "_stem_state"  # where a model's modules carry its State
 
 # Reasons for dense attention that belong to normal use; every other one is logged as a warning.
-_EXPECTED = frozenset({"decode", "short prompt", "dense layer"})
+_EXPECTED = frozenset({"decode", "short prompt", "dense layer", "no gain from sparsity"})
 
 _keys = itertools.count()
 _by_key: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
@@ -37,7 +37,7 @@ class Stats:
         calls: All calls.
         sparse: Calls that attended over the blocks Stem selects.
         banded: Calls of sliding-window layers, exact over their window.
-        dense: Calls left to the model's own attention, by reason.
+        dense: Calls left to dense attention, by reason; "no gain from sparsity" where sparse would not be faster.
         density: Kept over causal blocks, all sparse calls together, so that each call weighs as much as the
             work that dense attention would have had; None before the first sparse call.
         tokens: Query tokens by kind ("sparse", "banded", "dense"), padding included, summed over calls.
@@ -61,6 +61,7 @@ class State:
         config: The method.
         prompt_len: Tokens of the whole prompt, one int or one a batch row; None if unknown.
         backend: The backend's name, or "auto".
+        crossover: Whether calls that sparse attention would not speed up go dense.
         previous: (config, attention implementation) pairs to restore.
     """
 
@@ -69,11 +70,13 @@ class State:
         config: StemConfig,
         prompt_len: PromptLen = None,
         backend: str = "auto",
+        crossover: bool = True,
         previous: list[tuple[Any, str | None]] | None = None,
     ) -> None:
         self.config = config
         self.prompt_len = prompt_len
         self.backend = backend
+        self.crossover = crossover
         self.previous = previous or []
         self._logged: set[str] = set()
         self.reset()
