@@ -12,7 +12,7 @@ from stem_attn import backends
 from stem_attn.attention import block_sparse_attention
 from stem_attn.backends.base import empty_output
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.budget import block_budget
+from stem_attn.budget import block_budget, keeps_everything
 from stem_attn.checks import check_config, check_qkv, resolve_prompt_len, resolve_scale
 from stem_attn.config import StemConfig
 
@@ -130,8 +130,7 @@ def select_blocks(
     lengths = resolve_prompt_len(prompt_len, q.shape[0], k.shape[2])
     chosen = backends.choose(backend, q, k, v, block_size=config.block_size, select=True)
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    budgets = [block_budget(config, n, grid) for n in lengths]
-    if all(bool((b > grid.block_ids()).all()) for b in budgets):  # every row keeps all it may see: nothing to score
+    if all(keeps_everything(config, n, grid) for n in lengths):
         return BlockSelection.band(
             batch=q.shape[0],
             heads=q.shape[1],
@@ -141,6 +140,7 @@ def select_blocks(
             k_len=grid.k_len,
             device=q.device,
         )
+    budgets = [block_budget(config, n, grid) for n in lengths]
     budget = budgets[0] if len(set(lengths)) == 1 else torch.stack(budgets)
     return chosen.select(q, k, v, config=config, scale=scale, budget=budget)
 
