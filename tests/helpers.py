@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from stem_attn import BlockSelection, StemConfig
@@ -34,6 +35,22 @@ def make_qkv(
         return torch.randn(batch, h, t, d, generator=gen).to(dtype)
 
     return draw(heads, q_len, dim), draw(kv_heads, k_len, dim), draw(kv_heads, k_len, v_dim or dim)
+
+
+def load_vector(path: Path) -> tuple[StemConfig, dict[str, Tensor]]:
+    """Read what the authors' code made of some inputs: its settings, and all its tensors by name."""
+    with safe_open(path, "pt") as f:
+        meta = f.metadata()
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    config = StemConfig.preset(
+        "official",
+        block_size=int(meta["block_size"]),
+        stride=int(meta["stride"]),
+        decay=float(meta["alpha"]),
+        sink_blocks=int(meta["initial_blocks"]),
+        local_blocks=int(meta["window_size"]),
+    )
+    return config, tensors
 
 
 def assert_same_blocks(selection: BlockSelection, expected: Tensor, scores: Tensor, rounding: float) -> None:

@@ -2,30 +2,14 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors import safe_open
 
-from helpers import SMALL, VECTORS, assert_same_blocks, make_qkv, score_rounding
+from helpers import SMALL, VECTORS, assert_same_blocks, load_vector, make_qkv, score_rounding
 from stem_attn import StemConfig, block_sparse_attention, select_blocks, stem_attention
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import block_budget
 from stem_attn.reference import reference_scores, reference_stem
 from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
-
-
-def load_vector(path):
-    with safe_open(path, "pt") as f:
-        meta = f.metadata()
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    config = StemConfig.preset(
-        "official",
-        block_size=int(meta["block_size"]),
-        stride=int(meta["stride"]),
-        decay=float(meta["alpha"]),
-        sink_blocks=int(meta["initial_blocks"]),
-        local_blocks=int(meta["window_size"]),
-    )
-    return config, tensors
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)

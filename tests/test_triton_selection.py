@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import VECTORS, assert_same_blocks, make_qkv, score_rounding
+from helpers import VECTORS, assert_same_blocks, load_vector, make_qkv, score_rounding
 from stem_attn import BlockSelection, StemConfig
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import block_budget
 from stem_attn.reference import reference_scores
 from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
-from test_selection import load_vector
 
 GPU = torch.cuda.is_available()
 if not GPU:
