@@ -152,6 +152,22 @@ def test_everything_kept_is_dense_attention(dtype, length):
     check(q, k, v, selection)  # against float64: the mask is the plain causal one
 
 
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize(("q_len", "k_len", "v_dim"), [(111, 111, 32), (150, 333, 32), (333, 333, 24)])
+def test_with_native_bfloat16(monkeypatch, q_len, k_len, v_dim, window):
+    """What CPUs with bfloat16 instructions run; it is right, if slow, on any."""
+    monkeypatch.setattr(cpu, "_has_native_bfloat16", lambda device: True)
+    q, k, v = make_qkv(q_len, k_len, batch=2, v_dim=v_dim, dtype=torch.bfloat16)
+    selection = random_selection(q_len, k_len, 32, batch=2, per_head=True)
+    out = block_sparse_attention(q, k, v, selection, window=window, backend="cpu")
+    mask = token_mask(selection, window)
+    expected, _ = exact(q, k, v, mask)
+    dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask)
+    error, budget = (out - expected).abs(), (dense - expected).abs()
+    assert error.max() <= 2 * budget.max()
+    assert error.square().mean().sqrt() <= 2 * budget.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("length", [100, 128])
 def test_reads_no_uninitialised_memory_and_nothing_behind_the_keys(monkeypatch, length):
     """Poison fresh memory, and the rest of a static cache that k and v are cut from, with NaN."""

@@ -1,7 +1,7 @@
 """Block-sparse attention in plain torch: made for CPUs, runs on any device.
 
 A task is one query block of one head. Tasks are sorted by how many key blocks they keep, and a batch of tasks of
-equal counts is two batched matmuls over gathered keys and values. So it makes no difference whether heads and batch
+equal counts is attended to at once, over gathered keys and values. So it makes no difference whether heads and batch
 rows keep equally many blocks.
 """
 
@@ -24,7 +24,7 @@ class CpuBackend(Backend):
     """Gather the kept blocks of a batch of query blocks, and attend with batched matmuls.
 
     Half precisions are computed in float32: a bfloat16 matmul is many times slower on a CPU without instructions for
-    it, and would round the logits.
+    it, and would round the logits. Where there are such instructions, bfloat16 goes through SDPA, which uses them.
     """
 
     name = "cpu"
@@ -48,7 +48,8 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         grid, size = selection.grid, selection.block_size
         heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        fused = q.dtype == torch.bfloat16 and not return_lse and _has_native_bfloat16(q.device)
+        compute = q.dtype if fused or q.dtype == torch.float64 else torch.float32
 
         # N tasks: below, [N, ...] is in their order.
         counts, order = selection.counts.flatten().sort(descending=True, stable=True)
@@ -83,14 +84,23 @@ class CpuBackend(Backend):
             torch.index_select(values, 0, chosen, out=value_buffer[:used])
             batch_keys = key_buffer[:used].view(stop - start, width * size, -1)
             batch_values = value_buffer[:used].view(stop - start, width * size, -1)
-            logits = logit_buffer[: used * size * size].view(stop - start, size, width * size)
-            logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale)
+            rows = 1 if fused and window is None else stop - start  # without logits, tasks have one mask in common
+            logits = logit_buffer[: rows * width * size * size].view(rows, size, width * size)
+            if fused:
+                logits.zero_()  # only the mask: SDPA adds its own logits
+            else:
+                logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale)
             logits[:, :, -size:] += future  # the last block that a task keeps is its diagonal one
             if window is not None:
                 _hide_left_of_window(logits, diagonal[tasks, None] - kept, window)
             if lse is not None:
                 torch.logsumexp(logits, -1, out=lse[tasks])
-            torch.bmm(torch.softmax(logits, -1, out=logits), batch_values, out=result[tasks])
+            if fused:
+                result[tasks] = F.scaled_dot_product_attention(
+                    queries[None, tasks], batch_keys[None], batch_values[None], attn_mask=logits[None], scale=scale
+                )[0]
+            else:
+                torch.bmm(torch.softmax(logits, -1, out=logits), batch_values, out=result[tasks])
 
         out = empty_output(padded, v)
         torch.unflatten(out, 2, (grid.q_blocks, size))[sample, head, row] = result.to(q.dtype)
@@ -101,6 +111,12 @@ class CpuBackend(Backend):
         by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
         by_row[sample, head, row] = lse.float()
         return out, by_row.flatten(2)[:, :, before : before + q_len].contiguous()
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _batches(counts: list[int], size: int) -> list[tuple[int, int, int]]:
