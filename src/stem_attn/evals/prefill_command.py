@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from stem_attn.evals.models import LoadedModel
     from stem_attn.evals.prompts import Prompt
 
-# The published presets are made for long prompts: of 8K tokens their fixed minimum of 128-token blocks keeps nearly
-# everything. Smaller blocks and a budget in proportion to the prompt keep 28% to 30% of 4K to 32K tokens.
+# The published presets are made for long prompts: of a few thousand tokens their fixed minimum of 128-token blocks
+# keeps nearly everything. Smaller blocks and a budget in proportion to the prompt keep 25% to 30%.
 DEMO = {
     "block_size": 64,
     "budget_ratio": 0.165,
@@ -28,7 +28,7 @@ DEMO = {
     "local_blocks": 4,
     "min_seq_len": 1024,
 }
-DEMO_TOKENS = 8192
+DEMO_TOKENS = 6144
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _MODEL, _PROMPT, _METHOD, _OUTPUT = "Model", "Prompt", "Method", "Output"
@@ -123,7 +123,7 @@ def prefill(
     from stem_attn.evals.prompts import read_text
     from stem_attn.report.options import config_from_options
 
-    require("transformers", "gguf", extra="demo")
+    require("transformers", "gguf", "psutil", extra="demo")
     # Everything that can be refused without the model is refused before it loads.
     if preset == "demo":
         config = config_from_options("default", override or [], **DEMO)
