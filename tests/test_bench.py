@@ -256,7 +256,8 @@ def test_ttft_compares_dense_and_stem(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ttft.MODELS, "smollm2", ttft.MODELS["smollm2"] | tiny | {"num_attention_heads": 4})
     monkeypatch.setitem(ttft.MODELS["smollm2"], "num_key_value_heads", 2)
     arguments = ["--ttft", "--shape", "smollm2", "--device", "cpu", "--lengths", "600", "--set", "block_size=16"]
-    arguments += ["--set", "min_seq_len=0", "--set", "dense_layers=[0]", "--repeats", "1", "--out", str(tmp_path)]
+    arguments += ["--set", "min_seq_len=0", "--set", "budget_bias=1", "--set", "dense_layers=[0]"]
+    arguments += ["--repeats", "1", "--out", str(tmp_path)]
     assert run_command(["bench", *arguments]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     (case,) = found["cases"]
