@@ -171,7 +171,8 @@ def test_scale_is_that_of_the_logits():
     out, selection = stem_attention(q, k, v, config=SMALL, scale=0.7, return_selection=True)
     exact, mask = reference_stem(q, k, v, SMALL, scale=0.7)
     assert torch.equal(selection.to_mask(), mask)
-    torch.testing.assert_close(out, exact.float(), atol=5e-6, rtol=1e-5)
+    lost = (dense(q, k, v, scale=0.7) - dense(q.double(), k.double(), v.double(), scale=0.7)).abs().max()
+    assert (out - exact).abs().max() <= 2 * lost
 
 
 @pytest.mark.parametrize("window", [1, 16, 40, 1000])
