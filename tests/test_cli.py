@@ -99,7 +99,7 @@ def test_embedded_text_and_json_on_stdout(folder):
     assert "language reference" in found["prompt"]["source"]
     assert found["prompt"]["needle"]["answer"] in found["prompt"]["needle"]["sentence"]
     assert found["dense"]["answer_right"] is False  # random weights know nothing
-    assert 0 < found["density"] < 0.4  # at 2K tokens the sink and local blocks weigh more
+    assert 0 < found["density"] < 0.5  # at 2K tokens the blocks that are always kept weigh more
     assert "dense / stem" in err  # the table
 
 
