@@ -1,7 +1,5 @@
 """The Triton attention kernels against float64: on a GPU, or in Triton's CPU interpreter where there is none."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,6 @@ from stem_attn.blocks import BlockGrid
 from stem_attn.reference import reference_attention
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
 

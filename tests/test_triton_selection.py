@@ -1,7 +1,5 @@
 """The Triton selection against the plain torch one: on a GPU, or in Triton's CPU interpreter where there is none."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +13,6 @@ from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if GPU else "cpu"
