@@ -24,6 +24,7 @@ DEMO = {
     "block_size": 64,
     "budget_ratio": 0.165,
     "budget_bias": 0,
+    "tail_blocks": 2,
     "sink_blocks": 2,
     "local_blocks": 4,
     "min_seq_len": 1024,
