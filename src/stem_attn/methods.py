@@ -1,0 +1,74 @@
+"""What a method of sparse attention is: a choice of key blocks. Stem is one; `stem_attn.baselines` has the others.
+
+Methods differ in their selection only. Every one of them runs on the same attention backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from stem_attn.api import select_blocks
+from stem_attn.blocks import BlockSelection
+from stem_attn.config import StemConfig
+
+
+class Method(Protocol):
+    """Choose key blocks for the queries of a prefill."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        prompt_len: int | Sequence[int] | Tensor | None = None,
+    ) -> BlockSelection:
+        """Choose the key blocks that every query block keeps.
+
+        Args:
+            q: [B, Hq, Tq, D], the last Tq of Tk tokens.
+            k: [B, Hkv, Tk, D]; Hkv divides Hq.
+            v: [B, Hkv, Tk, Dv].
+            scale: Factor of the logits; default `1 / sqrt(D)`.
+            prompt_len: Tokens of the whole prompt, one int or one a batch row, for methods whose budget depends on
+                it. Default: Tk.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Stem:
+    """Stem as a method among others.
+
+    Args:
+        config: See `StemConfig`.
+        backend: `"auto"` or a name from `stem_attn.backends.available()`.
+    """
+
+    config: StemConfig = field(default_factory=StemConfig)
+    backend: str = "auto"
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self.config.block_size
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        prompt_len: int | Sequence[int] | Tensor | None = None,
+    ) -> BlockSelection:
+        """See `stem_attn.select_blocks`."""
+        return select_blocks(q, k, v, config=self.config, scale=scale, prompt_len=prompt_len, backend=self.backend)
