@@ -57,6 +57,7 @@ def _app() -> "typer.Typer":
     import typer
 
     from stem_attn.bench.command import bench
+    from stem_attn.evals.eval_command import eval_app
     from stem_attn.evals.prefill_command import prefill
 
     app = typer.Typer(
@@ -80,4 +81,5 @@ def _app() -> "typer.Typer":
 
     app.command()(prefill)
     app.command()(bench)
+    app.add_typer(eval_app(), name="eval")
     return app
