@@ -1,0 +1,70 @@
+"""The oracle: it computes dense attention to choose blocks by what they really contribute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number
+from stem_attn.baselines.estimates import attention_mass, attention_tiles, key_blocks
+from stem_attn.baselines.masks import best_share
+from stem_attn.blocks import BlockGrid
+
+Measure = Literal["mass", "effect"]
+Scope = Literal["row", "head", "layer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Oracle(Baseline):
+    """Keep the blocks of largest true attention mass or true effect on the output, to an exact density.
+
+    A reference, not a method: it costs more than dense attention.
+
+    Args:
+        block_size: Tokens a block.
+        density: Kept over causal blocks, diagonal blocks included.
+        measure: `"mass"`: a block's attention, averaged over the queries of the row. `"effect"`: what dropping the
+            block alone changes in the output before the softmax is renormalised, `|P_ij (v_j - out_i)|` with sums
+            over the block's keys, as the root mean square over the queries.
+        scope: Which blocks compete for the total: those of a `"row"`, of a `"head"`, or of all heads, `"layer"`.
+    """
+
+    knob: ClassVar[Knob] = Knob("density", low=0, high=1, rising=True)
+
+    block_size: int = 128
+    density: float = 0.2
+    measure: Measure = "mass"
+    scope: Scope = "layer"
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        check_number("density", self.density, 0, 1)
+        for name, choices in (("measure", Measure), ("scope", Scope)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, scale: float) -> Tensor:
+        """Return the measure: float32 [B, Hq, Qb, Kb]."""
+        return attention_mass(q, k, grid, scale) if self.measure == "mass" else _effect(q, k, v, grid, scale)
+
+    def estimate(self, q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, scale: float) -> Tensor:
+        return self.scores(q, k, v, grid, scale)
+
+    def keep(self, estimate: Tensor, grid: BlockGrid, lengths: list[int]) -> Tensor:
+        return best_share(estimate, grid, self.density, self.scope)
+
+
+def _effect(q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, scale: float) -> Tensor:
+    values = key_blocks(v, grid).float()
+    heads = q.shape[1] // k.shape[1]
+    effect = torch.zeros(len(values), heads, grid.q_blocks, grid.k_blocks, device=q.device)
+    for which, rows, probabilities in attention_tiles(q, k, grid, scale, width=v.shape[3]):
+        blocks = probabilities.shape[4]
+        shares = torch.einsum("nhrqks,nksd->nhrqkd", probabilities.float(), values[which, :blocks])
+        out = shares.sum(4, keepdim=True)
+        shares -= probabilities.sum(5)[..., None] * out
+        effect[which, :, rows, :blocks] = shares.square_().sum(5).mean(3).sqrt()
+    return effect.view(*q.shape[:2], grid.q_blocks, grid.k_blocks)
