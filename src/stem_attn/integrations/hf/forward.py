@@ -53,7 +53,7 @@ def stem_attention_forward(
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
     """
     state: State = getattr(module, ATTRIBUTE, _unmanaged)
-    reason, eager = _why_dense(module, query, key, value, attention_mask, dropout, kwargs)
+    reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
             state.count_dense(reason, query.shape[0] * query.shape[2])
@@ -65,7 +65,7 @@ def stem_attention_forward(
     return run(state, module, query, key, value, attention_mask, scale=scaling, dense_layer=dense_layer), None
 
 
-def _why_dense(
+def why_dense(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
