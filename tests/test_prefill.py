@@ -50,7 +50,7 @@ def test_keeping_everything_agrees_in_everything():
 
 def test_fidelity_is_that_of_the_full_logits(monkeypatch):
     # Few rows at a time, so that chunks and their seams are exercised.
-    monkeypatch.setattr("stem_attn.evals.prefill._LOGITS_BYTES", 4 * 257 * 7)
+    monkeypatch.setattr("stem_attn.evals.logits._LOGITS_BYTES", 4 * 257 * 7)
     model, prompt = tiny_model.model(), ids()
     found, _ = run(model, SPARSE, prompt)
     dense = log_probs(model, prompt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from stem_attn.config import StemConfig
 from stem_attn.errors import InputError
+from stem_attn.evals.logits import compare_positions, keep_hidden
 from stem_attn.evals.measure import AttentionClock, PeakMemory, synchronize
 from stem_attn.integrations import hf
 
-_LOGITS_BYTES = 64 * 2**20  # of one side's float32 logits at a time
 _WARM_UP_TOKENS = 256
 
 OnStart = Callable[[str, int], Callable[[], Any]]
@@ -80,14 +79,6 @@ class _Pass:
     cache: Any
 
 
-@dataclass(frozen=True, slots=True)
-class _Fidelity:
-    top1_agreement: float
-    mean_kl_nats: float
-    dense_perplexity: float
-    stem_perplexity: float
-
-
 @torch.inference_mode()
 def compare(
     model: Any,
@@ -139,10 +130,10 @@ def compare(
             raise InputError(f"no layer ran sparse, so there is nothing to compare ({reasons})")
         density = stats.density
 
-    fidelity = _fidelity(model, passes["dense"][0].hidden, passes["stem"][0].hidden, ids)
+    fidelity = compare_positions(model, passes["dense"][0].hidden, passes["stem"][0].hidden, ids)
     return Comparison(
         dense=_side(passes["dense"], fidelity.dense_perplexity, answers["dense"]),
-        stem=_side(passes["stem"], fidelity.stem_perplexity, answers["stem"]),
+        stem=_side(passes["stem"], fidelity.sparse_perplexity, answers["stem"]),
         density=density,
         sparse_layers=stats.sparse,
         other_layers={**stats.dense, **({"sliding window": stats.banded} if stats.banded else {})},
@@ -165,20 +156,14 @@ def _stem(model: Any, config: StemConfig) -> Iterator[None]:
 
 def _prefill(model: Any, ids: Tensor, name: str, on_start: OnStart) -> _Pass:
     """Run the whole prompt through the model; logits for the last position only."""
-    outputs: list[Any] = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: outputs.append(output))
     on_call = on_start(name, model.config.get_text_config().num_hidden_layers)
-    try:
-        with PeakMemory(model.device) as memory, AttentionClock(model, on_call) as clock:
-            synchronize(model.device)
-            start = time.perf_counter()
-            result = model(ids, use_cache=True, logits_to_keep=1)
-            synchronize(model.device)
-            seconds = time.perf_counter() - start
-    finally:
-        hook.remove()
-    hidden = type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state)
-    return _Pass(seconds, clock.seconds, memory.bytes, hidden, result.logits[0, -1], result.past_key_values)
+    with keep_hidden(model) as hidden, PeakMemory(model.device) as memory, AttentionClock(model, on_call) as clock:
+        synchronize(model.device)
+        start = time.perf_counter()
+        result = model(ids, use_cache=True, logits_to_keep=1)
+        synchronize(model.device)
+        seconds = time.perf_counter() - start
+    return _Pass(seconds, clock.seconds, memory.bytes, hidden[0], result.logits[0, -1], result.past_key_values)
 
 
 def _continue(model: Any, done: _Pass, new_tokens: int) -> list[int]:
@@ -191,41 +176,6 @@ def _continue(model: Any, done: _Pass, new_tokens: int) -> list[int]:
         tokens.append(int(token))
         token = model(token.view(1, 1), past_key_values=done.cache, use_cache=True).logits[0, -1].argmax()
     return tokens
-
-
-def _fidelity(model: Any, dense: Any, stem: Any, ids: Tensor) -> _Fidelity:
-    """Compare the next-token distributions of every position, some positions at a time."""
-    tokens = ids.shape[1]
-    rows = max(1, _LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
-    agree, kl, dense_nll, stem_nll = 0, 0.0, 0.0, 0.0
-    for start in range(0, tokens, rows):
-        positions = torch.arange(start, min(start + rows, tokens), device=ids.device)
-        targets = ids[0, start + 1 : start + rows + 1, None]
-        p, q = (_logits(model, hidden, positions).float().log_softmax(-1) for hidden in (dense, stem))
-        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        kl += float((p.exp() * (p - q)).sum())
-        dense_nll -= float(p[: len(targets)].gather(1, targets).sum())
-        stem_nll -= float(q[: len(targets)].gather(1, targets).sum())
-    return _Fidelity(agree / tokens, kl / tokens, math.exp(dense_nll / (tokens - 1)), math.exp(stem_nll / (tokens - 1)))
-
-
-def _logits(model: Any, hidden: Any, positions: Tensor) -> Tensor:
-    """Return the logits [positions, vocab] that the model makes of given hidden states.
-
-    The base model is made to return them, so that whatever the model does around its output layer (scaling, soft
-    capping) is done as ever.
-    """
-    base = model.base_model
-    own = base.__dict__.get("forward")
-    base.forward = lambda *args, **kwargs: hidden
-    try:
-        logits = model(positions[None], use_cache=False, logits_to_keep=positions).logits
-    finally:
-        if own is None:
-            del base.forward
-        else:
-            base.forward = own
-    return logits[0]  # type: ignore[no-any-return]
 
 
 def _side(passes: list[_Pass], perplexity: float, answer: str) -> Side:
