@@ -10,7 +10,7 @@ from stem_attn import StemConfig, select_blocks
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import block_budget
 from stem_attn.integrations import hf
-from stem_attn.integrations.hf.crossover import sparse_is_faster
+from stem_attn.integrations.crossover import sparse_is_faster
 from stem_attn.selection import most_kept
 
 LENGTH = 400

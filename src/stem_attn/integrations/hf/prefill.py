@@ -9,8 +9,8 @@ from torch import Tensor
 from stem_attn.api import stem_attention
 from stem_attn.attention import block_sparse_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.integrations.crossover import sparse_is_faster
 from stem_attn.integrations.hf import dense, masks
-from stem_attn.integrations.hf.crossover import sparse_is_faster
 from stem_attn.integrations.hf.state import State
 
 

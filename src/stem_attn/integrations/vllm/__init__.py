@@ -1,0 +1,19 @@
+"""vLLM: sparse prefill in an unchanged server, as an attention backend called STEM. See docs/serving.md.
+
+Installing this package changes nothing; `--attention-backend STEM` switches it on. What happens, file by file:
+
+    register.py   the entry point: makes the name STEM (and CUSTOM) known in every process vLLM starts
+    compat.py     all that differs between vLLM versions; refuses versions it does not know
+    settings.py   `--additional-config '{"stem": {...}}'` -> Settings, and whether Stem is selected at all
+    layers.py     which layers stay with the dense parent, and why
+    plan.py       one step's batch -> StepPlan: which tokens are sparse, at which positions, of which prompt
+    builder.py    StemBuilder: the parent's metadata of the whole batch, with the plan and the dense rest's metadata
+    impl.py       StemImpl: a layer's forward; sparse spans to `attend`, the rest to the dense parent
+    counters.py   what was done, by reason; worker.py gives it to `collective_rpc`, Prometheus to /metrics
+    cpu.py        the backend over CPUAttention: gathers keys and values from the paged cache
+    cuda.py       the backend over FlashAttention: reads the paged cache through the block table
+
+StemBuilder and StemImpl are mixins that stand before the parent's class. A device's backend file writes the
+classes themselves and one method, `attend`, which does the sparse spans of one layer.
+Everything below `compat.py` imports vLLM; `plan.py` and `counters.py` do not, and are tested without it.
+"""

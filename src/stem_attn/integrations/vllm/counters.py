@@ -1,0 +1,95 @@
+"""What Stem did in this process: tokens by reason, density, time in selection. Workers count apart from one another.
+
+The same numbers go to Prometheus. vLLM's metrics page shows those of other processes only where
+`PROMETHEUS_MULTIPROC_DIR` was set before the server started; see docs/serving.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from stem_attn.blocks import BlockSelection
+
+
+class Counters:
+    """Count tokens and kept blocks. A token counts once in every attention layer that it passes through."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts; Prometheus keeps its own."""
+        self._sparse_tokens = 0
+        self._dense_tokens: Counter[str] = Counter()
+        self._unknown_prompt_len_tokens = 0
+        self._selection_seconds = 0.0
+        self._causal_blocks = 0
+        self._kept_blocks: dict[str, Tensor] = {}  # by device, int64, so that counting never waits for the device
+
+    def count_step(self, sparse: int, dense: Mapping[str, int], unknown_prompt_len: int) -> None:
+        """Note the tokens of one step, layers multiplied in.
+
+        Args:
+            sparse: Tokens that attend sparsely.
+            dense: Tokens left to the dense parent, by reason.
+            unknown_prompt_len: Those of the sparse ones whose whole prompt length nobody told.
+        """
+        self._sparse_tokens += sparse
+        self._dense_tokens.update(dense)
+        self._unknown_prompt_len_tokens += unknown_prompt_len
+        metrics = _metrics()
+        if sparse:
+            metrics["tokens"].labels("sparse", "").inc(sparse)
+        for reason, tokens in dense.items():
+            metrics["tokens"].labels("dense", reason).inc(tokens)
+
+    def count_selection(self, selection: BlockSelection, seconds: float) -> None:
+        """Note one layer's selection for one span, and the time it took."""
+        self.count_blocks(selection.counts.sum(), selection.counts.shape[1] * selection.grid.causal_blocks)
+        self.count_selection_seconds(seconds)
+
+    def count_blocks(self, kept: Tensor, causal: int) -> None:
+        """Note kept blocks (a scalar on any device) and the causal ones they were kept of."""
+        device = str(kept.device)
+        self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept
+        self._causal_blocks += causal
+        if not kept.is_cuda:
+            _metrics()["kept"].inc(int(kept))
+            _metrics()["causal"].inc(causal)
+
+    def count_selection_seconds(self, seconds: float) -> None:
+        """Note time spent choosing blocks."""
+        self._selection_seconds += seconds
+        _metrics()["seconds"].inc(seconds)
+
+    def read(self) -> dict[str, Any]:
+        """Return the counts so far, as plain values."""
+        kept = sum(int(n) for n in self._kept_blocks.values())
+        return {
+            "sparse_tokens": self._sparse_tokens,
+            "dense_tokens": dict(self._dense_tokens),
+            "unknown_prompt_len_tokens": self._unknown_prompt_len_tokens,
+            "density": kept / self._causal_blocks if self._causal_blocks else None,
+            "selection_seconds": self._selection_seconds,
+        }
+
+
+counters = Counters()
+
+
+@cache
+def _metrics() -> dict[str, Any]:
+    """Make the Prometheus counters, at first use: the client decides by the environment where they live."""
+    from prometheus_client import Counter as Metric
+
+    return {
+        "tokens": Metric("stem_tokens", "Tokens by attention, summed over layers", ["attention", "reason"]),
+        "kept": Metric("stem_kept_blocks", "Key blocks kept by sparse attention"),
+        "causal": Metric("stem_causal_blocks", "Key blocks that dense attention would have read in their place"),
+        "seconds": Metric("stem_selection_seconds", "Seconds spent choosing key blocks"),
+    }

@@ -1,0 +1,139 @@
+"""One layer's attention: sparse spans here, everything else by the dense parent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionType
+
+import stem_attn
+from stem_attn.integrations.vllm import layers
+from stem_attn.integrations.vllm.compat import VLLM_VERSION
+from stem_attn.integrations.vllm.plan import Span
+from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
+
+logger = init_logger("vllm.stem")
+
+
+class StemImpl:
+    """Stand before an `AttentionImpl` class, and take the sparse spans out of its batches.
+
+    A device's class adds `attend`. What a layer is made of arrives in vLLM's order of arguments.
+    """
+
+    device_name: str  # for the startup line
+    settings: Settings
+    dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+            **kwargs,
+        )  # type: ignore[call-arg]
+        settings = settings_of(get_current_vllm_config())
+        assert settings is not None  # the backend gives this class only where Stem is selected
+        self.settings = settings
+        self.dense_reason = layers.why_dense(
+            attn_type=AttentionType(attn_type).value,
+            sliding_window=sliding_window,
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+        logger.info_once(
+            "stem-attn %s on vLLM %s: %s, backend %s, sparse prefill for prompts from %d tokens",
+            stem_attn.__version__,
+            VLLM_VERSION,
+            describe(settings),
+            self.device_name,
+            settings.config.min_seq_len,
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write the attention of the batch into `output`.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [tokens, Hq, D].
+            key: [tokens, Hkv, D]; already in the cache, which alone is read.
+            value: [tokens, Hkv, D].
+            kv_cache: The layer's pages.
+            attn_metadata: The parent's with a `plan`, or None in a profiling run.
+            output: [tokens, Hq, D].
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+        """
+        plan = getattr(attn_metadata, "plan", None)
+        if plan is None or not plan.spans or self.dense_reason is not None:
+            return super().forward(  # type: ignore[misc, no-any-return]
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        self.attend(layer, query, kv_cache, attn_metadata, plan.spans, output)
+        rest = plan.rest
+        if rest is not None:
+            out = output[rest.tokens]
+            super().forward(  # type: ignore[misc]
+                layer, query[rest.tokens], key[rest.tokens], value[rest.tokens], kv_cache, rest.metadata, out
+            )
+            if not isinstance(rest.tokens, slice):
+                output[rest.tokens] = out
+        return output
+
+    def attend(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
+    ) -> None:
+        """Attend sparsely over the spans' tokens, and write their rows of `output`.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [tokens, Hq, D] of the whole batch.
+            kv_cache: The layer's pages.
+            attn_metadata: The parent's, of the whole batch; `block_table[span.row]` are a request's pages.
+            spans: The tokens to do.
+            output: [tokens, Hq, D] of the whole batch.
+        """
+        raise NotImplementedError
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Sparse attention writes its output unquantized."""
+        return False

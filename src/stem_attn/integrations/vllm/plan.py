@@ -1,0 +1,151 @@
+"""What one step does with its batch: which tokens attend sparsely, and which are left to the dense parent.
+
+A step holds some tokens of every request in the batch: a chunk of a prompt, or the tokens of a decode. Rows are the
+tokens' absolute positions, so a plan is made of host integers only and every layer of a step shares it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stem_attn.blocks import BlockGrid
+from stem_attn.config import StemConfig
+from stem_attn.integrations.crossover import sparse_is_faster
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request's part of a step.
+
+    Args:
+        q_start: First token within the batch.
+        q_len: Tokens in this step.
+        k_len: Tokens of the request so far, this step's included.
+        prefilling: Whether part of the prompt was still to be computed before this step.
+        prompt_len: Tokens of the whole prompt, or None where the request does not tell.
+    """
+
+    q_start: int
+    q_len: int
+    k_len: int
+    prefilling: bool
+    prompt_len: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one request that attend sparsely.
+
+    Args:
+        row: The request's row in the batch: in `block_table`, `seq_lens`.
+        q_start: First token within the batch.
+        q_len: Tokens.
+        k_len: Keys that the last of them sees; the first is at position `k_len - q_len`.
+        prompt_len: Tokens of the whole prompt, which sets the budget; at least `k_len`.
+    """
+
+    row: int
+    q_start: int
+    q_len: int
+    k_len: int
+    prompt_len: int
+
+    @property
+    def tokens(self) -> slice:
+        """The tokens' place within the batch."""
+        return slice(self.q_start, self.q_start + self.q_len)
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Consecutive tokens of one request that are left to the dense parent; the last of them is the request's last.
+
+    Args:
+        row: The request's row in the batch.
+        q_start: First token within the batch.
+        q_len: Tokens.
+    """
+
+    row: int
+    q_start: int
+    q_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A batch taken apart.
+
+    Args:
+        spans: The sparse tokens.
+        rests: All others, in the order of the batch.
+        reasons: Tokens of the rests by reason.
+        unknown_prompt_len_tokens: Tokens of the spans whose whole prompt length nobody told.
+    """
+
+    spans: tuple[Span, ...]
+    rests: tuple[Rest, ...]
+    reasons: dict[str, int]
+    unknown_prompt_len_tokens: int
+
+
+def split_batch(requests: Sequence[Request], config: StemConfig, *, crossover: bool, device_type: str) -> Split:
+    """Take a batch apart into sparse spans and dense rests.
+
+    With the prompt's length told, its tokens are sparse and all later ones dense, whatever step computes them: a
+    preempted request that computes its own answer again does it as it did the first time. Without it, a chunk is
+    budgeted by the tokens seen so far.
+
+    Args:
+        requests: One a row of the batch; rows without tokens (padding) are skipped.
+        config: The method.
+        crossover: Whether prompts that keep too many blocks to be faster than dense attention go dense.
+        device_type: `torch.device.type`.
+    """
+    spans: list[Span] = []
+    rests: list[Rest] = []
+    reasons: Counter[str] = Counter()
+    unknown = 0
+    for row, request in enumerate(requests):
+        if not request.q_len:
+            continue
+        prompt_tokens = _prompt_tokens(request)
+        sparse_tokens = 0
+        if prompt_tokens:
+            span = _span(row, request, prompt_tokens)
+            reason = _why_dense(span, request.prompt_len is not None, config, crossover, device_type)
+            if reason is None:
+                sparse_tokens = prompt_tokens
+                spans.append(span)
+                unknown += prompt_tokens if request.prompt_len is None else 0
+            else:
+                reasons[reason] += prompt_tokens
+        if prompt_tokens < request.q_len:
+            reasons["decode"] += request.q_len - prompt_tokens
+        if sparse_tokens < request.q_len:
+            rests.append(Rest(row, request.q_start + sparse_tokens, request.q_len - sparse_tokens))
+    return Split(tuple(spans), tuple(rests), dict(reasons), unknown)
+
+
+def _prompt_tokens(request: Request) -> int:
+    """Count the tokens of a request's part that belong to its prompt; they come first."""
+    if request.prompt_len is None:
+        return request.q_len if request.prefilling else 0
+    before = request.k_len - request.q_len
+    return min(max(request.prompt_len - before, 0), request.q_len)
+
+
+def _span(row: int, request: Request, tokens: int) -> Span:
+    k_len = request.k_len - request.q_len + tokens
+    prompt_len = k_len if request.prompt_len is None else request.prompt_len
+    return Span(row, request.q_start, tokens, k_len, prompt_len)
+
+
+def _why_dense(span: Span, told: bool, config: StemConfig, crossover: bool, device_type: str) -> str | None:
+    if span.prompt_len < config.min_seq_len:
+        return "short prompt"
+    call = (span.prompt_len, BlockGrid(span.q_len, span.k_len, config.block_size))
+    if crossover and not sparse_is_faster(device_type, config, (call,), (span.prompt_len,) if told else None):
+        return "no gain from sparsity"
+    return None

@@ -1,0 +1,53 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in every process it starts, maybe more than once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+NAME = "STEM"
+_PACKAGE = "stem_attn.integrations.vllm"
+_CPU = f"{_PACKAGE}.cpu.StemCpuBackend"
+_CUDA = f"{_PACKAGE}.cuda.StemCudaBackend"
+
+
+def register() -> None:
+    """Make the attention backend STEM known to vLLM; CUSTOM too, unless another plugin has taken it.
+
+    Nothing is switched on. vLLM's CPU platform ignores which backend is asked for and takes CPU_ATTN's class, so there
+    that class is replaced by a subclass, which does what its parent does until Stem is selected.
+    """
+    from stem_attn.integrations.vllm import compat
+
+    reason = compat.why_unsupported()
+    if reason:
+        logging.getLogger("vllm.stem").warning("%s: the attention backend %s is not registered", reason, NAME)
+        return
+
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    path = _CPU if current_platform.is_cpu() else _CUDA
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, path)
+        # A process that is spawned unpickles its config before it loads plugins, and would not know the name.
+        AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_registered, ())
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, path)
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, path)
+
+
+def _registered() -> Any:
+    """Return the member STEM, in a process that may not have it yet."""
+    register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[NAME]
+
+
+def is_stem(backend: Any) -> bool:
+    """Tell whether a member of vLLM's enum (or None) stands for Stem."""
+    if backend is None or backend.name not in (NAME, "CUSTOM"):
+        return False
+    return bool(backend.get_path() in (_CPU, _CUDA))
