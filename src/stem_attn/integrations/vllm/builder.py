@@ -19,7 +19,7 @@ from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import is_dense_layer
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
-from stem_attn.integrations.vllm.settings import settings_of
+from stem_attn.integrations.vllm.settings import Settings, settings_of
 
 logger = init_logger("vllm.stem")
 
@@ -93,17 +93,17 @@ class StemBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build the metadata of a step; see vLLM's `AttentionMetadataBuilder.build`."""
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        plan = self._plan(common_attn_metadata)
+        if self._settings is None:
+            return whole
+        plan = self._plan(common_attn_metadata, self._settings)
         return self.metadata_class(**{f.name: getattr(whole, f.name) for f in fields(whole)}, plan=plan)
 
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
-    def _plan(self, common: Any) -> StepPlan | None:
-        if self._settings is None:
-            return None
-        split = self._split(common)
+    def _plan(self, common: Any, settings: Settings) -> StepPlan | None:
+        split = self._split(common, settings)
         layers = self._sparse_layers
         dense = {reason: tokens * layers for reason, tokens in split.reasons.items() if layers}
         for reason, count in self._dense_layers.items():
@@ -119,8 +119,7 @@ class StemBuilder:
             return None
         return StepPlan(split.spans, self._dense_rest(common, split.rests))
 
-    def _split(self, common: Any) -> Split:
-        assert self._settings is not None
+    def _split(self, common: Any, settings: Settings) -> Split:
         reason = _why_all_dense(common)
         if reason is not None:
             return Split((), (), {reason: common.num_actual_tokens}, 0)
@@ -132,9 +131,7 @@ class StemBuilder:
             Request(starts[row], starts[row + 1] - starts[row], k_lens[row], prefilling[row], lengths[row])
             for row in range(common.num_reqs)
         ]
-        return split_batch(
-            requests, self._settings.config, crossover=self._settings.crossover, device_type=self._device_type
-        )
+        return split_batch(requests, settings.config, crossover=settings.crossover, device_type=self._device_type)
 
     def _dense_rest(self, common: Any, rests: Sequence[Rest]) -> DenseRest | None:
         """Make a batch of the tokens that are not sparse."""

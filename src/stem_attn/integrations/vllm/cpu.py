@@ -81,10 +81,10 @@ class StemCpuBackend(CPUAttentionBackend):  # type: ignore[misc]
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        """Return the class of the metadata builders."""
+        """Return the class of the metadata builders; Stem's is inert where its own config does not select Stem."""
         config = get_current_vllm_config_or_none()
-        selected = config is not None and settings_of(config) is not None
-        return StemCpuBuilder if selected else CPUAttentionMetadataBuilder
+        unselected = config is not None and settings_of(config) is None
+        return CPUAttentionMetadataBuilder if unselected else StemCpuBuilder
 
 
 def gather(kv_cache: Tensor, pages: Tensor, k_len: int, isa: str) -> tuple[Tensor, Tensor]:

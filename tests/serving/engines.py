@@ -1,0 +1,152 @@
+"""Engines in this process, and what their layers computed."""
+
+import contextlib
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from stem_attn import StemConfig
+from stem_attn.integrations.vllm.settings import parse
+
+# Blocks of 64 tokens, so that pages of 32 or 128 end inside blocks and blocks inside pages.
+BLOCK = 64
+SPARSE = {
+    "block_size": BLOCK,
+    "stride": 8,
+    "min_seq_len": 0,
+    "budget_ratio": 0.15,
+    "budget_bias": 1,
+    "tail_blocks": 1,
+    "crossover": False,
+}
+KEEP_ALL = {**SPARSE, "budget_ratio": 1.0, "decay": 1.0}
+DENSE = {**SPARSE, "min_seq_len": 10**9}
+EXTENSION = "stem_attn.integrations.vllm.worker.StemWorkerExtension"
+
+
+@contextlib.contextmanager
+def engine(folder, stem=None, **options):
+    """An engine; with `stem`, the plugin's config, on the backend STEM."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    if stem is not None:
+        options.setdefault("attention_backend", "STEM")
+        options["additional_config"] = {"stem": stem}
+        options["worker_extension_cls"] = EXTENSION
+    llm = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        gpu_memory_utilization=0.3,
+        **{"max_model_len": 4096, "max_num_batched_tokens": 512, **options},
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def answer(llm, prompts, new_tokens=8, **sampling):
+    """Greedy answers to lists of tokens, all asked at once."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **sampling)
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    return [list(out.outputs[0].token_ids) for out in llm.generate(asked, wanted, use_tqdm=False)]
+
+
+def stats(llm):
+    """Counts of the one worker."""
+    (counts,) = llm.collective_rpc("stem_stats")
+    return counts
+
+
+def core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner(llm):
+    return core(llm).model_executor.driver_worker.worker.model_runner
+
+
+def attention_layers(llm):
+    """Attention layers by vLLM's names."""
+    return runner(llm).compilation_config.static_forward_context
+
+
+def builders(llm):
+    return [b for groups in runner(llm).attn_groups for group in groups for b in group.metadata_builders]
+
+
+def reconfigure(llm, stem):
+    """Give a running engine another config: engines take long to start."""
+    settings = parse(stem)
+    for layer in attention_layers(llm).values():
+        layer.impl.settings = settings
+    for builder in builders(llm):
+        builder._settings = settings
+    llm.collective_rpc("stem_reset_stats")
+    llm.reset_prefix_cache()
+
+
+def set_chunk(llm, tokens):
+    """Compute at most so many tokens a step."""
+    core(llm).scheduler.max_num_scheduled_tokens = tokens
+
+
+@dataclass
+class Trace:
+    """What the attention layers of a lone request got and gave, all its steps together."""
+
+    q: list[torch.Tensor]  # one a layer, [1, Hq, T, D]
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    out: list[torch.Tensor]
+    chunks: list[int]
+
+
+@contextlib.contextmanager
+def traced(llm):
+    """Record the attention layers while one request runs."""
+    layers = list(attention_layers(llm).values())
+    parts = [{"q": [], "k": [], "v": [], "out": []} for _ in layers]
+    handles = []
+    for layer, part in zip(layers, parts, strict=True):
+
+        def record(module, args, kwargs, output, part=part):
+            q, k, v = (*args, *kwargs.values())[:3]
+            heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads, module.num_heads)
+            for name, x, count in zip(part, (q, k, v, output), heads, strict=True):
+                part[name].append(x.detach().clone().view(-1, count, module.head_size).transpose(0, 1))
+
+        handles.append(layer.register_forward_hook(record, with_kwargs=True))
+    trace = Trace([], [], [], [], [])
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in ("q", "k", "v", "out"):
+        getattr(trace, name).extend(torch.cat(part[name], 1)[None] for part in parts)
+    trace.chunks.extend(x.shape[1] for x in parts[0]["q"])
+
+
+def trace(llm, ids):
+    """Trace the prefill of one prompt."""
+    with traced(llm) as recorded:
+        answer(llm, [ids], new_tokens=1)
+    return recorded
+
+
+def relative_error(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def config_of(stem):
+    return StemConfig(**{name: value for name, value in stem.items() if name != "crossover"})

@@ -1,0 +1,71 @@
+"""Other families, and engines with options of their own: hybrids, speculation, preemption, tensor parallelism."""
+
+import pytest
+
+from engines import BLOCK, DENSE, KEEP_ALL, SPARSE, answer, attention_layers, core, engine, reconfigure, set_chunk, stats
+from engines import relative_error, trace, config_of
+from stem_attn import stem_attention
+from tiny_families import WINDOW, greedy, prompt
+
+PROMPTS = [prompt(n, seed) for seed, n in enumerate((700, 33, 512))]
+PROMPT_TOKENS = sum(map(len, PROMPTS))
+
+
+def test_qwen3(folders):
+    with engine(folders("qwen3"), KEEP_ALL) as llm:
+        assert answer(llm, PROMPTS) == greedy(folders("qwen3"), PROMPTS, 8)
+        assert stats(llm)["sparse_tokens"] == PROMPT_TOKENS * 2
+        reconfigure(llm, SPARSE)
+        seen = trace(llm, PROMPTS[0])
+        expected = stem_attention(seen.q[0], seen.k[0], seen.v[0], config=config_of(SPARSE))
+        assert relative_error(seen.out[0], expected) < 1e-5
+        assert stats(llm)["density"] < 0.6
+
+
+def test_gemma3_sliding_layers_stay_with_the_parent(folders):
+    only_full = {"attention_config": {"backend_per_kind": {"full_attention": "CUSTOM"}}, "attention_backend": None}
+    with engine(folders("gemma3_text"), KEEP_ALL, **only_full) as llm:
+        assert answer(llm, PROMPTS) == greedy(folders("gemma3_text"), PROMPTS, 8)
+        counts = stats(llm)
+        decoded = len(PROMPTS) * 7
+        assert counts["sparse_tokens"] == PROMPT_TOKENS  # one layer of the two
+        assert counts["dense_tokens"] == {"decode": decoded, "sliding window": PROMPT_TOKENS + decoded}
+        reconfigure(llm, SPARSE)
+        sparse = trace(llm, PROMPTS[0])
+        assert stats(llm)["density"] < 0.6
+        reconfigure(llm, DENSE)
+        dense = trace(llm, PROMPTS[0])
+        assert relative_error(sparse.out[0], dense.out[0]) == 0  # the sliding layer
+        assert relative_error(sparse.out[1], dense.out[1]) > 0.01
+        windows = [layer.sliding_window for layer in attention_layers(llm).values()]
+        assert windows == [WINDOW, None]
+
+
+def test_ngram_speculation_changes_no_token(folders):
+    # Prompts that repeat themselves, so that the drafts have something to find.
+    prompts = [prompt(40, seed) * 18 for seed in range(2)]
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+    with engine(folders("llama"), SPARSE, speculative_config=speculation, async_scheduling=False) as llm:
+        with_drafts = answer(llm, prompts, new_tokens=24)
+        counts = stats(llm)
+        assert counts["sparse_tokens"] == 2 * sum(map(len, prompts))
+        assert counts["dense_tokens"]["decode"] > 2 * 2 * 23  # drafts were verified
+        reconfigure(llm, KEEP_ALL)
+        assert answer(llm, prompts, new_tokens=24) == greedy(folders("llama"), prompts, 24)
+    with engine(folders("llama"), SPARSE) as llm:
+        assert answer(llm, prompts, new_tokens=24) == with_drafts
+
+
+def test_preempted_requests_answer_as_if_they_had_not_been(folders):
+    # 64 pages of 32 tokens for three requests that grow to 24 pages each.
+    prompts = [prompt(10 * BLOCK, seed) for seed in range(3)]
+    small = {"num_gpu_blocks_override": 64, "block_size": 32, "max_model_len": 2048, "max_num_seqs": 3}
+    with engine(folders("llama"), SPARSE, **small, enable_prefix_caching=False) as llm:
+        preempted = []
+        scheduler = core(llm).scheduler
+        preempt = scheduler._preempt_request
+        scheduler._preempt_request = lambda *a, **kw: (preempted.append(1), preempt(*a, **kw))[1]
+        crowded = answer(llm, prompts, new_tokens=120)
+        assert preempted
+        alone = [tokens for ids in prompts for tokens in answer(llm, [ids], new_tokens=120)]
+        assert crowded == alone

@@ -1,0 +1,54 @@
+"""Tiny random models in folders that vLLM loads, and their greedy answers by transformers alone."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 512
+WINDOW = 96
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.2,  # logits that differ enough to compare
+    "bos_token_id": None,
+    "eos_token_id": VOCAB - 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
+}
+
+
+def save(family, folder):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return str(folder)
+
+
+def prompt(tokens, seed):
+    """Random tokens, the end token not among them."""
+    return torch.randint(VOCAB - 1, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def greedy(folder, prompts, new_tokens):
+    """What transformers answers, dense, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for ids in prompts:
+        cache, step, new = None, torch.tensor([ids]), []
+        while len(new) < new_tokens:  # not generate(), which would stop at the end token
+            out = model(step, past_key_values=cache, use_cache=True)
+            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            new.append(int(step))
+        answers.append(new)
+    return answers
