@@ -55,7 +55,7 @@ def best_share(scores: Tensor, grid: BlockGrid, density: float, scope: str) -> T
         scores: float [B, Hq, Qb, Kb].
         grid: The rows and columns.
         density: Kept over causal blocks.
-        scope: Which blocks compete: those of a `"row"`, of a `"head"`, or of all heads of a batch row, `"layer"`.
+        scope: Which blocks compete: those of a `"head"`, or of all heads of a batch row, `"layer"`.
 
     Returns:
         bool [B, Hq, Qb, Kb]. Diagonal blocks are kept, inside the total; equal scores go to the lower index.
@@ -63,9 +63,9 @@ def best_share(scores: Tensor, grid: BlockGrid, density: float, scope: str) -> T
     causal = causal_blocks(grid, scores.device)
     diagonal = forced_blocks(grid, 0, 1, scores.device)
     scores = scores.masked_fill(~causal, -torch.inf).masked_fill_(diagonal, torch.inf)
-    start = {"layer": 1, "head": 2, "row": 3}[scope]
+    start = {"layer": 1, "head": 2}[scope]
     competing = causal.expand_as(scores).flatten(start).sum(-1, keepdim=True)
-    total = (competing * density).round().clamp(min=1)
+    total = (competing * density).round()
     return (rank(scores.flatten(start)) < total).view_as(scores)
 
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number
 from stem_attn.baselines.estimates import attention_mass, attention_tiles, key_blocks
-from stem_attn.baselines.masks import best_share
+from stem_attn.baselines.masks import best_share, forced_blocks
 from stem_attn.blocks import BlockGrid
 
 Measure = Literal["mass", "effect"]
-Scope = Literal["row", "head", "layer"]
+Scope = Literal["head", "layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +27,9 @@ class Oracle(Baseline):
     Args:
         block_size: Tokens a block.
         density: Kept over causal blocks, diagonal blocks included.
-        measure: `"mass"`: a block's attention, averaged over the queries of the row. `"effect"`: what dropping the
-            block alone changes in the output before the softmax is renormalised, `|P_ij (v_j - out_i)|` with sums
-            over the block's keys, as the root mean square over the queries.
-        scope: Which blocks compete for the total: those of a `"row"`, of a `"head"`, or of all heads, `"layer"`.
+        measure: `"mass"`: a block's attention, averaged over the queries of the row. `"effect"`: how much the squared
+            error of the row's output falls when the block joins those of more mass.
+        scope: Which blocks compete for the total: those of a `"head"`, or of all heads, `"layer"`.
     """
 
     knob: ClassVar[Knob] = Knob("density", low=0, high=1, rising=True)
@@ -60,11 +60,20 @@ class Oracle(Baseline):
 def _effect(q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, scale: float) -> Tensor:
     values = key_blocks(v, grid).float()
     heads = q.shape[1] // k.shape[1]
-    effect = torch.zeros(len(values), heads, grid.q_blocks, grid.k_blocks, device=q.device)
-    for which, rows, probabilities in attention_tiles(q, k, grid, scale, width=v.shape[3]):
-        blocks = probabilities.shape[4]
-        shares = torch.einsum("nhrqks,nksd->nhrqkd", probabilities.float(), values[which, :blocks])
-        out = shares.sum(4, keepdim=True)
-        shares -= probabilities.sum(5)[..., None] * out
-        effect[which, :, rows, :blocks] = shares.square_().sum(5).mean(3).sqrt()
+    effect = torch.full((len(values), heads, grid.q_blocks, grid.k_blocks), -torch.inf, device=q.device)
+    for which, rows, tile in attention_tiles(q, k, grid, scale, width=v.shape[3]):
+        probabilities, blocks = tile.float(), tile.shape[4]
+        diagonal = forced_blocks(grid, 0, 1, q.device)[rows, :blocks]
+        order = probabilities.sum((3, 5)).masked_fill_(diagonal, torch.inf).sort(dim=-1, descending=True).indices
+        outputs = torch.einsum("nhrqks,nksd->nhrqkd", probabilities, values[which, :blocks])
+        exact = outputs.sum(4, keepdim=True)
+        # Softmax over the first blocks of the order: what they put out over their share of the attention.
+        outputs = outputs.gather(4, order[:, :, :, None, :, None].expand_as(outputs)).cumsum(4)
+        shares = probabilities.sum(5)
+        shares = shares.gather(4, order[:, :, :, None].expand_as(shares)).cumsum(4).clamp_(min=1e-30)
+        errors = outputs.div_(shares[..., None]).sub_(exact).square_().sum((3, 5))
+        falls = F.pad(errors[..., :-1] - errors[..., 1:], (1, 0), value=torch.inf)
+        # A block that makes larger falls possible is worth as much: none comes before one of more mass.
+        falls = falls.flip(-1).cummax(-1).values.flip(-1)
+        effect[which, :, rows, :blocks] = torch.empty_like(falls).scatter_(-1, order, falls)
     return effect.view(*q.shape[:2], grid.q_blocks, grid.k_blocks)
