@@ -30,6 +30,7 @@ def engine(folder, stem=None, **options):
     """An engine; with `stem`, the plugin's config, on the backend STEM."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     if stem is not None:
         options.setdefault("attention_backend", "STEM")
@@ -38,11 +39,12 @@ def engine(folder, stem=None, **options):
     llm = LLM(
         folder,
         skip_tokenizer_init=True,
-        dtype="float32",
         enforce_eager=True,
         gpu_memory_utilization=0.3,
-        **{"max_model_len": 4096, "max_num_batched_tokens": 512, **options},
+        **{"dtype": "float32", "max_model_len": 4096, "max_num_batched_tokens": 512, **options},
     )
+    if stem is not None:
+        llm.collective_rpc("stem_reset_stats")  # this process may have had other engines
     try:
         yield llm
     finally:
@@ -50,6 +52,8 @@ def engine(folder, stem=None, **options):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        # Once registered they stay; vLLM 0.32 stumbles over numba's objects when it does it again in one process.
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def answer(llm, prompts, new_tokens=8, **sampling):

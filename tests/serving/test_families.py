@@ -1,6 +1,7 @@
 """Other families, and engines with options of their own: hybrids, speculation, preemption, tensor parallelism."""
 
 import pytest
+import torch
 
 from engines import BLOCK, DENSE, KEEP_ALL, SPARSE, answer, attention_layers, core, engine, reconfigure, set_chunk, stats
 from engines import relative_error, trace, config_of
@@ -59,7 +60,7 @@ def test_ngram_speculation_changes_no_token(folders):
 def test_preempted_requests_answer_as_if_they_had_not_been(folders):
     # 64 pages of 32 tokens for three requests that grow to 24 pages each.
     prompts = [prompt(10 * BLOCK, seed) for seed in range(3)]
-    small = {"num_gpu_blocks_override": 64, "block_size": 32, "max_model_len": 2048, "max_num_seqs": 3}
+    small = {"num_gpu_blocks_override": 64, "block_size": 32, "max_model_len": 1024, "max_num_seqs": 3}
     with engine(folders("llama"), SPARSE, **small, enable_prefix_caching=False) as llm:
         preempted = []
         scheduler = core(llm).scheduler
@@ -69,3 +70,16 @@ def test_preempted_requests_answer_as_if_they_had_not_been(folders):
         assert preempted
         alone = [tokens for ids in prompts for tokens in answer(llm, [ids], new_tokens=120)]
         assert crowded == alone
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precisions(folders, dtype):
+    with engine(folders("llama"), KEEP_ALL, dtype=dtype) as llm:
+        kept = trace(llm, PROMPTS[0])
+        reconfigure(llm, DENSE)
+        dense = trace(llm, PROMPTS[0])
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            *(x[0].double() for x in (kept.q, kept.k, kept.v)), is_causal=True, enable_gqa=True
+        )
+        ours, parents = (relative_error(x.out[0].double(), exact) for x in (kept, dense))
+        assert ours < 2 * parents
