@@ -12,7 +12,7 @@ import dataclasses
 from importlib import import_module
 from typing import Any
 
-from stem_attn.methods import Method
+from stem_attn.methods import Method, Stem
 
 # Where each method is; imported when asked for.
 METHODS = {
@@ -49,3 +49,11 @@ def make(name: str, **params: Any) -> Method:
             raise ValueError(f"unknown parameter of {name}: {', '.join(unknown)}; known: {', '.join(known)}")
     method: Method = build(**params)
     return method
+
+
+def name_of(method: Method) -> str:
+    """Return a method's name in `METHODS`; of another one its class's."""
+    if isinstance(method, Stem):
+        return "stem"
+    names = {where: name for name, where in METHODS.items()}
+    return names.get(f"{type(method).__module__}:{type(method).__name__}", type(method).__name__)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from stem_attn import backends
-from stem_attn.config import StemConfig
+from stem_attn import backends, baselines
+from stem_attn.baselines.uniform import Uniform
+from stem_attn.config import StemConfig, field_names
 from stem_attn.integrations.hf.forward import stem_attention_forward
 from stem_attn.integrations.hf.masks import stem_mask
 from stem_attn.integrations.hf.refuse import why_refused
 from stem_attn.integrations.hf.state import ATTRIBUTE, State, Stats, normalize_prompt_len
+from stem_attn.methods import Method, Stem
 
 NAME = "stem"
 _DEFAULT = StemConfig()
+_ADAPTER_FIELDS = ("dense_layers", "min_seq_len")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -35,23 +38,28 @@ def enable(
     model: Model,
     config: StemConfig | str = _DEFAULT,
     *,
+    method: Method | str | None = None,
     prompt_len: int | Sequence[int] | Tensor | None = None,
     backend: str = "auto",
     crossover: bool = True,
 ) -> Model:
-    """Route a model's prefill through Stem; decode and all that Stem does not cover stay dense.
+    """Route a model's prefill through Stem or another method; decode and all that is not covered stay dense.
 
     Enabling again replaces the settings and starts new counts. Of a model with several towers only the text tower
     changes.
 
     Args:
         model: A transformers model.
-        config: The method, or a preset's name.
+        config: Stem's settings, or a preset's name. With another method only `dense_layers` and `min_seq_len` may
+            differ from the default: the rest is the method's own, `block_size` too. (`"uniform"` takes all of it.)
+        method: What selects the blocks instead of Stem: a name from `stem_attn.baselines.METHODS`, with its published
+            defaults, or an instance, for instance from `baselines.make(name, ...)`. A `Stem` brings its own config.
         prompt_len: Tokens of the whole prompt, padding not counted: one int or one a batch row. Tell it, or use
             `prompt_length`, when the prompt comes in chunks; otherwise chunks are budgeted by what they see.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
         crossover: Whether calls that keep too many blocks to be faster than dense attention go dense. Turn it off to
-            study accuracy.
+            study accuracy. Of Stem only, whose density is known in advance: other methods always run sparse from
+            `min_seq_len` tokens on.
 
     Returns:
         The same model.
@@ -66,6 +74,7 @@ def enable(
         config = StemConfig.preset(config)
     if not isinstance(config, StemConfig):
         raise ValueError(f"config must be a StemConfig or a preset's name, got {type(config).__name__}")
+    config, selector = _resolve_method(config, method, backend)
     if backend not in ("auto", *backends.names()):
         raise ValueError(f"backend must be one of auto, {', '.join(backends.names())}; got {backend!r}")
     lengths = normalize_prompt_len(prompt_len)
@@ -75,7 +84,7 @@ def enable(
 
     disable(model)
     register()
-    state = State(config, lengths, backend, crossover, previous=_implementations(model))
+    state = State(config, lengths, backend, crossover, selector, previous=_implementations(model))
     try:
         model.set_attn_implementation(_target(model))
         switched = [m for m in model.modules() if _implementation(m) == NAME]
@@ -87,6 +96,31 @@ def enable(
     for module in (model, *switched):
         setattr(module, ATTRIBUTE, state)
     return model
+
+
+def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[StemConfig, Method | None]:
+    """Return the config, and what selects instead of Stem; refuse settings that nothing would read."""
+    if method is None or method == "stem":
+        return config, None
+    if isinstance(method, Stem):
+        if config not in (_DEFAULT, method.config):
+            raise ValueError("method is a Stem, which brings its own config: pass one of method and config")
+        if method.backend not in ("auto", backend):
+            raise ValueError(f"method names the backend {method.backend!r}, but backend is {backend!r}")
+        return method.config, None
+    if method == "uniform":
+        return config, Uniform(config=config)
+    ignored = [f for f in field_names() if f not in _ADAPTER_FIELDS and getattr(config, f) != getattr(_DEFAULT, f)]
+    if ignored:
+        raise ValueError(
+            f"config.{ignored[0]} has no effect on method {method!r}: with a method, config gives "
+            f"{' and '.join(_ADAPTER_FIELDS)} only; set the method's own fields with baselines.make(name, ...)"
+        )
+    if isinstance(method, str):
+        return config, baselines.make(method)
+    if not callable(getattr(method, "select", None)) or not isinstance(getattr(method, "block_size", None), int):
+        raise ValueError(f"method must be a name or have block_size and select(q, k, v), got {type(method).__name__}")
+    return config, cast(Method, method)
 
 
 def disable(model: PreTrainedModel) -> None:

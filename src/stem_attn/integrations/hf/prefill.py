@@ -54,7 +54,7 @@ def prefill(
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
         reason = "dense layer"
     keys = q_len if mask is None else masks.present_keys(mask, key)
-    if reason is None and window is None and state.crossover:
+    if reason is None and window is None and state.crossover and state.method is None:
         calls = _calls(state, rows, lens, q_len, keys, seen)
         told = None if told_lens is None else tuple(told_lens)
         if not sparse_is_faster(query.device.type, state.config, calls, told):
@@ -104,7 +104,7 @@ def _calls(
     for (first, end), n in pairs if len(set(pairs)) > 1 else pairs[:1]:
         queries, present = _present(first, end, seen, q_len), _present(first, end, seen, keys)
         if queries.start < queries.stop:
-            grid = BlockGrid(queries.stop - queries.start, present.stop - present.start, state.config.block_size)
+            grid = BlockGrid(queries.stop - queries.start, present.stop - present.start, state.block_size)
             calls.append((n, grid))
     return tuple(calls)
 
@@ -116,7 +116,7 @@ def _present(first: int, end: int, seen: int, last: int) -> slice:
 
 def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None, q_len: int, seen: int) -> str | None:
     """Say why this call is not for sparse or banded attention, or return None."""
-    few = seen > q_len and q_len < state.config.block_size  # a prompt's last short chunk, or a decode step of several
+    few = seen > q_len and q_len < state.block_size  # a prompt's last short chunk, or a decode step of several
     if padding.rows is None:
         return "decode" if few else "padding between tokens"
     real = [end - first for first, end in padding.rows]
@@ -131,9 +131,13 @@ def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None
 
 
 def _sparse(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]) -> Tensor:
-    out, selection = stem_attention(
-        q, k, v, config=state.config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
-    )
+    if state.method is None:
+        out, selection = stem_attention(
+            q, k, v, config=state.config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
+        )
+    else:
+        selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
+        out = block_sparse_attention(q, k, v, selection, scale=scale, backend=state.backend)
     state.count_selection(selection)
     return out
 
@@ -143,7 +147,7 @@ def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, 
         batch=q.shape[0],
         heads=q.shape[1],
         window=window,
-        block_size=state.config.block_size,
+        block_size=state.block_size,
         q_len=q.shape[2],
         k_len=k.shape[2],
         device=q.device,

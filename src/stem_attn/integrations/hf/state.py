@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from stem_attn import baselines
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import StemConfig
+from stem_attn.methods import Method
 
 log = logging.getLogger("stem_attn.hf")
 
@@ -34,8 +36,9 @@ class Stats:
     because counting them would break the graph.
 
     Args:
+        method: The method's name.
         calls: All calls.
-        sparse: Calls that attended over the blocks Stem selects.
+        sparse: Calls that attended over the blocks that the method selects.
         banded: Calls of sliding-window layers, exact over their window.
         dense: Calls left to dense attention, by reason; "no gain from sparsity" where sparse would not be faster.
         density: Kept over causal blocks, all sparse calls together, so that each call weighs as much as the
@@ -45,6 +48,7 @@ class Stats:
             of the tokens seen so far.
     """
 
+    method: str
     calls: int
     sparse: int
     banded: int
@@ -58,10 +62,11 @@ class State:
     """Hold the settings and counters of one model. All its attention modules refer to the same object.
 
     Args:
-        config: The method.
+        config: Stem's settings; of another method only the adapter's, `dense_layers` and `min_seq_len`.
         prompt_len: Tokens of the whole prompt, one int or one a batch row; None if unknown.
         backend: The backend's name, or "auto".
-        crossover: Whether calls that sparse attention would not speed up go dense.
+        crossover: Whether calls of Stem that sparse attention would not speed up go dense.
+        method: What selects instead of Stem; None: Stem.
         previous: (config, attention implementation) pairs to restore.
     """
 
@@ -71,12 +76,14 @@ class State:
         prompt_len: PromptLen = None,
         backend: str = "auto",
         crossover: bool = True,
+        method: Method | None = None,
         previous: list[tuple[Any, str | None]] | None = None,
     ) -> None:
         self.config = config
         self.prompt_len = prompt_len
         self.backend = backend
         self.crossover = crossover
+        self.method = method
         self.previous = previous or []
         self._logged: set[str] = set()
         self.reset()
@@ -95,6 +102,11 @@ class State:
         # A compiled graph cannot hold this object; it finds it again by number.
         self.key = next(_keys)
         _by_key[self.key] = self
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self.config.block_size if self.method is None else self.method.block_size
 
     @staticmethod
     def by_key(key: int) -> State:
@@ -162,6 +174,7 @@ class State:
         """Return the counts so far."""
         kept = sum(int(n) for n in self._kept_blocks.values())
         return Stats(
+            method="stem" if self.method is None else baselines.name_of(self.method),
             calls=self._calls.total(),
             sparse=self._calls["sparse"],
             banded=self._calls["banded"],
