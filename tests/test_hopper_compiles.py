@@ -14,20 +14,23 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_BYTES = 227 << 10  # what a Hopper program may take
 
 
-def compile_kernel(head_dim: int, v_head_dim: int, window: bool) -> Any:
+def compile_kernel(head_dim: int, v_head_dim: int, window: bool, page_size: int) -> Any:
     """Compile for compute capability 9.0, with the tile that such head dims get."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from stem_attn.backends.triton.hopper_kernel import hopper_attention_kernel, tile_layout
+    from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
     from stem_attn.backends.triton.tiles import choose_hopper_tile
 
     tile = choose_hopper_tile(head_dim, v_head_dim)
     names = hopper_attention_kernel.arg_names
-    boxes = {"q": (64, head_dim), "k": (tile.keys, head_dim), "v": (tile.keys, v_head_dim)}
-    constants = {"DV": v_head_dim, "STAGES": tile.stages, "WINDOW": window, "LSE": True}
-    types: dict[str, Any] = {"out": "*bf16", "lse": "*fp32", "indices": "*i32", "counts": "*i32", "scale_log2": "fp32"}
-    types |= {n: f"tensordesc<bf16[1, 1, {t}, {d}],{tile_layout([1, 1, t, d])!r}>" for n, (t, d) in boxes.items()}
+    boxes = {"q": (64, head_dim)}
+    boxes |= {n: box_shape(tile.keys, dim, page_size) for n, dim in (("k", head_dim), ("v", v_head_dim))}
+    constants = {"DV": v_head_dim, "DV_PAD": v_head_dim, "KEYS": tile.keys, "PAGE": page_size, "STAGES": tile.stages}
+    constants |= {"WINDOW": window, "LSE": True}
+    types: dict[str, Any] = {"out": "*bf16", "lse": "*fp32", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("indices", "counts", "block_table"), "*i32")
+    types |= {n: f"tensordesc<bf16[1, 1, {t}, {d}],{box_layout((t, d))!r}>" for n, (t, d) in boxes.items()}
     types |= {"out_strides": ("i32",) * 4, "index_strides": ("i32",) * 4, "count_strides": ("i32",) * 3}
     types |= dict.fromkeys(constants, "constexpr")
     source = GluonASTSource(
@@ -39,13 +42,15 @@ def compile_kernel(head_dim: int, v_head_dim: int, window: bool) -> Any:
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton does not bring cuobjdump")
-@pytest.mark.parametrize(("head_dim", "v_head_dim", "window"), [(128, 128, 0), (256, 256, 1)])
-def test_no_registers_spill(head_dim: int, v_head_dim: int, window: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "window", "page_size"), [(128, 0, 0), (256, 1, 0), (128, 0, 16), (256, 0, 16), (128, 0, 128)]
+)
+def test_no_registers_spill(head_dim: int, window: int, page_size: int, tmp_path: Path) -> None:
     """Compiled in a process of its own, where Triton is not in its interpreter."""
     binary = tmp_path / "kernel.cubin"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run(
-        [sys.executable, __file__, str(head_dim), str(v_head_dim), str(window), binary],
+        [sys.executable, __file__, str(head_dim), str(window), str(page_size), binary],
         env=env,
         check=True,
         timeout=120,
@@ -57,7 +62,7 @@ def test_no_registers_spill(head_dim: int, v_head_dim: int, window: int, tmp_pat
 
 
 if __name__ == "__main__":
-    made = compile_kernel(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+    made = compile_kernel(int(sys.argv[1]), int(sys.argv[1]), sys.argv[2] == "1", int(sys.argv[3]))
     assert made.metadata.shared <= SHARED_BYTES
     assert "wgmma.mma_async" in made.asm["ptx"]
     Path(sys.argv[4]).write_bytes(made.asm["cubin"])

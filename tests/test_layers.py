@@ -17,7 +17,7 @@ LAYERS = [
     {"backends"},
     {"attention"},
     {"api"},
-    {"varlen", "methods"},
+    {"varlen", "paged", "methods"},
     {"baselines"},
     {"integrations"},
     {"errors"},

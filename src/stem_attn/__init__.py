@@ -4,6 +4,7 @@ from stem_attn.api import select_blocks, stem_attention
 from stem_attn.attention import block_sparse_attention
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import StemConfig
+from stem_attn.paged import stem_attention_paged
 from stem_attn.varlen import stem_attention_varlen
 
 __version__ = "0.1.0"
@@ -13,5 +14,6 @@ __all__ = [
     "block_sparse_attention",
     "select_blocks",
     "stem_attention",
+    "stem_attention_paged",
     "stem_attention_varlen",
 ]

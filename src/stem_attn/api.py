@@ -131,18 +131,23 @@ def select_blocks(
     chosen = backends.choose(backend, q, k, v, block_size=config.block_size, select=True)
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
     if all(keeps_everything(config, n, grid) for n in lengths):
-        return BlockSelection.band(
-            batch=q.shape[0],
-            heads=q.shape[1],
-            window=grid.k_len,
-            block_size=grid.block_size,
-            q_len=grid.q_len,
-            k_len=grid.k_len,
-            device=q.device,
-        )
+        return keep_everything(q, grid)
     budgets = [block_budget(config, n, grid) for n in lengths]
     budget = budgets[0] if len(set(lengths)) == 1 else torch.stack(budgets)
     return chosen.select(q, k, v, config=config, scale=scale, budget=budget)
+
+
+def keep_everything(q: Tensor, grid: BlockGrid) -> BlockSelection:
+    """Return the selection of all causal blocks for q, [B, Hq, Tq, D]."""
+    return BlockSelection.band(
+        batch=q.shape[0],
+        heads=q.shape[1],
+        window=grid.k_len,
+        block_size=grid.block_size,
+        q_len=grid.q_len,
+        k_len=grid.k_len,
+        device=q.device,
+    )
 
 
 @torch.library.custom_op("stem_attn::stem_attention", mutates_args=())

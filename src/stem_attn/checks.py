@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ def resolve_prompt_len(prompt_len: Any, batch: int, k_len: int) -> list[int]:
     if len(lengths) != batch or not whole or any(n < k_len for n in lengths):
         raise ValueError(f"prompt_len must be an int or {batch} ints of at least k's {k_len} tokens, got {prompt_len}")
     return lengths
+
+
+def resolve_starts(name: str, value: Tensor | Sequence[int], tokens: int) -> list[int]:
+    """Return where packed sequences start and end: rising ints from 0 to `tokens`."""
+    starts = value.tolist() if isinstance(value, Tensor) else list(value)
+    rising = len(starts) > 1 and all(a < b for a, b in pairwise(starts))
+    if not rising or starts[0] != 0 or starts[-1] != tokens or any(type(s) is not int for s in starts):
+        raise ValueError(f"{name} must be rising ints from 0 to {tokens} tokens, got {starts}")
+    return starts
 
 
 def check_selection(selection: BlockSelection, q: Tensor, k: Tensor) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
 from stem_attn import backends
 from stem_attn.api import select_blocks
-from stem_attn.checks import check_qkv, resolve_prompt_len, resolve_scale
+from stem_attn.checks import check_qkv, resolve_prompt_len, resolve_scale, resolve_starts
 from stem_attn.config import StemConfig
 
 _DEFAULT = StemConfig()
@@ -54,8 +53,8 @@ def stem_attention_varlen(
         if not isinstance(x, Tensor) or x.ndim != 3:
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a packed tensor [tokens, heads, head_dim], got {shape}")
-    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    starts_k = starts_q if cu_seqlens_k is None else _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    starts_q = resolve_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    starts_k = starts_q if cu_seqlens_k is None else resolve_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     sequences = len(starts_q) - 1
     if len(starts_k) != len(starts_q) or starts_k[-1] != k.shape[0]:
         raise ValueError(f"cu_seqlens_k must be {sequences + 1} rising ints from 0 to {k.shape[0]}, got {starts_k}")
@@ -77,11 +76,3 @@ def stem_attention_varlen(
     ]
     chosen = backends.choose(backend, *parts[0], block_size=config.block_size)
     return chosen.attend_packed(q, k, v, selections, scale=resolve_scale(scale, q.shape[2]))
-
-
-def _starts(name: str, value: Any, tokens: int) -> list[int]:
-    starts = value.tolist() if isinstance(value, Tensor) else list(value)
-    rising = len(starts) > 1 and all(a < b for a, b in pairwise(starts))
-    if not rising or starts[0] != 0 or starts[-1] != tokens or any(type(s) is not int for s in starts):
-        raise ValueError(f"{name} must be rising ints from 0 to {tokens} tokens, got {starts}")
-    return starts

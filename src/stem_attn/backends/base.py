@@ -53,6 +53,34 @@ class Backend(ABC):
         grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
         return select_top_blocks(block_scores(q, k, v, config, scale), budget, grid, config)
 
+    def select_paged(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        k_len: int,
+        *,
+        config: StemConfig,
+        scale: float,
+        budget: Tensor,
+    ) -> BlockSelection:
+        """Do as `select` for one sequence that is kept in pages; gathers it unless overridden.
+
+        Args:
+            q: [1, Hq, Tq, D].
+            k: [pages, Hkv, page_size, D]; the last stride is 1.
+            v: [pages, Hkv, page_size, Dv], likewise.
+            pages: int32, contiguous; the page of every page_size tokens of the sequence. Past its end may stand
+                anything.
+            k_len: Tokens of the sequence.
+            config: The method.
+            scale: Factor of the logits.
+            budget: int32 [Qb] on the CPU.
+        """
+        k, v = (gather_pages(x, pages, k_len) for x in (k, v))
+        return self.select(q, k, v, config=config, scale=scale, budget=budget)
+
     @abstractmethod
     def attend(
         self,
@@ -107,6 +135,43 @@ class Backend(ABC):
             out, _ = self.attend(q_part, k_part, v_part, selection, scale=scale, window=None, return_lse=False)
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
+
+    def attend_paged(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_table: Tensor,
+        selections: Sequence[BlockSelection],
+        *,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        """Attend within each of several sequences that are kept in pages; gathers each unless overridden.
+
+        Args:
+            q: [T, Hq, D], the query tokens of all sequences, one after the other.
+            k: [pages, Hkv, page_size, D]; the last stride is 1.
+            v: [pages, Hkv, page_size, Dv], likewise.
+            block_table: int32 [sequences, pages of the longest], last stride 1; the page of every page_size tokens of
+                a sequence. Past its end may stand anything.
+            selections: One a sequence, each of batch 1.
+            scale: Factor of the logits.
+            out: [T, Hq, Dv] in q's dtype, last stride 1; written.
+        """
+        q_stop = 0
+        for pages, selection in zip(block_table, selections, strict=True):
+            q_start, q_stop = q_stop, q_stop + selection.q_len
+            query = q[q_start:q_stop].transpose(0, 1)[None]
+            keys, values = (gather_pages(x, pages, selection.k_len) for x in (k, v))
+            part, _ = self.attend(query, keys, values, selection, scale=scale, window=None, return_lse=False)
+            out[q_start:q_stop] = part[0].transpose(0, 1)
+
+
+def gather_pages(x: Tensor, pages: Tensor, tokens: int) -> Tensor:
+    """Copy a sequence out of its pages, from [pages, Hkv, page_size, D] to [1, Hkv, tokens, D]."""
+    used = pages[: -(-tokens // x.shape[2])].long()
+    return x[used].transpose(0, 1).flatten(1, 2)[None, :, :tokens]
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

@@ -49,6 +49,22 @@ class TritonBackend(Backend):
 
         return select(q, k, v, config=config, scale=scale, budget=budget)
 
+    def select_paged(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        k_len: int,
+        *,
+        config: StemConfig,
+        scale: float,
+        budget: Tensor,
+    ) -> BlockSelection:
+        from stem_attn.backends.triton.selection import select
+
+        return select(q, k, v, config=config, scale=scale, budget=budget, pages=pages, k_len=k_len)
+
     def attend(
         self,
         q: Tensor,
@@ -70,6 +86,21 @@ class TritonBackend(Backend):
         from stem_attn.backends.triton.attention import attend_packed
 
         return attend_packed(q, k, v, selections, scale=scale)
+
+    def attend_paged(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_table: Tensor,
+        selections: Sequence[BlockSelection],
+        *,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        from stem_attn.backends.triton.attention import attend_paged
+
+        attend_paged(q, k, v, block_table, selections, scale=scale, out=out)
 
 
 def _interpreting() -> bool:

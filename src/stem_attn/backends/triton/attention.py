@@ -24,7 +24,7 @@ from stem_attn.blocks import BlockSelection
 log = logging.getLogger("stem_attn")
 
 Layouts = tuple[tuple[torch.Size, tuple[int, ...]], ...]
-"""Shapes and strides of q, k, v, out, indices and counts."""
+"""Shapes and strides of q, k, v, out, indices, counts and, for the portable kernel, the block table."""
 
 GLUON_TRITON = ((3, 6), (3, 9))
 """The oldest and the newest Triton that the Hopper kernel was compiled with; run with 3.6."""
@@ -38,52 +38,81 @@ def attend(
     """Attend over the kept blocks; see `Backend.attend`."""
     out = empty_output(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    _attend_into(out, lse, q, k, v, selection, scale, window)
-    return out, lse
-
-
-def _attend_into(
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    window: int | None,
-) -> None:
     q, k, v, scale = _normalise(q, k, v, scale)
-    indices = selection.indices if selection.indices.stride(3) == 1 else selection.indices.contiguous()
+    indices = _unit_stride(selection.indices)
     if hopper_fits(q, k, v, selection.block_size):
-        tile = choose_hopper_tile(_padded(q.shape[3]), _padded(v.shape[3]))
-        launch_hopper(q, k, v, out, lse, indices, selection.counts, scale, window, tile)
+        launch_hopper(q, k, v, out, lse, indices, selection.counts, scale, window)
     else:
         portable = _portable_tile(q, v, selection.block_size)
         launch(q, k, v, out, lse, indices, selection.counts, selection.block_size, scale, window, portable)
+    return out, lse
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float) -> Tensor:
-    """Attend within each of several packed sequences, in one launch or one a long sequence.
-
-    See `Backend.attend_packed`.
-    """
+    """Attend within each of several packed sequences; see `Backend.attend_packed`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = empty_output(q, v)
+    _attend_each(out, q, k, v, None, selections, scale)
+    return out[0].transpose(0, 1)
+
+
+def attend_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor,
+    selections: Sequence[BlockSelection],
+    *,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Attend within each of several sequences that are kept in pages; see `Backend.attend_paged`."""
+    q, out = (x.transpose(0, 1)[None] for x in (q, out))
+    _attend_each(out, q, k, v, block_table, selections, scale)
+
+
+def _attend_each(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    selections: Sequence[BlockSelection],
+    scale: float,
+) -> None:
+    """Attend within each of several sequences, in one launch, or in one a sequence where they are long.
+
+    Args:
+        out: [1, Hq, T, Dv].
+        q: [1, Hq, T, D].
+        k: [1, Hkv, Tk, D], or [pages, Hkv, page_size, D] where `block_table` is given.
+        v: [1, Hkv, Tk, Dv], likewise.
+        block_table: int32 [sequences, pages of the longest], last stride 1; or None.
+        selections: One a sequence.
+        scale: Factor of the logits.
+    """
+    q, k, v, scale = _normalise(q, k, v, scale)
     block_size = selections[0].block_size
-    if q.shape[2] >= LONG_TOKENS * len(selections) and hopper_fits(q, k, v, block_size):
+    page_size = 0 if block_table is None else k.shape[2]
+    if q.shape[2] >= LONG_TOKENS * len(selections) and hopper_fits(q, k, v, block_size, page_size):
         q_start = k_start = 0
-        for selection in selections:
+        for n, selection in enumerate(selections):
             q_stop, k_stop = q_start + selection.q_len, k_start + selection.k_len
-            queries, keys = slice(q_start, q_stop), slice(k_start, k_stop)
-            views = out[:, :, queries], None, q[:, :, queries], k[:, :, keys], v[:, :, keys]
-            _attend_into(*views, selection, scale, None)
+            keys, values, pages = k, v, None
+            if block_table is None:
+                keys, values = k[:, :, k_start:k_stop], v[:, :, k_start:k_stop]
+            else:
+                pages = block_table[n]
+            queries, part = q[:, :, q_start:q_stop], out[:, :, q_start:q_stop]
+            indices = _unit_stride(selection.indices)
+            launch_hopper(
+                queries, keys, values, part, None, indices, selection.counts, scale, None, selection.k_len, pages
+            )
             q_start, k_start = q_stop, k_stop
     else:
-        q, k, v, scale = _normalise(q, k, v, scale)
         indices, counts, packing = _pack(selections, q.device)
         tile = _portable_tile(q, v, block_size)
-        launch(q, k, v, out, None, indices, counts, block_size, scale, None, tile, packing)
-    return out[0].transpose(0, 1)
+        launch(q, k, v, out, None, indices, counts, block_size, scale, None, tile, packing, block_table)
 
 
 def _pack(selections: Sequence[BlockSelection], device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -109,8 +138,12 @@ def _normalise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     """Copy what the kernels cannot address, and make the scale positive: they take maxima before they scale."""
     if scale <= 0:
         q, scale = q * scale, 1.0
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(_unit_stride, (q, k, v))
     return q, k, v, scale
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
@@ -132,18 +165,22 @@ def launch(
     window: int | None,
     tile: Tile,
     packing: tuple[Tensor, ...] | None = None,
+    block_table: Tensor | None = None,
 ) -> None:
     """Run the portable kernel on q's device, on its current stream."""
+    page_size = 0 if block_table is None else k.shape[2]
+    table = counts if block_table is None else block_table
     tensors = (out, lse if lse is not None else out, indices, counts, *(packing or (counts,) * 4))
-    tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v)))
-    key = _layouts(q, k, v, out, indices, counts), q.dtype, q.device, _alignment(q, k, v, *tensors)
-    plan = _portable_plan(*key, block_size, scale, window, lse is not None, packing is not None, tma, tile)
+    # Smaller pages would take several copies a tile, which the portable kernel's descriptors cannot join.
+    tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and page_size % tile.keys == 0
+    key = _layouts(q, k, v, out, indices, counts, table), q.dtype, q.device, _alignment(q, k, v, *tensors)
+    plan = _portable_plan(*key, block_size, scale, window, lse is not None, packing is not None, page_size, tma, tile)
     inputs: tuple[Any, ...] = (q, k, v)
     if tma:
         pad, pad_v = _padded(q.shape[3]), _padded(v.shape[3])
         shapes = ((block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
         inputs = tuple(TensorDescriptor(x, *_described(x, *shape)) for x, shape in zip(inputs, shapes, strict=True))
-    _run(plan, q.device, *inputs, *tensors)
+    _run(plan, q.device, *inputs, *tensors, table)
 
 
 @lru_cache(maxsize=1024)
@@ -157,12 +194,13 @@ def _portable_plan(
     window: int | None,
     lse: bool,
     packed: bool,
+    page_size: int,
     tma: bool,
     tile: Tile,
 ) -> Launch:
     """Make the launch that calls of equal layouts share."""
     head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
-    grid, numbers = _geometry(layouts, scale, window)
+    grid, numbers = _geometry(layouts, layouts[1][0][2], scale, window)
     constants = {
         "D": head_dim,
         "DV": v_head_dim,
@@ -172,6 +210,7 @@ def _portable_plan(
         "KEYS": tile.keys,
         "TMA": tma,
         "PACKED": packed,
+        "PAGE": page_size,
         "WINDOW": window is not None,
         "LSE": lse,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
@@ -179,17 +218,20 @@ def _portable_plan(
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:  # not every target knows the option
         options["maxnreg"] = tile.registers
-    strides = tuple(layouts[i][1] for i in (0, 1, 2, 3, 4, 5))
+    strides = (*(layouts[i][1] for i in (0, 1, 2, 3, 4, 5)), layouts[6][1][0] if page_size else 0)
     return Launch(attention_kernel, grid, (*strides, *numbers), constants, **options)
 
 
-def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
-    """Tell whether the Hopper kernel can take a call."""
+def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int = 0) -> bool:
+    """Tell whether the Hopper kernel can take a call; `page_size` is 0 where k and v are not paged."""
     if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
         return False
     pads = _padded(q.shape[3]), _padded(v.shape[3])
     shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
-    return shaped and all(map(_describable, (q, k, v))) and _gluon_known()
+    if not shaped or not all(map(_describable, (q, k, v))):
+        return False
+    keys = choose_hopper_tile(*pads).keys
+    return (page_size % keys == 0 or (keys % page_size == 0 and page_size >= 8)) and _gluon_known()
 
 
 @cache
@@ -211,18 +253,25 @@ def launch_hopper(
     counts: Tensor,
     scale: float,
     window: int | None,
-    tile: HopperTile,
+    k_len: int | None = None,
+    pages: Tensor | None = None,
 ) -> None:
-    """Run the Hopper kernel on q's device, on its current stream."""
+    """Run the Hopper kernel on q's device, on its current stream.
+
+    With `pages`, int32 and contiguous, k and v are [pages, Hkv, page_size, D] and hold `k_len` tokens of one sequence.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
+    page_size = 0 if pages is None else k.shape[2]
     tensors = (out, lse if lse is not None else out, indices, counts)
     key = _layouts(q, k, v, out, indices, counts), q.dtype, q.device, _alignment(*tensors)
-    plan, boxes = _hopper_plan(*key, scale, window, lse is not None, tile)
+    tile = choose_hopper_tile(_padded(q.shape[3]), _padded(v.shape[3]))
+    k_len = k.shape[2] if k_len is None else k_len
+    plan, boxes = _hopper_plan(*key, scale, window, lse is not None, k_len, page_size, tile)
     inputs = (
         GluonDescriptor(x, *_described(x, *shape), layout) for x, (shape, layout) in zip((q, k, v), boxes, strict=True)
     )
-    _run(plan, q.device, *inputs, *tensors)
+    _run(plan, q.device, *inputs, *tensors, counts if pages is None else pages)
 
 
 @lru_cache(maxsize=1024)
@@ -234,25 +283,36 @@ def _hopper_plan(
     scale: float,
     window: int | None,
     lse: bool,
+    k_len: int,
+    page_size: int,
     tile: HopperTile,
 ) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
     """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
-    from stem_attn.backends.triton.hopper_kernel import hopper_attention_kernel, tile_layout
+    from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
 
-    head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
-    grid, numbers = _geometry(layouts, scale, window)
-    constants = {"DV": v_head_dim, "STAGES": tile.stages, "WINDOW": window is not None, "LSE": lse}
+    pad, pad_v = _padded(layouts[0][0][3]), _padded(layouts[2][0][3])
+    grid, numbers = _geometry(layouts, k_len, scale, window)
+    constants = {
+        "DV": layouts[2][0][3],
+        "DV_PAD": pad_v,
+        "KEYS": tile.keys,
+        "PAGE": page_size,
+        "STAGES": tile.stages,
+        "WINDOW": window is not None,
+        "LSE": lse,
+    }
     strides = tuple(layouts[i][1] for i in (3, 4, 5))
     # 384 threads share 64 Ki registers; the kernel deals them out anew.
     plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, num_warps=4, maxnreg=168)
-    pad, pad_v = _padded(head_dim), _padded(v_head_dim)
-    boxes = ((64, pad), (tile.keys, pad), (tile.keys, pad_v))
-    return plan, [(box, tile_layout([1, 1, *box])) for box in boxes]
+    boxes = ((64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v)))
+    return plan, [(box, box_layout(box)) for box in boxes]
 
 
-def _geometry(layouts: Layouts, scale: float, window: int | None) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+def _geometry(
+    layouts: Layouts, k_len: int, scale: float, window: int | None
+) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
     """Return the grid, and the numbers that both kernels take after the strides."""
-    (batch, heads, q_len, _), (_, kv_heads, k_len, _), rows = layouts[0][0], layouts[1][0], layouts[5][0][2]
+    (batch, heads, q_len, _), kv_heads, rows = layouts[0][0], layouts[1][0][1], layouts[5][0][2]
     return (rows, heads, batch), (rows, heads // kv_heads, q_len, k_len, scale * math.log2(math.e), window or 0)
 
 

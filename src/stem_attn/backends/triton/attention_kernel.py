@@ -10,13 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stem_attn.backends.triton.kernel_pages import load_pages, token_offset
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+# Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
+@triton.jit(
+    do_not_specialize=["table_stride", "rows", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"]
+)
 def attention_kernel(
     q,  # [B, Hq, Tq, D]: a pointer, or a tensor descriptor where TMA; packed: B = 1 and T = all tokens
-    k,  # [B, Hkv, Tk, D], likewise
+    k,  # [B, Hkv, Tk, D], likewise; [pages, Hkv, PAGE, D] where paged
     v,  # [B, Hkv, Tk, DV], likewise
     out,  # [B, Hq, Tq, DV]
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
@@ -26,16 +31,18 @@ def attention_kernel(
     first_rows,  # int32 [sequences], the first row of each sequence
     q_starts,  # int32 [sequences + 1], cumulative query tokens
     k_starts,  # int32 [sequences + 1], cumulative key tokens
+    block_table,  # int32 [sequences, pages of the longest], last stride 1; unused unless paged
     q_strides,  # (batch, head, token) in elements, as all strides here
     k_strides,
     v_strides,
     out_strides,
     index_strides,  # (batch, head, row)
     count_strides,  # (batch, head, row)
+    table_stride,  # from one sequence to the next
     rows,
     group,  # query heads a KV head
     q_len,  # query tokens of a batch row; all tokens where PACKED
-    k_len,
+    k_len,  # not read where PACKED
     scale_log2,  # logit factor times log2(e); positive
     window,  # tokens; read only where WINDOW
     D: tl.constexpr,
@@ -46,6 +53,7 @@ def attention_kernel(
     KEYS: tl.constexpr,  # keys a tile; divides BLOCK
     TMA: tl.constexpr,
     PACKED: tl.constexpr,
+    PAGE: tl.constexpr,  # tokens a page of k and v, which are then PACKED; 0: not paged. TMA: a multiple of KEYS
     WINDOW: tl.constexpr,
     LSE: tl.constexpr,
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
@@ -66,6 +74,9 @@ def attention_kernel(
         k_start = tl.load(k_starts + sequence)
         q_len = tl.load(q_starts + sequence + 1) - q_start
         k_len = tl.load(k_starts + sequence + 1) - k_start
+        if PAGE > 0:
+            k_start = tl.full((), 0, tl.int32)
+            block_table += sequence.to(tl.int64) * table_stride
     else:
         row = row_slot
         q_start = tl.full((), 0, tl.int32)
@@ -97,13 +108,13 @@ def attention_kernel(
         unmasked = (count - 1) * PER_BLOCK
         peak, total, acc = _walk(
             peak, total, acc, query, keys, values, indices, 0, unmasked, token + offset,
-            batch, kv_head, k_start, k_len, k_strides, v_strides, scale_log2, window,
-            D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, WINDOW, False, PRECISION,
+            batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, window,
+            D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, PAGE, WINDOW, False, PRECISION,
         )  # fmt: skip
     peak, total, acc = _walk(
         peak, total, acc, query, keys, values, indices, unmasked, count * PER_BLOCK, token + offset,
-        batch, kv_head, k_start, k_len, k_strides, v_strides, scale_log2, window,
-        D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, WINDOW, True, PRECISION,
+        batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, window,
+        D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, PAGE, WINDOW, True, PRECISION,
     )  # fmt: skip
 
     acc = acc / total[:, None]
@@ -120,25 +131,41 @@ def _walk(
     acc,  # [BLOCK, DV_PAD], the weighted sums of values
     query, keys, values, indices, start, stop,  # tiles [start, stop) of the row's list
     position,  # [BLOCK], absolute positions of the queries
-    batch, kv_head, k_start, k_len, k_strides, v_strides, scale_log2, window,
+    batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, window,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PER_BLOCK: tl.constexpr = BLOCK // KEYS
     dims = tl.arange(0, D_PAD)
     dims_v = tl.arange(0, DV_PAD)
     block = tl.load(indices + start // PER_BLOCK, mask=start < stop, other=0)
+    page = block
+    if PAGE > 0:
+        page = load_pages(block_table, block * BLOCK + (start % PER_BLOCK) * KEYS, k_len, KEYS, PAGE)
+        next_block = tl.load(indices + (start + 1) // PER_BLOCK, mask=start + 1 < stop, other=0)
     for tile in tl.range(start, stop):
         first = block * BLOCK + (tile % PER_BLOCK) * KEYS
-        # Read one tile ahead: the address of the next load must not wait for memory.
-        block = tl.load(indices + (tile + 1) // PER_BLOCK, mask=tile + 1 < stop, other=0)
+        tile_page = page
+        # Read one tile ahead, and two where pages are: the address of the next load must not wait for memory.
+        if PAGE > 0:
+            block = next_block
+            page = load_pages(block_table, block * BLOCK + ((tile + 1) % PER_BLOCK) * KEYS, k_len, KEYS, PAGE)
+            next_block = tl.load(indices + (tile + 2) // PER_BLOCK, mask=tile + 2 < stop, other=0)
+        else:
+            block = tl.load(indices + (tile + 1) // PER_BLOCK, mask=tile + 1 < stop, other=0)
         slot = first + tl.arange(0, KEYS)
         held = slot < k_len
-        if TMA:
-            key = keys.load([batch.to(tl.int32), kv_head.to(tl.int32), k_start + first, 0]).reshape(KEYS, D_PAD)
+        if PAGE > 0:
+            outer = tile_page
+            inner = first % PAGE
         else:
-            key_at = keys + slot.to(tl.int64)[:, None] * k_strides[2] + dims
+            outer = batch.to(tl.int32)
+            inner = k_start + first
+        if TMA:
+            key = keys.load([outer, kv_head.to(tl.int32), inner, 0]).reshape(KEYS, D_PAD)
+        else:
+            key_at = keys + token_offset(slot, tile_page, k_strides, PAGE)[:, None] + dims
             if MASKED:
                 key = tl.load(key_at, mask=held[:, None] & (dims < D), other=0.0)
             elif D_PAD > D:
@@ -161,11 +188,11 @@ def _walk(
         total = total * decay + tl.sum(weight, 1)
         acc = acc * decay[:, None]
         if TMA:
-            value = values.load([batch.to(tl.int32), kv_head.to(tl.int32), k_start + first, 0]).reshape(KEYS, DV_PAD)
-            if MASKED and PACKED:  # past the end lies the next sequence, which may hold infinities
+            value = values.load([outer, kv_head.to(tl.int32), inner, 0]).reshape(KEYS, DV_PAD)
+            if MASKED and PACKED:  # past the end lies another sequence, which may hold infinities
                 value = tl.where(held[:, None], value, 0.0)
         else:
-            value_at = values + slot.to(tl.int64)[:, None] * v_strides[2] + dims_v
+            value_at = values + token_offset(slot, tile_page, v_strides, PAGE)[:, None] + dims_v
             if MASKED:
                 value = tl.load(value_at, mask=held[:, None] & (dims_v < DV), other=0.0)
             elif DV_PAD > DV:

@@ -20,26 +20,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Triton 3.7 renamed the one, 3.9 the other.
 warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN2 = gl.constexpr(0.6931471805599453)
 HALF = gl.constexpr(64)  # queries a warpgroup
 BLOCK = gl.constexpr(128)
 
 
-def tile_layout(shape: list[int]) -> gl.NVMMASharedLayout:
-    """Return the shared-memory layout of a 16-bit tile [1, 1, tokens, dims]."""
-    return gl.NVMMASharedLayout.get_default_for(shape, gl.float16)
+CHUNK = gl.constexpr(64)  # numbers of 16 bits in a row of shared memory, 128 bytes
 
 
-@gluon.jit
+def box_shape(keys: int, head_dim: int, page: int) -> tuple[int, int]:
+    """Return what one copy brings of a tile of keys or values: tokens and dims.
+
+    Args:
+        keys: Tokens a tile.
+        head_dim: Padded to a power of two.
+        page: Tokens a page, or 0. Several pages make a tile where they are smaller.
+    """
+    return (page, CHUNK.value) if 0 < page < keys else (keys, head_dim)
+
+
+def box_layout(shape: tuple[int, int]) -> gl.NVMMASharedLayout:
+    """Return the shared-memory layout of a 16-bit box [1, 1, tokens, dims]."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, *shape], gl.float16)
+
+
+# Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
+@gluon.jit(do_not_specialize=["rows", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"])
 def hopper_attention_kernel(
     q,  # descriptor of [B, Hq, Tq, D], tiles of 64 tokens
-    k,  # descriptor of [B, Hkv, Tk, D], tiles of KEYS tokens
-    v,  # descriptor of [B, Hkv, Tk, DV], tiles of KEYS tokens
+    k,  # descriptor of [B, Hkv, Tk, D], or of [pages, Hkv, PAGE, D] where paged; boxes of `box_shape`
+    v,  # descriptor of [B, Hkv, Tk, DV], likewise
     out,  # [B, Hq, Tq, DV]
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
     indices,  # int32 [B, Hq, R, S], last stride 1
     counts,  # int32 [B, Hq, R]
+    block_table,  # int32 [pages of the sequence]; unused unless paged, and then B = 1
     out_strides,  # (batch, head, token) in elements, as all strides here
     index_strides,  # (batch, head, row)
     count_strides,  # (batch, head, row)
@@ -50,6 +66,9 @@ def hopper_attention_kernel(
     scale_log2,  # logit factor times log2(e); positive
     window,  # tokens; read only where WINDOW
     DV: gl.constexpr,
+    DV_PAD: gl.constexpr,  # a power of two
+    KEYS: gl.constexpr,  # keys a tile; divides BLOCK
+    PAGE: gl.constexpr,  # tokens a page; divides KEYS or is a multiple of it; 0: k and v are not paged
     STAGES: gl.constexpr,
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
@@ -68,10 +87,8 @@ def hopper_attention_kernel(
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
     lse += (batch.to(gl.int64) * gl.num_programs(1) + head) * q_len
 
-    D_PAD: gl.constexpr = k.block_type.shape[3]
-    DV_PAD: gl.constexpr = v.block_type.shape[3]
+    D_PAD: gl.constexpr = q.block_type.shape[3]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)
-    KEYS: gl.constexpr = k.block_type.shape[2]
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], k.dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], v.dtype)
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D_PAD], q_layout)
@@ -97,41 +114,75 @@ def hopper_attention_kernel(
     outputs = (out, out_strides[2], lse)
     gl.warp_specialize(
         [
-            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, WINDOW, LSE)),
-            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, WINDOW, LSE)),
-            (_produce, ((q, k, v), tiles, barriers, blocks, batch, head, kv_head, STAGES)),
+            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE)),
+            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE)),
+            (_produce, ((q, k, v), tiles, barriers, blocks, (batch, block_table, k_len), head, kv_head, STAGES, PAGE)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40] if PAGE > 0 and PAGE < KEYS else [240, 24],  # the producer holds the numbers of a tile's pages
     )
 
 
 @gluon.jit
-def _produce(descriptors, tiles, barriers, blocks, batch, head, kv_head, STAGES: gl.constexpr):
+def _produce(descriptors, tiles, barriers, blocks, source, head, kv_head, STAGES: gl.constexpr, PAGE: gl.constexpr):
     """Copy Q once, then K one tile ahead of V, in the order in which the consumers need them."""
     q, k, v = descriptors
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
+    KEYS: gl.constexpr = k_tiles.type.shape[1]
     mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
     for half in gl.static_range(2):
-        load_tile(q, [batch, head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
-    first = _first_key(indices, count, 0, k_tiles.type.shape[1])
-    mbarrier.expect(k_full.index(0), k.block_type.nbytes)
-    load_tile(k, [batch, kv_head, first, 0], k_full.index(0), k_tiles.index(0))
-    steps = count * (BLOCK // k_tiles.type.shape[1])
+        load_box(q, [source[0], head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+    first = _first_key(indices, count, 0, KEYS)
+    _copy(k, k_tiles, k_full, 0, kv_head, first, _outer(source, first, KEYS, PAGE), PAGE)
+    steps = count * (BLOCK // KEYS)
     for step in range(1, steps + 1):
         last_first = first
         if step < steps:
-            first = _first_key(indices, count, step, k_tiles.type.shape[1])
+            first = _first_key(indices, count, step, KEYS)
+            outer = _outer(source, first, KEYS, PAGE)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-            load_tile(k, [batch, kv_head, first, 0], k_full.index(slot), k_tiles.index(slot))
+            _copy(k, k_tiles, k_full, slot, kv_head, first, outer, PAGE)
+        outer = _outer(source, last_first, KEYS, PAGE)
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
-        mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-        load_tile(v, [batch, kv_head, last_first, 0], v_full.index(slot), v_tiles.index(slot))
+        _copy(v, v_tiles, v_full, slot, kv_head, last_first, outer, PAGE)
+
+
+@gluon.jit
+def _outer(source, first, KEYS: gl.constexpr, PAGE: gl.constexpr):
+    """Return the outermost coordinate of each copy of a tile: the batch row, or the pages that hold the tile."""
+    batch, block_table, k_len = source
+    if PAGE == 0:
+        return (batch,)
+    else:
+        pages = ()
+        for token in gl.static_range(0, KEYS, PAGE):
+            # No page has number -1: the copy engine writes zeros for it.
+            at = block_table + (first + token) // PAGE
+            pages += (gl.load(at, mask=first + token < k_len, other=-1),)  # type: ignore[assignment]
+        return pages
+
+
+@gluon.jit
+def _copy(descriptor, tiles, full, slot, kv_head, first, outer, PAGE: gl.constexpr):
+    """Copy the tile of keys or values from token `first` on into a slot, in one box or in one a page and 64 dims."""
+    COPIES: gl.constexpr = len(outer)
+    CHUNKS: gl.constexpr = tiles.type.shape[2] // descriptor.block_type.shape[3]
+    mbarrier.expect(full.index(slot), COPIES * CHUNKS * descriptor.block_type.nbytes)
+    if COPIES == 1:
+        inner = first % PAGE if PAGE > 0 else first
+        load_box(descriptor, [outer[0], kv_head, inner, 0], full.index(slot), tiles.index(slot))
+    else:
+        # Shared memory holds a tile as columns of 64 numbers, so a page's rows of one column lie together.
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, CHUNK], tiles.dtype)
+        boxes = tiles.index(slot)._reinterpret(tiles.dtype, [CHUNKS * COPIES, PAGE, CHUNK], layout)
+        for chunk in gl.static_range(CHUNKS):
+            for i in gl.static_range(COPIES):
+                at = [outer[i], kv_head, 0, chunk * CHUNK]
+                load_box(descriptor, at, full.index(slot), boxes.index(chunk * COPIES + i))
 
 
 @gluon.jit
@@ -139,6 +190,18 @@ def _first_key(indices, count, step, KEYS: gl.constexpr):
     """Return the first key of a step's tile: the row's blocks last to first, a block's tiles first to last."""
     PER_BLOCK: gl.constexpr = BLOCK // KEYS
     return gl.load(indices + count - 1 - step // PER_BLOCK) * BLOCK + step % PER_BLOCK * KEYS
+
+
+@gluon.jit
+def _clear_tail(tile, held):
+    """Zero the rows of a tile from `held` on."""
+    ROWS: gl.constexpr = 16
+    KEYS: gl.constexpr = tile.type.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for start in gl.static_range(0, KEYS, ROWS):
+        part = tile.slice(start, ROWS)
+        row = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        part.store(gl.where(row[:, None] < held, part.load(layout), 0.0))
 
 
 @gluon.jit
@@ -160,6 +223,7 @@ def _consume(
     outputs,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
+    PAGED: gl.constexpr,
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
 ):
@@ -202,6 +266,17 @@ def _consume(
     total = gl.sum(weight, 1)
     operand = gl.convert_layout(weight.to(dtype), weight_layout)
     acc = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+
+    if PAGED:
+        # The last page may hold anything past the end, even NaN, which a weight of zero does not hide. Both
+        # warpgroups write the same zeros.
+        held = q_len - first_token
+        if held < BLOCK:
+            for i in gl.static_range(PER_BLOCK):
+                mbarrier.wait(v_full.index(i), 0)
+                _clear_tail(v_tiles.index(i), held - i * KEYS)
+            fence_async_shared()
+            warpgroup_barrier()
 
     steps = count * PER_BLOCK
     for step in range(1, steps):

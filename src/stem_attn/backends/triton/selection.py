@@ -32,29 +32,45 @@ TOP_KEYS_PER_WARP = 1024
 _captured: list[Tensor] = []
 
 
-def select(q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig, scale: float, budget: Tensor) -> BlockSelection:
-    """Choose the kept blocks; see `Backend.select`.
+def select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: StemConfig,
+    scale: float,
+    budget: Tensor,
+    pages: Tensor | None = None,
+    k_len: int | None = None,
+) -> BlockSelection:
+    """Choose the kept blocks; see `Backend.select` and `Backend.select_paged`.
 
     Args:
         q: [B, Hq, Tq, D], any strides.
-        k: [B, Hkv, Tk, D].
-        v: [B, Hkv, Tk, Dv].
+        k: [B, Hkv, Tk, D]; [pages, Hkv, page_size, D] where `pages` is given, and then B = 1.
+        v: [B, Hkv, Tk, Dv], likewise.
         config: The method; `block_size` must be a power of two.
         scale: Factor of the attention logits.
         budget: int32 [Qb] or [B, Qb] on the CPU; blocks.
+        pages: int32, contiguous; the page of every page_size tokens of the sequence.
+        k_len: Tokens of the sequence, where `pages` is given.
 
     Returns:
         The selection that the CPU backend makes, except where scores differ by less than their rounding. 16-bit
         inputs are pooled in float32 and multiplied with 11 significant bits.
     """
     with _on(q):
-        return plan_for(q, k, v, config, scale, budget).run(q, k, v)
+        return plan_for(q, k, v, config, scale, budget, k_len).run(q, k, v, pages)
 
 
-def plan_for(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, budget: Tensor) -> _Plan:
+def plan_for(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, budget: Tensor, k_len: int | None = None
+) -> _Plan:
     """Find or make the plan of a call; the arguments are those of `select`."""
+    page_size = 0 if k_len is None else k.shape[2]
+    k_shape = k.shape if k_len is None else (1, k.shape[1], k_len, k.shape[3])
     aligned = (q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16)  # kernels are compiled for it
-    layout = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
+    layout = (q.shape, k_shape, v.shape[3], page_size, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
     return _plan(layout, config, scale, budget.numpy().tobytes(), budget.ndim)
 
 
@@ -80,7 +96,8 @@ class _Plan:
     """All that the shapes, strides, config and budget of a call decide: sizes, tables and launches.
 
     Args:
-        layout: Shapes and strides of q, k and v, their dtype and device, and their addresses modulo 16.
+        layout: Shapes of q and k as if not paged, v's head dim, tokens a page or 0, strides of q, k and v, their dtype
+            and device, and their addresses modulo 16.
         config: The method.
         scale: Factor of the attention logits.
         budget: The bytes of an int32 tensor [Qb] or [B, Qb].
@@ -90,7 +107,7 @@ class _Plan:
     def __init__(
         self, layout: tuple[Any, ...], config: StemConfig, scale: float, budget: bytes, budget_dims: int
     ) -> None:
-        q_shape, k_shape, v_shape, *strides, dtype, device, _ = layout
+        q_shape, k_shape, v_dim, page_size, *strides, dtype, device, _ = layout
         self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
         self.device = device
         self.keep, self.width = _keep_table(budget, budget_dims, grid, config, device.type == "cuda")
@@ -127,14 +144,15 @@ class _Plan:
             ),
             {
                 "D": dim,
-                "DV": v_shape[3],
+                "DV": v_dim,
                 "D_PAD": dim_pad,
-                "DV_PAD": triton.next_power_of_2(v_shape[3]),
+                "DV_PAD": triton.next_power_of_2(v_dim),
                 "D_OUT": dim_out,
                 "BLOCK": grid.block_size,
                 "STRIDE": config.stride,
                 # 8 numbers a thread: 16 bytes.
                 "TOKENS": min(max(config.stride, POOL_WARPS * 256 // dim_pad), grid.block_size),
+                "PAGE": page_size,
                 "ZSCORE": zscore and valued,
             },
             num_warps=POOL_WARPS,
@@ -198,9 +216,9 @@ class _Plan:
             )
             self.passes.append((score, top))
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> BlockSelection:
         """Make the selection of inputs of this plan's layout on the current device and stream."""
-        pooled, table = self.pool_inputs(q, k, v)
+        pooled, table = self.pool_inputs(q, k, v, pages)
         keep = self.keep_on_device()
         scores = torch.empty(self.scores_size, dtype=torch.float32, device=self.device)
         indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=self.device)
@@ -212,7 +230,7 @@ class _Plan:
         grid = self.grid
         return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.k_len)
 
-    def pool_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def pool_inputs(self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Read q, k and v once.
 
         Returns:
@@ -222,11 +240,12 @@ class _Plan:
         rows = self.q_rows + self.k_rows
         pooled = torch.empty((rows, self.depth), dtype=self.pooled_dtype, device=self.device)
         table = torch.empty(rows + self.k_rows, dtype=torch.float32, device=self.device)
+        block_table = table if pages is None else pages
         if self.zscore is None:
-            self.pool(q, k, v, pooled, table, table)
+            self.pool(q, k, v, pooled, table, table, block_table)
         else:
             logs = torch.empty(self.logs_size, dtype=torch.float32, device=self.device)
-            self.pool(q, k, v, pooled, table, logs)
+            self.pool(q, k, v, pooled, table, logs, block_table)
             self.zscore(logs, table)
         return pooled, table
 

@@ -11,18 +11,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stem_attn.backends.triton.kernel_pages import token_offset
+
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_len", "k_len", "q_blocks", "k_blocks"])
+@triton.jit(
+    do_not_specialize=["q_offset", "q_len", "k_len", "q_blocks", "k_blocks"],
+    do_not_specialize_on_alignment=["block_table"],
+)
 def pool_kernel(
     q,  # [B, Hq, Tq, D], the last Tq of Tk tokens
-    k,  # [B, Hkv, Tk, D]
-    v,  # [B, Hkv, Tk, DV]
+    k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
+    v,  # [B, Hkv, Tk, DV], likewise
     pooled,  # [B * Hq * Qb + B * Hkv * Kb, STRIDE * D_OUT]: the rows of q, then those of k; zeros past D
     table,  # float32: the power of each row of pooled, then the weighted value term of each row of k
     logs,  # float32 [B * Hkv, Kb * BLOCK / STRIDE], log magnitudes; only where ZSCORE, and then instead of the term
+    block_table,  # int32 [pages of the sequence]; unused unless paged
     q_strides,  # (batch, head, token, dim) in elements
     k_strides,
     v_strides,
@@ -44,6 +50,7 @@ def pool_kernel(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,  # how many are loaded at once; a multiple of STRIDE
+    PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
     ZSCORE: tl.constexpr,
 ):
     """Pool one block of q or k, or measure one block of v."""
@@ -54,36 +61,44 @@ def pool_kernel(
         head = (program // q_blocks).to(tl.int64)
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
         start = program % q_blocks * BLOCK - q_offset
-        _pool(q, pooled, table, program, start, q_len, q_strides[2], q_strides[3],
-              D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, False)  # fmt: skip
+        _pool(q, pooled, table, program, start, q_len, block_table, q_strides,
+              D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, 0, False)  # fmt: skip
     elif program < q_rows + k_rows:
         row = program - q_rows
         head = (row // k_blocks).to(tl.int64)
-        k += head // kv_heads * k_strides[0] + head % kv_heads * k_strides[1]
-        _pool(k, pooled, table, program, row % k_blocks * BLOCK, k_len, k_strides[2], k_strides[3],
-              D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, True)  # fmt: skip
+        k += head % kv_heads * k_strides[1]
+        if PAGE == 0:
+            k += head // kv_heads * k_strides[0]
+        _pool(k, pooled, table, program, row % k_blocks * BLOCK, k_len, block_table, k_strides,
+              D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, PAGE, True)  # fmt: skip
     else:
         row = program - q_rows - k_rows
         head = (row // k_blocks).to(tl.int64)
-        v += head // kv_heads * v_strides[0] + head % kv_heads * v_strides[1]
-        _measure(v, table + q_rows + k_rows, logs, row, row % k_blocks * BLOCK, k_len, v_strides[2], v_strides[3],
-                 weight, DV, DV_PAD, BLOCK, STRIDE, ZSCORE)  # fmt: skip
+        v += head % kv_heads * v_strides[1]
+        if PAGE == 0:
+            v += head // kv_heads * v_strides[0]
+        _measure(v, table + q_rows + k_rows, logs, row, row % k_blocks * BLOCK, k_len, block_table, v_strides,
+                 weight, DV, DV_PAD, BLOCK, STRIDE, PAGE, ZSCORE)  # fmt: skip
 
 
 @triton.jit
 def _pool(
-    x, pooled, table, row, start, length, token_stride, dim_stride,
+    x, pooled, table, row, start, length, block_table, strides,
     D: tl.constexpr, D_PAD: tl.constexpr, D_OUT: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    TOKENS: tl.constexpr, REVERSED: tl.constexpr,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
     """Write the means of a block's tokens by position modulo STRIDE; the last position first where REVERSED."""
     dims = tl.arange(0, D_PAD)
-    x += dims.to(tl.int64)[None, :] * dim_stride
+    x += dims.to(tl.int64)[None, :] * strides[3]
     sums = tl.zeros([TOKENS, D_PAD], tl.float32)
     for first in tl.static_range(0, BLOCK, TOKENS):
         token = (start + first + tl.arange(0, TOKENS))[:, None]
-        present = (token >= 0) & (token < length) & (dims < D)[None, :]
-        sums += tl.load(x + token.to(tl.int64) * token_stride, mask=present, other=0.0).to(tl.float32)
+        held = (token >= 0) & (token < length)
+        page = token
+        if PAGE > 0:
+            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        at = x + token_offset(token, page, strides, PAGE)
+        sums += tl.load(at, mask=held & (dims < D)[None, :], other=0.0).to(tl.float32)
     if TOKENS > STRIDE:
         sums = tl.sum(sums.reshape(TOKENS // STRIDE, STRIDE, D_PAD), 0)
     means = sums * (STRIDE / BLOCK)
@@ -99,18 +114,23 @@ def _pool(
 
 @triton.jit
 def _measure(
-    v, values, logs, row, start, length, token_stride, dim_stride, weight,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ZSCORE: tl.constexpr,
+    v, values, logs, row, start, length, block_table, strides, weight,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
+    ZSCORE: tl.constexpr,
 ):  # fmt: skip
     """Write log(max |v| + 1e-6) of each group of STRIDE tokens, or the weighted max(0, log |v|) of the block."""
     dims = tl.arange(0, DV_PAD)
-    v += dims.to(tl.int64)[None, :] * dim_stride
+    v += dims.to(tl.int64)[None, :] * strides[3]
     groups = tl.arange(0, BLOCK // STRIDE)
     squares = tl.zeros([BLOCK // STRIDE], tl.float32)
     for position in tl.static_range(0, STRIDE):
         token = (start + groups * STRIDE + position)[:, None]
-        present = (token < length) & (dims < DV)[None, :]
-        value = tl.load(v + token.to(tl.int64) * token_stride, mask=present, other=0.0).to(tl.float32)
+        held = token < length
+        page = token
+        if PAGE > 0:
+            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        at = v + token_offset(token, page, strides, PAGE)
+        value = tl.load(at, mask=held & (dims < DV)[None, :], other=0.0).to(tl.float32)
         squares = tl.maximum(squares, tl.sum(value * value, 1))
     if ZSCORE:
         tl.store(logs + row.to(tl.int64) * (BLOCK // STRIDE) + groups, tl.log(tl.sqrt(squares) + 1e-6))
