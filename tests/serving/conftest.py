@@ -1,5 +1,6 @@
 """Tests of the vLLM plugin on real engines. They have an environment of their own: `make test-vllm`."""
 
+import functools
 import importlib.util
 import os
 
@@ -15,6 +16,15 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _several_engines_in_one_process():
+    """Let vLLM register its kernels once: 0.32 stumbles over numba's objects when it does so again."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    platform.register_triton_kernel_overrides = staticmethod(functools.cache(platform.register_triton_kernel_overrides))
 
 
 @pytest.fixture(scope="session")

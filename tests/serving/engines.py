@@ -30,7 +30,6 @@ def engine(folder, stem=None, **options):
     """An engine; with `stem`, the plugin's config, on the backend STEM."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
 
     if stem is not None:
         options.setdefault("attention_backend", "STEM")
@@ -52,8 +51,6 @@ def engine(folder, stem=None, **options):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-        # Once registered they stay; vLLM 0.32 stumbles over numba's objects when it does it again in one process.
-        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def answer(llm, prompts, new_tokens=8, **sampling):
