@@ -12,9 +12,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+Score = Literal["linear", "mass"]
 ValueTerm = Literal["none", "log", "zscore"]
 DecayStart = Literal["first_row", "plateau"]
 ForcedBlocks = Literal["inside", "on_top"]
+BudgetScope = Literal["head", "group", "layer"]
+Residual = Literal["none", "mean"]
 RatioSteps = tuple[tuple[int | None, float], ...]
 
 
@@ -27,8 +30,11 @@ class StemConfig:
 
     Args:
         block_size: Tokens in a query block and in a key block; a multiple of 16 from 16 to 128.
-        stride: Tokens between the positions that antidiagonal scoring pairs; it divides `block_size`. Smaller
-            is cheaper and coarser: a pooled block has `stride * head_dim` numbers.
+        score: How a block pair's attention is estimated. `"linear"`: the mean of antidiagonal dot products (paper,
+            official code); `"mass"`: the log of the attention mass that the key block takes from the query block's
+            groups of `stride` tokens, each group standing for its mean, the largest share counting.
+        stride: With linear scores, tokens between the positions that are paired: smaller is cheaper and coarser. With
+            mass scores, tokens of a group: larger is cheaper and coarser. It divides `block_size`.
         value_term: What a key block's value magnitude adds to its score. `"log"`: the block's largest
             `max(0, log |v|)` (paper, Eq. 7); `"zscore"`: the official code's rectified z-score over the
             sequence, which looks at future tokens; `"none"`: nothing.
@@ -45,9 +51,15 @@ class StemConfig:
             (official code).
         tail_blocks: Query blocks at the end of the prompt that keep everything. The decay leaves the fewest keys to
             the rows that read the prompt's question and predict its answer; a few full rows cost little.
+        budget_scope: Whose budgets are one. `"head"`: every query head keeps its own k(i) blocks; `"group"`: the query
+            heads of a KV head share the sum of theirs, which goes to the highest scores among them; `"layer"`: all
+            heads of the call do (under tensor parallelism those of the rank). The cost is the same.
+        head_floor: Share of k(i) that every head keeps whatever the others score, in [0, 1]; for shared budgets.
         sink_blocks: Key blocks at the start of the sequence that are always kept.
         local_blocks: Key blocks up to and including the diagonal one that are always kept; at least 1.
         forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
+        residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its means,
+            weighted by its number of tokens.
         dense_layers: Indices of the layers that an adapter leaves dense; negative ones count from the end.
         min_seq_len: Tokens; shorter prompts keep everything, and an adapter leaves them to dense attention.
 
@@ -58,6 +70,7 @@ class StemConfig:
     """
 
     block_size: int = 128
+    score: Score = "linear"
     stride: int = 8
     value_term: ValueTerm = "log"
     value_weight: float = 0.2
@@ -68,9 +81,12 @@ class StemConfig:
     decay: float = 0.7
     decay_from: DecayStart = "plateau"
     tail_blocks: int = 2
+    budget_scope: BudgetScope = "head"
+    head_floor: float = 0.75
     sink_blocks: int = 1
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
+    residual: Residual = "none"
     dense_layers: tuple[int, ...] = ()
     min_seq_len: int = 4096
     _json: str = field(init=False, repr=False, compare=False)  # ready-made, for torch.compile cannot trace json
@@ -84,6 +100,7 @@ class StemConfig:
         _check_int("stride", self.stride, 1, self.block_size)
         if self.block_size % self.stride:
             raise ValueError(f"stride must divide block_size {self.block_size}, got {self.stride}")
+        _check_choice("score", self.score, Score)
         _check_choice("value_term", self.value_term, ValueTerm)
         _check_float("value_weight", self.value_weight, 0.0, math.inf)
         for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks", "min_seq_len"):
@@ -94,7 +111,10 @@ class StemConfig:
         if self.decay == 0:
             raise ValueError("decay must be above 0, got 0")
         _check_choice("decay_from", self.decay_from, DecayStart)
+        _check_choice("budget_scope", self.budget_scope, BudgetScope)
+        _check_float("head_floor", self.head_floor, 0.0, 1.0)
         _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
+        _check_choice("residual", self.residual, Residual)
         object.__setattr__(self, "_json", json.dumps({name: getattr(self, name) for name in field_names()}))
 
     def ratio(self, n: int) -> float:
@@ -157,6 +177,8 @@ def field_names() -> tuple[str, ...]:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "official": {
+        "score": "linear",
+        "budget_scope": "head",
         "value_term": "zscore",
         "budget_ratio": ((160, 0.2), (None, 0.1)),
         "budget_bias": 30,
@@ -169,6 +191,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "min_seq_len": 0,
     },
     "paper": {
+        "score": "linear",
+        "budget_scope": "head",
         "budget_ratio": ((129, 0.2), (None, 0.1)),  # 16K tokens are 128 blocks
         "budget_bias": 0,
         "budget_floor": 54,
