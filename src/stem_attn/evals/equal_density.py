@@ -165,9 +165,9 @@ def _schedule(method: Method) -> StemConfig | None:
 def _enclose(name: str, at: Callable[[int], Choice], low: int, high: int, density: float) -> tuple[Choice, ...]:
     """Find the neighbouring budgets whose densities enclose the wanted one."""
     ends = {low: at(low), high: at(high)}
-    least, most = ends[low].selection.density(), ends[high].selection.density()
-    if not least <= density <= most:
-        raise UnreachableDensityError(f"{name} keeps {least:.4f} to {most:.4f} of the causal blocks, not {density:g}")
+    least = ends[low].selection.density()
+    if least > density:
+        raise UnreachableDensityError(f"{name} keeps at least {least:.4f} of the causal blocks, not {density:g}")
     while high - low > 1:
         middle = (low + high) // 2
         ends[middle] = at(middle)
