@@ -60,3 +60,13 @@ def test_there_is_no_difference_without_dense_and_no_interval_of_one_sample():
     assert (alone["minus_dense"], alone["interval"]) == (None, None)
     both = summarize([record("dense", 0, 100), record("s", 0, 50)], ["dense", "s"])
     assert (both["cells"][1]["minus_dense"], both["methods"][1]["interval"]) == (-50, None)
+
+
+def test_a_method_that_left_a_length_out_has_no_average():
+    records = [record("dense", i, 100, length=length) for i in range(2) for length in (4096, 8192)]
+    records += [record("s", i, 50) for i in range(2)]
+    found = summarize(records, ["dense", "s"])
+    assert [cell["method"] for cell in found["cells"]] == ["dense", "s", "dense"]
+    sparse = found["methods"][1]
+    assert sparse["by_length"] == {4096: 50, 8192: None}
+    assert (sparse["average"], sparse["minus_dense"], sparse["interval"]) == (None, None, None)

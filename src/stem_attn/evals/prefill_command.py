@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.errors import InputError, require
+from stem_attn.errors import InputError, check_writable, require
 from stem_attn.evals.model_options import DeviceOption, DtypeOption, GgufOption, ModelOption, check_dtype, load_model
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def prefill(
         config = config_from_options(preset, override or [])
     check_dtype(dtype)
     if json_path not in (None, "-"):
-        _check_writable(Path(json_path))
+        check_writable(Path(json_path))
     text = read_text(prompt_file) if prompt_file is not None else None
 
     from rich.console import Console
@@ -183,11 +183,6 @@ def _check_length(prompt: Prompt, loaded: LoadedModel, config: StemConfig, new_t
             f"the prompt has {prompt.tokens} tokens, too short: with this config Stem starts at {config.min_seq_len} "
             f"(min_seq_len) and leaves shorter prompts to dense attention"
         )
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist, or it is a folder")
 
 
 def _progress(name: str, calls: int) -> Callable[[], None]:

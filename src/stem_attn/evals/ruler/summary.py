@@ -14,13 +14,14 @@ def summarize(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict
     """Aggregate the records of a run.
 
     Args:
-        records: Of every method, task, length and sample; with `method`, `task`, `length`, `index`, `score`,
-            `budget` and `prompt_tokens`.
+        records: Of tasks, lengths, samples and methods; with `method`, `task`, `length`, `index`, `score`, `budget` and
+            `prompt_tokens`. A method that ran has every sample.
         methods: Their names, in the order of the tables.
 
     Returns:
         `cells`: for every task, length and method the mean score, budget and difference to dense. `methods`: for every
-        method the means over its cells, by length and altogether; every cell weighs the same.
+        method the means over its cells, by length and altogether; every cell weighs the same. A mean over cells that
+        the method did not run is None.
 
         A difference is paired, method minus dense on the same prompts, and its 95% interval is the normal
         approximation: too narrow for a few samples, and of no width where no sample differs. Both are None where dense
@@ -34,8 +35,9 @@ def summarize(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict
         _cell(task, length, method, by_method[method], by_method.get("dense"))
         for (task, length), by_method in found.items()
         for method in methods
+        if method in by_method
     ]
-    return {"cells": cells, "methods": [_method(name, cells) for name in methods]}
+    return {"cells": cells, "methods": [_method(name, cells, list(found)) for name in methods]}
 
 
 def _cell(
@@ -60,20 +62,24 @@ def _cell(
     return cell | {"interval": _interval(cell["minus_dense"], cell["standard_error"])}
 
 
-def _method(name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    mine = [cell for cell in cells if cell["method"] == name]
-    lengths = sorted({cell["length"] for cell in mine})
-    difference = error = None
-    if all(cell["minus_dense"] is not None for cell in mine):
-        difference = fmean(cell["minus_dense"] for cell in mine)
-    if all(cell["standard_error"] is not None for cell in mine):
-        error = math.sqrt(sum(cell["standard_error"] ** 2 for cell in mine)) / len(mine)
+def _method(name: str, cells: list[dict[str, Any]], places: list[tuple[str, int]]) -> dict[str, Any]:
+    mine = {(cell["task"], cell["length"]): cell for cell in cells if cell["method"] == name}
+
+    def mean(field: str, length: int | None = None) -> float | None:
+        of = [mine[place][field] if place in mine else None for place in places if length in (None, place[1])]
+        numbers = [number for number in of if number is not None]
+        return fmean(numbers) if len(numbers) == len(of) else None
+
+    lengths = sorted({length for _, length in places})
+    difference, errors = mean("minus_dense"), [cell["standard_error"] for cell in mine.values()]
+    known = difference is not None and None not in errors
+    error = math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None
     return {
         "method": name,
-        "by_length": {length: fmean(c["score"] for c in mine if c["length"] == length) for length in lengths},
-        "budget_by_length": {length: fmean(c["budget"] for c in mine if c["length"] == length) for length in lengths},
-        "average": fmean(cell["score"] for cell in mine),
-        "budget": fmean(cell["budget"] for cell in mine),
+        "by_length": {length: mean("score", length) for length in lengths},
+        "budget_by_length": {length: mean("budget", length) for length in lengths},
+        "average": mean("score"),
+        "budget": mean("budget"),
         "minus_dense": difference,
         "standard_error": error,
         "interval": _interval(difference, error),
