@@ -55,7 +55,7 @@ def _plots(record: Record, found: Found) -> Iterator[tuple[str, Any]]:
 
 
 def _by_density(names: list[str], found: Found) -> Any:
-    figure, axes = _panels(1, 4, 17, 5)
+    figure, axes = _panels(2, 2, 12, 9)
     measures: tuple[tuple[str, Callable[[Summary], float]], ...] = (
         ("attention output error (geometric mean over layers)", lambda one: one.error),
         ("attention probability lost", lambda one: 1 - one.recall),
@@ -77,7 +77,7 @@ def _by_density(names: list[str], found: Found) -> Any:
                 )
         panel.set_xlabel("density (kept over causal blocks)")
         panel.set_title(label, fontsize=10)
-        panel.set_yscale("log")
+        _logarithmic(panel)
     axes.flat[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -90,7 +90,7 @@ def _by_layer(names: list[str], rows: list[Summary]) -> Any:
         panel.plot(layers, errors, linewidth=1.2, markersize=4, label=one.method, **_style(names, one.method))
     panel.set_xlabel("layer")
     panel.set_title(f"attention output error at density {rows[0].target:g}", fontsize=10)
-    panel.set_yscale("log")
+    _logarithmic(panel)
     panel.legend(frameon=False, fontsize=8, ncols=2)
     return figure
 
@@ -122,15 +122,17 @@ def _figure3(test: Record, found: Found) -> Any:
 
 def _figure5(test: Record, found: Found) -> Any:
     figure, axes = _panels(2, 2, 12, 8)
-    for column, parameter in enumerate(("mu", "beta")):
-        named = [(float(label.split("= ")[1]), name) for label, name in test["methods"] if label.startswith(parameter)]
+    for column, (parameter, usual) in enumerate((("mu", 0.7), ("beta", 0.2))):
+        named = {float(label.split("= ")[1]): name for label, name in test["methods"] if label.startswith(parameter)}
         for i, density in enumerate(test["densities"]):
-            points = [(x, found[name, density]) for x, name in named if (name, density) in found]
-            style = {"color": _COLORS[i], "marker": _MARKERS[i], "label": f"density {density:g}"}
-            axes[0][column].plot([x for x, _ in points], [one.error for _, one in points], **style)
-            axes[1][column].plot([x for x, _ in points], [one.kl_nats for _, one in points], **style)
-        axes[0][column].set_title("attention output error", fontsize=10)
-        axes[1][column].set_title("KL(dense || sparse), nats", fontsize=10)
+            points = {x: found[name, density] for x, name in named.items() if (name, density) in found}
+            if usual in points:
+                base = points[usual]
+                style = {"color": _COLORS[i], "marker": _MARKERS[i], "label": f"density {density:g}"}
+                axes[0][column].plot(list(points), [one.error / base.error for one in points.values()], **style)
+                axes[1][column].plot(list(points), [one.kl_nats / base.kl_nats for one in points.values()], **style)
+        axes[0][column].set_title(f"attention output error over that of {parameter} = {usual:g}", fontsize=10)
+        axes[1][column].set_title(f"KL over that of {parameter} = {usual:g}", fontsize=10)
         for panel in axes[:, column]:
             panel.set_xlabel(parameter)
             panel.legend(frameon=False, fontsize=8)
@@ -141,7 +143,20 @@ def _draw_eighths(panel: Any, values: list[float], **style: Any) -> None:
     places = [(i + 0.5) / len(values) for i in range(len(values))]
     panel.plot(places, values, linewidth=1.3, markersize=4, **style)
     panel.set_xlabel("position, as a share of the prompt")
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(0, 1)
+
+
+def _logarithmic(panel: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     panel.set_yscale("log")
+    plain = FuncFormatter(lambda y, _: f"{y:g}")
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_formatter(plain)
+    # Few decades have few major ticks.
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 4, 5, 6, 8)))
+    panel.yaxis.set_minor_formatter(plain if high < 100 * low else "")
 
 
 def _style(names: list[str], name: str) -> dict[str, Any]:
@@ -176,7 +191,8 @@ def _pyplot() -> Any:
 def _title(record: Record) -> str:
     settings, model, machine = record["settings"], record["model"], record["machine"]
     where = machine["device"] if "compute_capability" in machine else machine["cpu"]
+    count = len(record["texts"])
     return (
-        f"{model['name']}, {model['dtype']}, {len(record['texts'])} prompts of {settings['length']} tokens, "
+        f"{model['name']}, {model['dtype']}, {count} prompt{'s' * (count > 1)} of {settings['length']} tokens, "
         f"block {settings['block_size']}, {where}"
     )
