@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from stem_attn.config import StemConfig
 _DEFAULT = StemConfig()
 
 
+@overload
 def stem_attention_paged(
     q: Tensor,
     k_cache: Tensor,
@@ -32,7 +34,43 @@ def stem_attention_paged(
     scale: float | None = None,
     backend: str = "auto",
     out: Tensor | None = None,
-) -> Tensor:
+    return_selections: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def stem_attention_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor | Sequence[int],
+    seq_lens: Tensor | Sequence[int],
+    block_table: Tensor,
+    config: StemConfig = _DEFAULT,
+    prompt_lens: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
+    return_selections: Literal[True],
+) -> tuple[Tensor, list[BlockSelection]]: ...
+
+
+def stem_attention_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor | Sequence[int],
+    seq_lens: Tensor | Sequence[int],
+    block_table: Tensor,
+    config: StemConfig = _DEFAULT,
+    prompt_lens: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
+    return_selections: bool = False,
+) -> Tensor | tuple[Tensor, list[BlockSelection]]:
     """Compute Stem's prefill within each of several sequences over a paged cache of keys and values.
 
     The Triton backend reads the cache through the block table; the others gather one sequence at a time. Nothing is
@@ -52,9 +90,10 @@ def stem_attention_paged(
         scale: Factor of the logits; default `1 / sqrt(D)`.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
         out: [T, Hq, Dv] in q's dtype, last stride 1, to write to. Default: a new tensor.
+        return_selections: Whether to return the kept blocks too.
 
     Returns:
-        out [T, Hq, Dv] in q's dtype.
+        out [T, Hq, Dv] in q's dtype; with `return_selections` also a `BlockSelection` of every sequence.
 
     Raises:
         ValueError: The inputs do not fit together, ask for gradients, or the named backend cannot take them.
@@ -99,7 +138,7 @@ def stem_attention_paged(
         for (query, k_len, prompt_len, selector), pages in zip(parts, block_table, strict=True)
     ]
     attender.attend_paged(q, k, v, block_table, selections, scale=scale, out=out)
-    return out
+    return (out, selections) if return_selections else out
 
 
 def _select(

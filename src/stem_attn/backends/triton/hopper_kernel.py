@@ -18,9 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.7 renamed the one, 3.9 the other.
+# Triton renamed the first in 3.7 and the others in 3.9.
 warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 LN2 = gl.constexpr(0.6931471805599453)
 HALF = gl.constexpr(64)  # queries a warpgroup
 BLOCK = gl.constexpr(128)
@@ -178,7 +179,10 @@ def _copy(descriptor, tiles, full, slot, kv_head, first, outer, PAGE: gl.constex
     else:
         # Shared memory holds a tile as columns of 64 numbers, so a page's rows of one column lie together.
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, CHUNK], tiles.dtype)
-        boxes = tiles.index(slot)._reinterpret(tiles.dtype, [CHUNKS * COPIES, PAGE, CHUNK], layout)
+        if REINTERPRET:
+            boxes = tiles.index(slot).reinterpret(tiles.dtype, [CHUNKS * COPIES, PAGE, CHUNK], layout)
+        else:
+            boxes = tiles.index(slot)._reinterpret(tiles.dtype, [CHUNKS * COPIES, PAGE, CHUNK], layout)
         for chunk in gl.static_range(CHUNKS):
             for i in gl.static_range(COPIES):
                 at = [outer[i], kv_head, 0, chunk * CHUNK]
