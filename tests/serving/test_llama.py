@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from engines import (
     BLOCK,
     DENSE,
@@ -20,8 +19,9 @@ from engines import (
     stats,
     trace,
 )
-from stem_attn import stem_attention
 from tiny_families import greedy, prompt
+
+from stem_attn import stem_attention
 
 LENGTH = 1502
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((LENGTH, 33, 700, 64, 1025, 1, 512))]
@@ -87,14 +87,13 @@ def test_chunks_that_end_at_blocks_give_what_one_prefill_gives(llm, chunk):
     set_chunk(llm, chunk)
     chunked = trace(llm, PROMPTS[0])
     assert max(chunked.chunks) == min(chunk, LENGTH)
-    config = config_of(SPARSE)
     set_chunk(llm, 1536)
     reconfigure(llm, SPARSE)
     whole = trace(llm, PROMPTS[0])
     assert whole.chunks == [LENGTH]
     assert relative_error(chunked.out[-1], whole.out[-1]) < 1e-5
-    last = len(whole.out) - 1
-    assert relative_error(whole.out[last], stem_attention(*(x[last] for x in (whole.q, whole.k, whole.v)), config=config)) < 1e-5
+    q, k, v = whole.q[-1], whole.k[-1], whole.v[-1]
+    assert relative_error(whole.out[-1], stem_attention(q, k, v, config=config_of(SPARSE))) < 1e-5
 
 
 def test_a_chunk_that_cuts_blocks_is_exact_with_everything_kept(llm):

@@ -1,7 +1,10 @@
 """Tensor parallelism: two workers in processes of their own, which are spawned."""
 
+import pytest
 from engines import SPARSE, answer, engine
 from tiny_families import prompt
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((700, 33, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS))

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from engines import SPARSE, answer, attention_layers, builders, engine, stats
 from tiny_families import greedy, prompt
 

@@ -4,8 +4,9 @@ import json
 import os
 
 import pytest
-
 from servers import server
+
+pytestmark = pytest.mark.slow
 
 STEM = {"block_size": 64, "budget_bias": 8, "min_seq_len": 1024, "crossover": False}
 LAYERS = 30

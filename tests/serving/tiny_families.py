@@ -1,7 +1,8 @@
 """Tiny random models in folders that vLLM loads, and their greedy answers by transformers alone."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 512
 WINDOW = 96
@@ -31,6 +32,9 @@ def save(family, folder):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
     return str(folder)
 
 

@@ -1,0 +1,160 @@
+"""The CUDA backend's classes on a CPU, over the steps of a real CPU engine.
+
+vLLM's metadata, block tables and slots, and every layer's queries, keys and values are the engine's. Simulated are the
+cache in CUDA's layout, which is filled through the slots, and FlashAttention, which is plain SDPA over that cache; the
+kernels run in Triton's interpreter. No GPU and no CUDA build of vLLM took part.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engines import SPARSE, answer, attention_layers, builders, engine, relative_error, runner, set_chunk
+from tiny_families import prompt
+
+PAGE = 32
+PROMPTS = [prompt(n, seed) for seed, n in enumerate((502, 33, 300, 40))]
+SETTINGS = {**SPARSE, "min_seq_len": 64, "dense_layers": [0]}  # so that a step holds sparse, short and decoded rows
+
+
+@dataclass
+class Step:
+    """What one step of the engine gave a metadata builder, and what it made of it."""
+
+    common: Any
+    prompt_lengths: list[int | None]
+    layers: dict[str, tuple[torch.Tensor, ...]]  # query, key, value and output of each layer, token by token
+
+
+@pytest.fixture(scope="module")
+def steps(folders):
+    """Run an engine and keep its steps; yield them with its config, a builder's spec and the layers' names."""
+    with engine(folders("llama"), SETTINGS, max_num_batched_tokens=512, block_size=PAGE) as llm:
+        set_chunk(llm, 203)
+        (builder,) = builders(llm)
+        build, tell = builder.build, builder._prompt_lengths.of
+        recorded = []
+
+        def record_build(common_prefix_len, common, *args, **kwargs):
+            made = build(common_prefix_len, common, *args, **kwargs)
+            lengths = tell(common) if common.is_prefilling.any() else [None] * common.num_reqs
+            recorded.append(Step(copy.deepcopy(common), lengths, {}))
+            return made
+
+        builder.build = record_build
+        handles = []
+        for name, layer in attention_layers(llm).items():
+
+            def record(module, args, kwargs, output, name=name):
+                q, k, v = (*args, *kwargs.values())[:3]
+                heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads, module.num_heads)
+                parts = zip((q, k, v, output), heads, strict=True)
+                recorded[-1].layers[name] = tuple(x.detach().clone().view(-1, n, module.head_size) for x, n in parts)
+
+            handles.append(layer.register_forward_hook(record, with_kwargs=True))
+        answer(llm, PROMPTS, new_tokens=3)
+        for handle in handles:
+            handle.remove()
+        builder.build = build
+        yield recorded, runner(llm).vllm_config, builder.kv_cache_spec, builder.layer_names
+
+
+def dense_forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest):
+    """FlashAttention over the paged cache, in plain SDPA: one request at a time, causal, lower right."""
+    by_token = kv_cache.transpose(1, 2)
+    starts = attn_metadata.query_start_loc.tolist()
+    for n, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        length = int(attn_metadata.seq_lens[n])
+        pages = attn_metadata.block_table[n, : -(-length // PAGE)].long()
+        tokens = by_token[pages].flatten(0, 1)[:length]
+        k, v = (x.transpose(0, 1) for x in tokens.split(self.head_size, -1))
+        seen = torch.ones(stop - start, length, dtype=torch.bool).tril(length - (stop - start))
+        out = F.scaled_dot_product_attention(
+            query[start:stop].transpose(0, 1), k, v, attn_mask=seen, scale=self.scale, enable_gqa=True
+        )
+        output[start:stop] = out.transpose(0, 1)
+    assert attn_metadata.scheduler_metadata is None
+    return output
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The module under test, with what needs a GPU replaced."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is not on")
+    from stem_attn.integrations.vllm import cuda
+
+    monkeypatch.setattr(cuda.FlashAttentionImpl, "forward", dense_forward)
+    return cuda
+
+
+def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda):
+    from vllm.config import set_current_vllm_config
+
+    recorded, config, spec, names = steps
+    with set_current_vllm_config(config):
+        impls = {name: cuda.StemCudaImpl(4, 32, 32**-0.5, 2, None, None, "auto") for name in names}
+        for name, impl in impls.items():
+            config.compilation_config.static_forward_context[name].impl, impl.own = (
+                impl,
+                config.compilation_config.static_forward_context[name].impl,
+            )
+        try:
+            builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+        finally:
+            for name, impl in impls.items():
+                config.compilation_config.static_forward_context[name].impl = impl.own
+    assert [impls[name].dense_reason for name in names] == ["dense layer", None]
+    pages = 1 + max(int(step.common.block_table_tensor.max()) for step in recorded)
+    caches = {name: torch.full((pages, 2, PAGE, 64), torch.nan) for name in names}
+    seen = set()
+    for step in recorded:
+        lengths = step.prompt_lengths
+        builder._prompt_lengths.of = lambda common, lengths=lengths: lengths
+        metadata = builder.build(0, step.common)
+        spans, rest = ((), None) if metadata.plan is None else (metadata.plan.spans, metadata.plan.rest)
+        seen.add((bool(spans), rest is not None))
+        for name in names:
+            query, key, value, expected = step.layers[name]
+            tokens = step.common.num_actual_tokens
+            slots = step.common.slot_mapping[:tokens]
+            # [pages, Hkv, page, 2 D], as CUDA keeps it
+            caches[name][slots // PAGE, :, slots % PAGE] = torch.cat([key, value], -1)[:tokens]
+            output = torch.full_like(query, torch.nan)
+            impls[name].forward(None, query, key, value, caches[name], metadata, output)
+            assert relative_error(output[:tokens], expected[:tokens]) < 1e-5
+    assert seen >= {(True, True), (True, False), (False, False)}  # prompts with decodes, alone, and decodes alone
+
+
+def test_graphs_and_names(cuda):
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    backend, builder = cuda.StemCudaBackend, cuda.StemCudaBuilder
+    assert backend.get_name() == "STEM"
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
+    assert not builder.supports_update_block_table
+    assert not backend.supports_dcp()
+    assert not backend.supports_pcp()
+    assert backend.get_builder_cls() is builder
+
+
+@pytest.mark.parametrize(
+    ("spans", "runs"),
+    [
+        ([], []),
+        ([(0, 0, 5), (1, 5, 3)], [[0, 1]]),
+        ([(1, 4, 5), (2, 9, 3), (4, 12, 3)], [[1, 2], [4]]),  # row 3 has no tokens
+        ([(0, 0, 5), (1, 6, 3)], [[0], [1]]),  # a decoded token of row 0 lies between
+    ],
+)
+def test_neighbours(spans, runs):
+    from stem_attn.integrations.vllm.cuda import neighbours
+    from stem_attn.integrations.vllm.plan import Span
+
+    made = neighbours([Span(row, start, length, 100, 100) for row, start, length in spans])
+    assert [[span.row for span in run] for run in made] == runs

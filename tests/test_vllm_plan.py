@@ -1,0 +1,140 @@
+"""What the vLLM plugin decides without vLLM: the plan of a step, its settings, which layers are dense."""
+
+import json
+
+import pytest
+
+from stem_attn import StemConfig
+from stem_attn.integrations.vllm.layers import is_dense_layer, why_dense
+from stem_attn.integrations.vllm.plan import Request, Rest, Span, split_batch
+from stem_attn.integrations.vllm.settings import Settings, describe, parse
+
+CONFIG = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=1, tail_blocks=0, min_seq_len=100)
+
+
+def split(*requests):
+    return split_batch(requests, CONFIG, crossover=False, device_type="cpu")
+
+
+def test_a_mixed_batch_is_taken_apart():
+    decode = Request(0, 1, 1502, False, 1400)
+    chunk = Request(1, 153, 700, True, 2000)
+    short = Request(154, 33, 33, True, 33)
+    got = split(decode, chunk, short)
+    assert got.spans == (Span(1, 1, 153, 700, 2000),)
+    assert got.spans[0].tokens == slice(1, 154)
+    assert got.rests == (Rest(0, 0, 1), Rest(2, 154, 33))
+    assert got.reasons == {"decode": 1, "short prompt": 33}
+    assert got.unknown_prompt_len_tokens == 0
+
+
+def test_an_answer_computed_again_is_dense_as_it_was_the_first_time():
+    # Preempted after 30 tokens of answer: the step holds the end of the prompt and the answer.
+    got = split(Request(5, 80, 430, True, 400))
+    assert got.spans == (Span(0, 5, 50, 400, 400),)
+    assert got.rests == (Rest(0, 55, 30),)
+    assert got.reasons == {"decode": 30}
+    assert split(Request(0, 20, 430, False, 400)).spans == ()
+
+
+def test_without_a_told_length_a_chunk_is_budgeted_by_what_is_seen():
+    got = split(Request(0, 50, 430, True, None), Request(50, 4, 430, False, None))
+    assert got.spans == (Span(0, 0, 50, 430, 430),)
+    assert got.unknown_prompt_len_tokens == 50
+    assert got.reasons == {"decode": 4}
+
+
+def test_the_whole_prompt_decides_whether_it_is_short():
+    assert split(Request(0, 50, 50, True, 99)).reasons == {"short prompt": 50}
+    assert split(Request(0, 50, 50, True, 100)).spans == (Span(0, 0, 50, 50, 100),)
+
+
+def test_padded_rows_are_skipped():
+    assert split(Request(7, 0, 1, False, 12)).rests == ()
+
+
+def test_the_crossover_is_told_by_the_whole_prompt():
+    # 8 blocks and more of every row: nearly all of 10 blocks, few of 400. The same chunk, of two prompts.
+    config = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=8, tail_blocks=0, min_seq_len=100)
+    short, long = Request(0, 16, 160, True, 160), Request(0, 16, 160, True, 6400)
+    for request, crossover, reasons in (
+        (short, True, {"no gain from sparsity": 16}),
+        (short, False, {}),
+        (long, False, {}),
+        (Request(0, 640, 6400, True, 6400), True, {}),
+    ):
+        assert split_batch([request], config, crossover=crossover, device_type="cpu").reasons == reasons
+
+
+def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
+    assert parse({}) == Settings(StemConfig(), "default", True)
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"budget_bias": 7, "decay": 0.9}))
+    got = parse({"preset": "official", "config_file": str(file), "decay": 0.8, "crossover": False})
+    assert got == Settings(StemConfig.preset("official", budget_bias=7, decay=0.8), "official", False)
+    assert describe(got) == "preset official with budget_bias=7, decay=0.8"
+    assert describe(parse({})) == "preset default"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"budget_ration": 0.1},
+            "unknown key budget_ration in .*; known: preset, config_file",
+        ),
+        ({"preset": "fast"}, "unknown preset 'fast'; known: default, official, paper"),
+        ({"crossover": 1}, "crossover must be true or false, got 1"),
+        ({"config_file": "/no/such.json"}, "cannot read config_file /no/such.json: No such file"),
+        ({"config_file": 3}, "config_file must be a path, got 3"),
+        ({"block_size": 48.0}, "block_size must be an int from 16 to 128"),
+        (["default"], "must be an object, got list"),
+    ],
+)
+def test_wrong_settings_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse(given)
+
+
+def test_a_wrong_config_file_is_refused(tmp_path):
+    file = tmp_path / "tuned.json"
+    for text, message in (("[1]", "must be a JSON object, got list"), ('{"stridd": 4}', "unknown config field stridd")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse({"config_file": str(file)})
+
+
+PLAIN = {
+    "attn_type": "decoder",
+    "sliding_window": None,
+    "alibi_slopes": None,
+    "logits_soft_cap": None,
+    "sinks": None,
+    "kv_cache_dtype": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"logits_soft_cap": 0}, None),
+        ({"kv_cache_dtype": "bfloat16"}, None),
+        ({"attn_type": "encoder_only"}, "encoder only attention"),
+        ({"attn_type": "encoder_decoder"}, "encoder decoder attention"),
+        ({"sliding_window": 128}, "sliding window"),
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "softcap"),
+        ({"sinks": object()}, "attention sinks"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3 KV cache"),
+    ],
+)
+def test_layers_that_stay_dense(change, reason):
+    assert why_dense(**{**PLAIN, **change}) == reason
+
+
+def test_dense_layers_are_told_by_name():
+    config = StemConfig(dense_layers=(0, -1))
+    dense = [is_dense_layer(f"model.layers.{i}.self_attn.attn", config, 4) for i in range(4)]
+    assert dense == [True, False, False, True]
+    assert not is_dense_layer("model.attn", config, 4)
