@@ -11,6 +11,7 @@ from torch import Tensor
 from stem_attn.baselines.base import Baseline, Knob
 from stem_attn.blocks import BlockGrid
 from stem_attn.checks import check_qkv, resolve_prompt_len, resolve_scale
+from stem_attn.config import StemConfig
 from stem_attn.methods import Method, Stem
 
 # Stem's knob is the blocks of the first rows: its decay and everything else stay.
@@ -81,14 +82,18 @@ def match_density(
     return _turned(method, knob, best)
 
 
+def first_rows_keep(config: StemConfig, blocks: int) -> StemConfig:
+    """Rescale a schedule: the first rows keep `blocks`, at any prompt length; decay, forced blocks and scoring stay."""
+    return dataclasses.replace(
+        config, budget_ratio=0.0, budget_bias=blocks, budget_floor=1, dense_below=0, min_seq_len=0
+    )
+
+
 def _turned(method: Method, knob: Knob, value: float) -> Method:
     """Return the method with its knob at a value."""
-    setting = int(value) if knob.whole else value
     if isinstance(method, Stem):
-        schedule: Any = {"budget_ratio": 0.0, "budget_floor": 1, "dense_below": 0, "min_seq_len": 0}
-        schedule[knob.field] = setting
-        return dataclasses.replace(method, config=dataclasses.replace(method.config, **schedule))
-    return cast(Method, dataclasses.replace(cast(Any, method), **{knob.field: setting}))
+        return dataclasses.replace(method, config=first_rows_keep(method.config, int(value)))
+    return cast(Method, dataclasses.replace(cast(Any, method), **{knob.field: int(value) if knob.whole else value}))
 
 
 def _measure(

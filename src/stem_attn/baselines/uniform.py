@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stem_attn.api import select_blocks
 from stem_attn.baselines.base import Baseline, Knob, check_whole
+from stem_attn.baselines.knob import first_rows_keep
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import block_budget
 from stem_attn.config import StemConfig
@@ -88,6 +89,4 @@ def _equal_cost_k(config: StemConfig, prompt_len: int) -> int:
 
 def _constant(config: StemConfig, k: int) -> StemConfig:
     """Replace a config's schedule by k blocks in every row."""
-    return dataclasses.replace(
-        config, budget_ratio=0.0, budget_bias=k, budget_floor=1, decay=1.0, tail_blocks=0, dense_below=0, min_seq_len=0
-    )
+    return dataclasses.replace(first_rows_keep(config, k), decay=1.0, tail_blocks=0)
