@@ -156,7 +156,6 @@ def fidelity(
         "prompts": prompts,
         "logit_stride": logit_stride,
         "seed": _SEED,
-        "arguments": sys.argv[1:],
     }
     _write(_record(loaded, settings, texts, specs, as_published, tests, found), out)
 
@@ -169,7 +168,6 @@ def _cases(
     block_size: int,
 ) -> list[Case]:
     """Return everything to measure, each once; refuse methods that cannot be built."""
-    from stem_attn.baselines import METHODS
     from stem_attn.evals.fidelity import Case
 
     cases = [Case(spec, density) for spec in specs for density in densities if spec.base != "dense"]
@@ -180,7 +178,7 @@ def _cases(
     for case in cases:
         case.spec.build(block_size)
     if not cases:
-        raise InputError(f"nothing to measure: name --methods, for example {', '.join(list(METHODS)[:3])}")
+        raise InputError("nothing to measure: name some --methods, a --variant or --paper-tests")
     return list(dict.fromkeys(cases))
 
 
@@ -209,6 +207,7 @@ def _record(
         "machine": machine.describe(loaded.model.device),
         "texts": [text.describe() for text in texts],
         "methods": list(dict.fromkeys(spec.name for spec in (*specs, *as_published))),
+        "published": [spec.name for spec in as_published],
         "specs": {spec.name: spec.describe() for spec in (*specs, *as_published, *variants)},
         "paper_tests": {
             name: {

@@ -11,6 +11,8 @@ Record = dict[str, Any]
 
 REFERENCE = "stem-official"
 
+_MEASURES = ("error", "recall", "KL, nats", "top-1", "perplexity, change")
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -136,7 +138,7 @@ def _setting(record: Record) -> str:
 
 
 def _comparison(rows: Sequence[Summary], reference: Summary | None) -> str:
-    header = ["method", "density", "error", "recall", "KL, nats", "top-1", "perplexity"]
+    header = ["method", "density", *_MEASURES]
     if reference is not None:
         header += ["error / official", "worst layer", "KL / official"]
     lines = []
@@ -144,9 +146,16 @@ def _comparison(rows: Sequence[Summary], reference: Summary | None) -> str:
         line = [f"`{one.method}`", f"{one.density:.4f}", *_numbers(one)]
         if reference is not None:
             error, worst, layer = ratio_to(reference, one)
-            line += [f"{error:.3f}", f"{worst:.3f} ({layer})", f"{_ratio(one.kl_nats, reference.kl_nats):.3f}"]
+            line += [f"{error:.3f}", f"{worst:.3f} ({layer})", _kl_ratio(reference, one)]
         lines.append(line)
     return table(header, lines)
+
+
+def _kl_ratio(reference: Summary, one: Summary) -> str:
+    """Return the ratio of the mean KLs and, in brackets, the smallest and the largest ratio of a prompt."""
+    by_prompt = [_ratio(kl, base) for kl, base in zip(one.kl_by_prompt, reference.kl_by_prompt, strict=True)]
+    spread = f" ({min(by_prompt):.3f} to {max(by_prompt):.3f})" if len(by_prompt) > 1 else ""
+    return f"{_ratio(one.kl_nats, reference.kl_nats):.3f}{spread}"
 
 
 def _numbers(one: Summary) -> list[str]:
