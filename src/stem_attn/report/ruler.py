@@ -29,7 +29,9 @@ def _facts(found: dict[str, Any]) -> Table:
     form = "the model's chat format" if settings["chat"] else "plain text"
     facts.add_row("prompts", f"{settings['samples']} a task and length, seed {settings['seed']}, {form}")
     density = settings["density"]
-    budget = "each method's own" if density is None else f"at most {density:g} of the causal blocks in every layer"
+    budget = (
+        "each method's own" if density is None else f"{density:g} of the causal blocks in every layer, or just below"
+    )
     facts.add_row("budget", f"{budget}; blocks of {settings['block_size']} tokens unless a method says otherwise")
     return facts
 

@@ -76,8 +76,8 @@ def ruler(
             min=0.0,
             max=1.0,
             metavar="D",
-            help="Bring every method, in every layer, to this share of the causal blocks or just below. Default: each "
-            "method's own budget.",
+            help="Bring every method, in every layer, to this share of the causal blocks; Stem, whose budget is whole "
+            "blocks, just below it. Default: each method's own budget.",
             rich_help_panel=_METHODS,
         ),
     ] = None,

@@ -41,7 +41,7 @@ class Plan:
         samples: Prompts of each task and length.
         methods: Each runs every prompt.
         block_size: Tokens a block, unless a method says otherwise.
-        density: Kept over causal blocks in every layer that no method may exceed; None: each method's own budget.
+        density: Kept over causal blocks that every method is brought to in every layer; None: each method's own budget.
         chat: Whether prompts are put into the model's chat format.
         seed: Of the prompts.
     """
@@ -158,7 +158,8 @@ class _Prompts:
 
     def check(self, index: int, sha256: str) -> None:
         """Refuse an answer to another prompt than what the other methods had, or what would be made now."""
-        expected = self.sha256(index) if "samples" in self.__dict__ else self._sha256.setdefault(index, sha256)
+        made = "samples" in self.__dict__
+        expected = self._sha256.setdefault(index, self.sha256(index) if made else sha256)
         if sha256 != expected:
             raise InputError(
                 f"the --out file has an answer to another prompt of {self.name}, sample {index}: the tokenizer, the "

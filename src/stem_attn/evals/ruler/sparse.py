@@ -43,7 +43,7 @@ def running(model: Any, spec: MethodSpec, block_size: int, density: float | None
         model: A transformers causal language model.
         spec: The method.
         block_size: Tokens a block, unless the method says otherwise.
-        density: Kept over causal blocks in every layer that no method may exceed; None: each method's own budget.
+        density: Kept over causal blocks that the method is brought to in every layer; None: its own budget.
 
     Yields:
         A function that says what was kept since it was last called.
