@@ -8,12 +8,12 @@ kernels run in Triton's interpreter. No GPU and no CUDA build of vLLM took part.
 import copy
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-
 from engines import SPARSE, answer, attention_layers, builders, engine, relative_error, runner, set_chunk
 from tiny_families import prompt
 
@@ -68,7 +68,7 @@ def dense_forward(self, layer, query, key, value, kv_cache, attn_metadata, outpu
     """FlashAttention over the paged cache, in plain SDPA: one request at a time, causal, lower right."""
     by_token = kv_cache.transpose(1, 2)
     starts = attn_metadata.query_start_loc.tolist()
-    for n, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(starts)):
         length = int(attn_metadata.seq_lens[n])
         pages = attn_metadata.block_table[n, : -(-length // PAGE)].long()
         tokens = by_token[pages].flatten(0, 1)[:length]
@@ -93,22 +93,20 @@ def cuda(monkeypatch):
     return cuda
 
 
-def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda):
+def make_impl(cuda, head_size=32):
+    return cuda.StemCudaImpl(4, head_size, head_size**-0.5, 2, None, None, "auto")
+
+
+def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
     from vllm.config import set_current_vllm_config
 
     recorded, config, spec, names = steps
+    layers = config.compilation_config.static_forward_context
     with set_current_vllm_config(config):
-        impls = {name: cuda.StemCudaImpl(4, 32, 32**-0.5, 2, None, None, "auto") for name in names}
-        for name, impl in impls.items():
-            config.compilation_config.static_forward_context[name].impl, impl.own = (
-                impl,
-                config.compilation_config.static_forward_context[name].impl,
-            )
-        try:
-            builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
-        finally:
-            for name, impl in impls.items():
-                config.compilation_config.static_forward_context[name].impl = impl.own
+        impls = {name: make_impl(cuda) for name in names}
+        for name in names:
+            monkeypatch.setattr(layers[name], "impl", impls[name])
+        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
     assert [impls[name].dense_reason for name in names] == ["dense layer", None]
     pages = 1 + max(int(step.common.block_table_tensor.max()) for step in recorded)
     caches = {name: torch.full((pages, 2, PAGE, 64), torch.nan) for name in names}
@@ -129,6 +127,18 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda):
             impls[name].forward(None, query, key, value, caches[name], metadata, output)
             assert relative_error(output[:tokens], expected[:tokens]) < 1e-5
     assert seen >= {(True, True), (True, False), (False, False)}  # prompts with decodes, alone, and decodes alone
+
+
+def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    config = steps[1]
+    with set_current_vllm_config(config):
+        assert make_impl(cuda, 256).dense_reason is None
+        assert make_impl(cuda, 512).dense_reason == "head size 512"
+        monkeypatch.setitem(config.additional_config, "stem", {**SETTINGS, "block_size": 48})
+        with pytest.raises(ValueError, match="block sizes are 16, 32, 64 and 128, got 48"):
+            make_impl(cuda)
 
 
 def test_graphs_and_names(cuda):

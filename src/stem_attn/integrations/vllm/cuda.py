@@ -1,0 +1,147 @@
+"""The backend for vLLM's CUDA platform: sparse prefill that reads the paged cache through the block table.
+
+Not run inside vLLM on a GPU so far: no vLLM build fits the PyTorch of the machine at hand. Its parts were run: the
+kernels by themselves, against batches like an engine's; and these classes on a CPU, over the metadata that a real
+engine's steps had, with Triton's interpreter and with FlashAttention simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from stem_attn import backends
+from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
+from stem_attn.integrations.vllm.compat import require_supported
+from stem_attn.integrations.vllm.counters import counters
+from stem_attn.integrations.vllm.impl import StemImpl
+from stem_attn.integrations.vllm.plan import Span
+from stem_attn.integrations.vllm.register import NAME
+from stem_attn.integrations.vllm.settings import settings_of
+from stem_attn.paged import stem_attention_paged
+
+require_supported()
+
+
+@dataclass
+class StemCudaMetadata(FlashAttentionMetadata):  # type: ignore[misc]
+    """The parent's metadata with Stem's plan."""
+
+    plan: StepPlan | None = None
+
+
+class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """Build the parent's metadata with Stem's plan."""
+
+    metadata_class = StemCudaMetadata
+    # Whole-batch graphs hold decodes only: a batch with prompts in it runs its attention eagerly.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    # The plan's dense rest has a block table of its own, which vLLM would not update.
+    supports_update_block_table = False
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kwargs: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+        # Decodes come first in a batch, so that the dense rest is mostly a slice of it.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build_rest(self, common_attn_metadata: Any) -> Any:
+        """Build the parent's metadata for the dense rest of a batch.
+
+        A fast build has no schedule made ahead: FlashAttention 3 keeps one in a buffer that the whole batch's metadata
+        is using already, for the dense layers.
+        """
+        return super(StemBuilder, self).build(0, common_attn_metadata, fast_build=True)
+
+
+class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
+    """Attend over the pages of the cache, in place."""
+
+    device_name = "CUDA (Triton)"
+    supports_dcp = False
+    supports_pcp = False
+
+    def __init__(self, num_heads: int, head_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_heads, head_size, *args, **kwargs)
+        config = get_current_vllm_config()
+        if self.dense_reason is None and config.model_config.rswa_window is not None:
+            self.dense_reason = "reference sliding window"
+        if self.dense_reason is None and head_size > 256:
+            self.dense_reason = f"head size {head_size}"
+        if self.dense_reason is None:  # better at startup than at the first long prompt
+            device = config.device_config.device_type
+            one = torch.empty(1, 1, 1, head_size, dtype=config.model_config.dtype, device=device)
+            backends.choose("triton", one, one, one, block_size=self.settings.config.block_size)
+
+    def attend(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
+    ) -> None:
+        """See `StemImpl.attend`."""
+        # [pages, Hkv, page_size, 2 * D] -> [pages, page_size, Hkv, D] each
+        by_token = kv_cache.transpose(1, 2)
+        k_cache, v_cache = by_token[..., : self.head_size], by_token[..., self.head_size :]
+        for run in neighbours(spans):
+            tokens = slice(run[0].q_start, run[-1].q_start + run[-1].q_len)
+            _, selections = stem_attention_paged(
+                query[tokens],
+                k_cache,
+                v_cache,
+                cu_seqlens_q=[0, *(span.q_start + span.q_len - run[0].q_start for span in run)],
+                seq_lens=[span.k_len for span in run],
+                block_table=attn_metadata.block_table[run[0].row : run[-1].row + 1],
+                config=self.settings.config,
+                prompt_lens=[span.prompt_len for span in run],
+                scale=self.scale,
+                backend="triton",
+                out=output[tokens],
+                return_selections=True,
+            )
+            for selection in selections:
+                # The time that choosing takes is not counted: knowing it would mean waiting for the device.
+                counters.count_blocks(selection.counts.sum(), selection.counts.shape[1] * selection.grid.causal_blocks)
+
+
+class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]
+    """FLASH_ATTN's class with Stem's prefill."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name that the registry has."""
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """Return the class of the layers' attention; the parent's where Stem is selected for other kinds of layers."""
+        config = get_current_vllm_config_or_none()
+        unselected = config is not None and settings_of(config) is None
+        return FlashAttentionImpl if unselected else StemCudaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        """Return the class of the metadata builders; without a plan they build what the parent's build."""
+        return StemCudaBuilder
+
+
+def neighbours(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Group spans that follow one another, in the batch's tokens and in its rows."""
+    run: list[Span] = []
+    for span in spans:
+        if run and (span.row, span.q_start) != (run[-1].row + 1, run[-1].q_start + run[-1].q_len):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
