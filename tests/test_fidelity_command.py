@@ -22,7 +22,7 @@ def result(folder, tmp_path_factory):
     arguments = [
         "eval", "fidelity", "--model", folder, "--out", str(out), "--length", "512", "--block-size", "16",
         "--prompts", "2", "--densities", "0.6", "--methods", "stem-official,uniform,dense",
-        "--variant", "narrow=xattention,stride=4", "--published", "xattention", "--paper-tests",
+        "--variant", "narrow=xattention,stride=4", "--published", "xattention,narrow", "--paper-tests",
         "table1,table5,figure3,figure5", "--logit-stride", "2",
     ]  # fmt: skip
     assert cli.run(arguments) == 0
@@ -48,7 +48,14 @@ def test_record_holds_settings_texts_and_every_case(result):
     assert [len(text["sha256"]) for text in record["texts"]] == [64, 64]
     assert len({text["source"] for text in record["texts"]}) == 2
     cases = {(row["method"], row["target"]) for row in record["propagated"]}
-    assert {("stem-official", 0.6), ("uniform", 0.6), ("narrow", 0.6), ("xattention", None), ("dense", None)} <= cases
+    assert {
+        ("stem-official", 0.6),
+        ("uniform", 0.6),
+        ("narrow", 0.6),
+        ("xattention", None),
+        ("narrow", None),
+        ("dense", None),
+    } <= cases
     assert ("dense", 0.6) not in cases
     for row in record["layers"]:
         assert len(row["error_by_position"]) == 8

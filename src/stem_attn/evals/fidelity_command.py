@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def fidelity(
             help="stem-official, stem-default, stem-paper, and the baselines. Compared at every density.",
             rich_help_panel=_METHOD,
         ),
-    ] = "stem-official,stem-default,uniform,xattention,flexprefill,minference,flashprefill,a_shape,oracle",
+    ] = "stem-official,stem-default,uniform,xattention,flexprefill,minference,flashprefill,a_shape,oracle,dense",
     variant: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,7 +121,8 @@ def fidelity(
     check_dtype(dtype)
     specs = parse_methods(methods, variant or [])
     own = {spec.name: spec for spec in specs}
-    as_published = [own.get(spec.name, spec) for spec in parse_methods(published)] if published else []
+    names = [name.strip() for name in published.split(",") if name.strip()]
+    as_published = [own[name] if name in own else parse_methods(name)[0] for name in names]
     wanted = _densities(densities)
     tests = _paper_tests(paper_tests)
     cases = _cases(specs, as_published, wanted, tests, block_size)
@@ -137,8 +139,10 @@ def fidelity(
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     texts = excerpts(loaded.tokenizer, length, prompts, text_file or [])
     found = Found()
+    seconds = []
     for number, text in enumerate(texts):
-        with _progress(f"prompt {number + 1}/{len(texts)}") as on_step:
+        name, start = f"prompt {number + 1}/{len(texts)}", time.perf_counter()
+        with _progress(name) as on_step:
             measure_prompt(
                 loaded.model,
                 text.ids,
@@ -149,6 +153,8 @@ def fidelity(
                 on_step=on_step,
                 found=found,
             )
+        seconds.append(round(time.perf_counter() - start, 1))
+        print(f"{name}: {len(found.left(cases))} cases in {seconds[-1]} s", file=sys.stderr, flush=True)
     settings = {
         "length": length,
         "block_size": block_size,
@@ -156,6 +162,7 @@ def fidelity(
         "prompts": prompts,
         "logit_stride": logit_stride,
         "seed": _SEED,
+        "seconds_by_prompt": seconds,
     }
     _write(_record(loaded, settings, texts, specs, as_published, tests, found), out)
 
