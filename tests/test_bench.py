@@ -151,7 +151,7 @@ def test_a_wrong_selection_is_an_error(monkeypatch):
             batch=1, heads=1, window=1, block_size=16, q_len=q.shape[2], k_len=k.shape[2], device="cpu"
         ).grid
         scores = torch.rand(q.shape[0], q.shape[1], grid.q_blocks, grid.k_blocks)
-        return select_top_blocks(scores, budget, grid, config)
+        return select_top_blocks(scores, budget, grid, config, k.shape[1])
 
     monkeypatch.setattr(type(backend), "select", worst)
     record = run(make_case(900, 900))

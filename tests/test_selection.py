@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import SMALL, VECTORS, assert_same_blocks, load_vector, make_qkv, score_rounding
-from stem_attn import StemConfig, block_sparse_attention, select_blocks, stem_attention
+from stem_attn import BlockSelection, StemConfig, block_sparse_attention, select_blocks, stem_attention
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import block_budget
 from stem_attn.reference import reference_scores, reference_stem
@@ -62,11 +62,91 @@ def test_equals_the_reference(preset, value_term, q_len, k_len, block_size, stri
 
 
 @pytest.mark.parametrize("forced_blocks", ["inside", "on_top"])
+@pytest.mark.parametrize("scope", ["head", "group", "layer"])
+@pytest.mark.parametrize("score", ["linear", "mass"])
+@pytest.mark.parametrize(
+    ("q_len", "k_len", "block_size", "stride"),
+    [(1, 1, 16, 8), (63, 63, 16, 4), (129, 403, 16, 16), (500, 1001, 64, 8), (301, 301, 48, 16)],
+)
+def test_shared_budgets_and_mass_equal_the_reference(score, scope, forced_blocks, q_len, k_len, block_size, stride):
+    config = StemConfig(
+        block_size=block_size,
+        score=score,
+        stride=stride,
+        value_weight=0.5,
+        budget_ratio=0.2,
+        budget_bias=1,
+        budget_scope=scope,
+        head_floor=0.6,
+        forced_blocks=forced_blocks,
+        min_seq_len=0,
+    )
+    q, k, v = make_qkv(q_len, k_len, heads=4, kv_heads=2, v_dim=24)
+    q = q * torch.linspace(0.2, 3, 4)[:, None, None]  # heads from diffuse to concentrated
+    exact = reference_scores(q, k, v, config, scale=0.3)
+    _, mask = reference_stem(q, k, v, config, scale=0.3)
+    selection = select_blocks(q, k, v, config=config, scale=0.3)
+    assert_same_blocks(selection, mask, exact, score_rounding(q, k, v, config, exact, 0.3))
+    assert torch.equal(
+        selection.indices, BlockSelection.from_mask(mask, block_size=block_size, q_len=q_len, k_len=k_len).indices
+    )
+
+
+@pytest.mark.parametrize("forced_blocks", ["inside", "on_top"])
+@pytest.mark.parametrize(("scope", "scopes"), [("group", 2), ("layer", 1)])
+def test_a_shared_budget_costs_what_own_ones_do(scope, scopes, forced_blocks):
+    config = dataclasses.replace(SMALL, budget_scope=scope, head_floor=0.5, forced_blocks=forced_blocks)
+    q, k, v = make_qkv(500, batch=2, heads=6, kv_heads=2)
+    q = q * torch.linspace(0.2, 3, 6)[:, None, None]
+    shared = select_blocks(q, k, v, config=config)
+    alone = select_blocks(q, k, v, config=dataclasses.replace(config, budget_scope="head"))
+    assert not torch.equal(shared.counts, alone.counts)
+    sums = [counts.unflatten(1, (scopes, -1)).sum(2) for counts in (shared.counts, alone.counts)]
+    assert torch.equal(*sums)
+    forced = config.sink_blocks + config.local_blocks
+    budget = block_budget(config, 500, alone.grid)
+    least = (budget * 0.5).int().clamp(min=forced).minimum(alone.grid.block_ids() + 1)
+    assert (shared.counts >= least).all()
+    rows = alone.grid.block_ids()[:, None]
+    columns = torch.arange(alone.grid.k_blocks)
+    always = (columns <= rows) & ((columns < config.sink_blocks) | (columns > rows - config.local_blocks))
+    assert (shared.to_mask() | ~always).all()
+
+
+@pytest.mark.parametrize("scope", ["group", "layer"])
+def test_tied_heads_share_evenly_no_more_than_they_must(scope):
+    grid = BlockGrid(160, 160, 16)
+    config = StemConfig(
+        block_size=16, score="mass", sink_blocks=0, local_blocks=1, budget_scope=scope, head_floor=0.5, tail_blocks=0
+    )
+    budget = torch.full((10,), 4, dtype=torch.int32)
+    selection = select_top_blocks(torch.zeros(1, 2, 10, 10), budget, grid, config, 1)
+    # Each head keeps its diagonal block and its first; the four left over go to the lower head's lowest.
+    assert selection.indices[0, 0, 9].tolist() == [0, 1, 2, 3, 4, 9]
+    assert selection.indices[0, 1, 9].tolist() == [0, 9, -1, -1, -1, -1]
+
+
+def test_mass_finds_a_block_that_one_group_of_queries_needs():
+    """The largest share counts, not the mean: fifteen groups give half of their attention to block 3, one all to 6."""
+    config = dataclasses.replace(SMALL, score="mass", stride=1, value_term="none", budget_bias=2, decay=1.0)
+    q, k, v = torch.zeros(1, 1, 320, 32), torch.zeros(1, 1, 320, 32), torch.zeros(1, 1, 320, 32)
+    k[:, :, 48:64, 1] = 16.6
+    q[..., 1] = 1.0
+    k[:, :, 100, 0] = 30.0
+    q[:, :, 310] = 0.0
+    q[:, :, 310, 0] = 30.0
+    row = block_scores(q, k, v, config, 32**-0.5)[0, 0, 19]
+    assert row.argmax() == 6
+    assert row[3].exp() == pytest.approx(0.5, abs=0.01)
+    assert 6 in select_blocks(q, k, v, config=config).indices[0, 0, 19].tolist()
+
+
+@pytest.mark.parametrize("forced_blocks", ["inside", "on_top"])
 def test_ties_go_to_the_lower_index(forced_blocks):
     grid = BlockGrid(160, 160, 16)
     config = StemConfig(block_size=16, sink_blocks=0, local_blocks=1, forced_blocks=forced_blocks)
     budget = torch.full((10,), 4, dtype=torch.int32)
-    selection = select_top_blocks(torch.zeros(1, 1, 10, 10), budget, grid, config)
+    selection = select_top_blocks(torch.zeros(1, 1, 10, 10), budget, grid, config, 1)
     last = selection.indices[0, 0, 9, : selection.counts[0, 0, 9]].tolist()
     assert last == ([0, 1, 2, 9] if forced_blocks == "inside" else [0, 1, 2, 3, 9])
 

@@ -51,7 +51,7 @@ def select_plainly(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: 
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
     if budget is None:
         budget = make_budget(q, k, config)
-    return select_top_blocks(block_scores(q, k, v, config, SCALE), budget, grid, config)
+    return select_top_blocks(block_scores(q, k, v, config, SCALE), budget, grid, config, k.shape[1])
 
 
 def assert_equal(made: BlockSelection, expected: BlockSelection) -> None:
@@ -166,7 +166,7 @@ def test_16_bit_inputs_keep_11_bits_at_any_magnitude(dtype, magnitude):
     causal = torch.arange(grid.k_blocks) <= grid.block_ids()[:, None]
     rounding = float((rounded - exact)[..., causal].abs().max())
     assert rounding < 2**-10 * float(exact[..., causal].abs().max())
-    expected = select_top_blocks(exact.float(), make_budget(q, k, config), grid, config).to_mask()
+    expected = select_top_blocks(exact.float(), make_budget(q, k, config), grid, config, k.shape[1]).to_mask()
     assert_same_blocks(select(q, k, v, config), expected, exact, rounding)
 
 

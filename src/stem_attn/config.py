@@ -58,8 +58,8 @@ class StemConfig:
         sink_blocks: Key blocks at the start of the sequence that are always kept.
         local_blocks: Key blocks up to and including the diagonal one that are always kept; at least 1.
         forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
-        residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its means,
-            weighted by its number of tokens.
+        residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its
+            means, weighted by its number of tokens.
         dense_layers: Indices of the layers that an adapter leaves dense; negative ones count from the end.
         min_seq_len: Tokens; shorter prompts keep everything, and an adapter leaves them to dense attention.
 

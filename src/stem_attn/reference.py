@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid
-from stem_attn.config import StemConfig
+from stem_attn.config import Residual, StemConfig
 
 
 def reference_stem(
@@ -35,34 +35,66 @@ def reference_stem(
     scores = reference_scores(q, k, v, config, scale=scale)
     budget = reference_budget(config, prompt_len or grid.k_len)[grid.first_block :]
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    for b, h, row in torch.cartesian_prod(*map(torch.arange, mask.shape[:3])).tolist():
-        kept = reference_row(scores[b, h, row].tolist(), budget[row], grid.first_block + row, config)
-        mask[b, h, row, kept] = True
-    out, _ = reference_attention(q, k, v, mask, config.block_size, scale=scale)
+    for b, row in torch.cartesian_prod(*map(torch.arange, (mask.shape[0], mask.shape[2]))).tolist():
+        kept = reference_row(scores[b, :, row].tolist(), budget[row], grid.first_block + row, config, k.shape[1])
+        for h, blocks in enumerate(kept):
+            mask[b, h, row, blocks] = True
+    out, _ = reference_attention(q, k, v, mask, config.block_size, scale=scale, residual=config.residual)
     return out, mask
 
 
 def reference_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, scale: float) -> Tensor:
-    """Score block pairs from token pairs: float64 [B, Hq, Qb, Kb].
+    """Score block pairs: float64 [B, Hq, Qb, Kb], -inf for future ones where the estimate is of mass."""
+    grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
+    estimate = _linear_scores if config.score == "linear" else _mass_scores
+    group_size = q.shape[1] // k.shape[1]
+    scores = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            q_head, k_head, v_head = q[b, h].double(), k[b, h // group_size].double(), v[b, h // group_size].double()
+            magnitude = _value_term(v_head.norm(dim=-1), config, grid)
+            scores[b, h] = estimate(q_head, k_head, config, grid, scale) + config.value_weight * magnitude
+    return scores
+
+
+def _linear_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float) -> Tensor:
+    """Estimate block pairs [Qb, Kb] of a head, q [Tq, D] and k [Tk, D], from token pairs.
 
     The routing logit of a block pair is the sum of `scale * q_i.k_j` over the pairs with
     `i % stride + j % stride == stride - 1`, over the `block_size^2 / stride` such pairs that two whole blocks have.
     """
     size, stride = config.block_size, config.stride
-    grid = BlockGrid(q.shape[2], k.shape[2], size)
     q_pos = torch.arange(grid.offset, grid.k_len)
     k_pos = torch.arange(grid.k_len)
     antidiagonal = (q_pos[:, None] % stride + k_pos % stride) == stride - 1
     in_row = (q_pos // size == grid.block_ids()[:, None]).double()  # [Qb, Tq]
     in_column = (k_pos // size == torch.arange(grid.k_blocks)[:, None]).double()  # [Kb, Tk]
-    group_size = q.shape[1] // k.shape[1]
-    scores = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float64)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            logits = q[b, h].double() @ k[b, h // group_size].double().T * scale
-            pair_sums = in_row @ (logits * antidiagonal) @ in_column.T
-            magnitude = _value_term(v[b, h // group_size].double().norm(dim=-1), config, grid)
-            scores[b, h] = pair_sums / (size * size / stride) + config.value_weight * magnitude
+    logits = q @ k.T * scale
+    return in_row @ (logits * antidiagonal) @ in_column.T / (size * size / stride)
+
+
+def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float) -> Tensor:
+    """Estimate block pairs [Qb, Kb] of a head, q [Tq, D] and k [Tk, D]: log of the largest share of any query group.
+
+    A group is the tokens of `stride` absolute positions in a row that the call has; all its tokens count as its mean.
+    """
+    size, stride = config.block_size, config.stride
+    scores = torch.full((grid.q_blocks, grid.k_blocks), -torch.inf, dtype=torch.float64)
+    key_groups = [k[start : start + stride] for start in range(0, grid.k_len, stride)]
+    key_means = torch.stack([group.mean(0) for group in key_groups])
+    tokens = torch.tensor([float(len(group)) for group in key_groups], dtype=torch.float64)
+    key_blocks = torch.arange(len(key_groups)) * stride // size
+    first_token = grid.offset
+    while first_token < grid.k_len:
+        end = min((first_token // stride + 1) * stride, grid.k_len)
+        mean = q[first_token - grid.offset : end - grid.offset].mean(0)
+        block = first_token // size
+        causal = key_blocks <= block
+        mass = tokens[causal] * torch.exp(key_means[causal] @ mean * scale)
+        share = torch.zeros(grid.k_blocks, dtype=torch.float64).index_add(0, key_blocks[causal], mass / mass.sum())
+        row = scores[block - grid.first_block]
+        row[: block + 1] = row[: block + 1].maximum(share[: block + 1].log())
+        first_token = end
     return scores
 
 
@@ -99,8 +131,46 @@ def reference_budget(config: StemConfig, prompt_len: int) -> list[int]:
     return [n if n - i <= config.tail_blocks else kept for i, kept in enumerate(rows)]
 
 
-def reference_row(scores: list[float], budget: int, block: int, config: StemConfig) -> list[int]:
-    """Return the key blocks that the query block numbered `block` keeps, in ascending order."""
+def reference_row(
+    scores: list[list[float]], budget: int, block: int, config: StemConfig, kv_heads: int
+) -> list[list[int]]:
+    """Return the key blocks that the query block numbered `block` keeps, in ascending order, for every head.
+
+    Args:
+        scores: A list a head; the scores of all key blocks.
+        budget: Blocks.
+        block: Absolute number of the query block.
+        config: The method.
+        kv_heads: KV heads.
+    """
+    alone = [_row_of_a_head(row, budget, block, config) for row in scores]
+    if config.budget_scope == "head":
+        return alone
+    causal = range(block + 1)
+    if config.score == "linear":
+        sums = [torch.tensor(row[: block + 1]).double().logsumexp(0).item() for row in scores]
+        scores = [[x - total for x in row] for row, total in zip(scores, sums, strict=True)]
+    forced = {j for j in causal if j < config.sink_blocks or j > block - config.local_blocks}
+    own_budget = min(budget, block + 1)
+    if config.forced_blocks == "inside":
+        own_budget = max(own_budget, len(forced))
+    least = max(len(forced), math.floor(own_budget * config.head_floor))
+    kept = []
+    for row in scores:
+        best_first = sorted((j for j in causal if j not in forced), key=lambda j, row=row: (-row[j], j))  # type: ignore[misc]
+        kept.append(forced.union(best_first[: least - len(forced)]))
+    per_scope = len(scores) // (kv_heads if config.budget_scope == "group" else 1)
+    for first in range(0, len(scores), per_scope):
+        heads = range(first, first + per_scope)
+        rivals = sorted((-scores[h][j], h, j) for h in heads for j in causal if j not in kept[h])
+        room = sum(len(alone[h]) - len(kept[h]) for h in heads)
+        for _, h, j in rivals[:room]:
+            kept[h].add(j)
+    return [sorted(blocks) for blocks in kept]
+
+
+def _row_of_a_head(scores: list[float], budget: int, block: int, config: StemConfig) -> list[int]:
+    """Return what a head keeps of its own budget."""
     causal = range(block + 1)
     forced = {j for j in causal if j < config.sink_blocks or j > block - config.local_blocks}
     best_first = sorted(causal, key=lambda j: (-scores[j], j))
@@ -111,7 +181,15 @@ def reference_row(scores: list[float], budget: int, block: int, config: StemConf
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_size: int, *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    block_size: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    residual: Residual = "none",
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention over kept blocks by masking the full matrix.
 
@@ -123,6 +201,8 @@ def reference_attention(
         block_size: Tokens a block.
         scale: Factor of the logits.
         window: Tokens of a causal sliding window, or None.
+        residual: `"mean"`: a pruned block before a query's own joins as one more key and value, the means of its
+            tokens, with the weight of that many.
 
     Returns:
         out float64 [B, Hq, Tq, Dv] and the natural log-sum-exp float64 [B, Hq, Tq].
@@ -131,14 +211,21 @@ def reference_attention(
     q_pos = torch.arange(grid.offset, grid.k_len)[:, None]
     k_pos = torch.arange(grid.k_len)
     visible = (k_pos <= q_pos) & (k_pos > q_pos - (window or grid.k_len))
+    in_block = (torch.arange(grid.k_blocks)[:, None] == k_pos // block_size).double()  # [Kb, Tk]
+    tokens = in_block.sum(1, keepdim=True)
+    past = torch.arange(grid.k_blocks) < q_pos // block_size
     group_size = q.shape[1] // k.shape[1]
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float64)
     lse = torch.empty(q.shape[:3], dtype=torch.float64)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            kept = mask[b, h].cpu()[q_pos // block_size - grid.first_block, k_pos // block_size]
-            logits = q[b, h].double() @ k[b, h // group_size].double().T * scale
-            logits = logits.cpu().masked_fill(~(visible & kept), -torch.inf)
+            kept = mask[b, h].cpu()[q_pos[:, 0] // block_size - grid.first_block]  # [Tq, Kb]
+            query, key, value = (x.double().cpu() for x in (q[b, h], k[b, h // group_size], v[b, h // group_size]))
+            logits = (query @ key.T * scale).masked_fill(~(visible & kept[:, k_pos // block_size]), -torch.inf)
+            if residual == "mean":
+                means = query @ (in_block @ key / tokens).T * scale + tokens.log().T
+                logits = torch.cat([logits, means.masked_fill(kept | ~past, -torch.inf)], 1)
+                value = torch.cat([value, in_block @ value / tokens])
             lse[b, h] = logits.logsumexp(-1)
-            out[b, h] = logits.softmax(-1) @ v[b, h // group_size].double().cpu()
+            out[b, h] = logits.softmax(-1) @ value
     return out, lse

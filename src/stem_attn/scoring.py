@@ -1,9 +1,12 @@
 """The Output-Aware Metric: a score for every (query block, key block) pair.
 
-The routing logit is the mean, over a block pair, of antidiagonal dot products with a stride. That mean is linear
+The linear routing logit is the mean, over a block pair, of antidiagonal dot products with a stride. That mean is linear
 in q and in k, so it factorises: average the tokens of a block by their position modulo the stride, pair query group
 g with key group `stride - 1 - g`, and the score is one dot product of length `stride * D`. Scoring therefore reads
-q, k and v once and multiplies matrices of `n` rows; nothing of size `(T / stride)^2` exists.
+q, k and v once and multiplies matrices of `n` rows.
+
+The mass estimate is a softmax over means of short runs of tokens. It is made tile by tile, so that nothing of size
+`(T / stride)^2` exists either.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from torch import Tensor
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 
+# Logits of a tile of query blocks, all heads together: 64 MiB.
+_TILE_LOGITS = 2**24
+
 
 def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> Tensor:
     """Score every key block for every query block.
@@ -23,49 +29,99 @@ def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: flo
         q: [B, Hq, Tq, D], the last Tq of Tk tokens.
         k: [B, Hkv, Tk, D].
         v: [B, Hkv, Tk, Dv].
-        config: Reads `block_size`, `stride`, `value_term` and `value_weight`.
+        config: Reads `block_size`, `score`, `stride`, `value_term` and `value_weight`.
         scale: Factor of the attention logits, usually `1 / sqrt(D)`.
 
     Returns:
-        float32 [B, Hq, Qb, Kb] in natural-log units. Blocks of the future have scores too: selection ignores them.
+        float32 [B, Hq, Qb, Kb] in natural-log units. Blocks of the future have scores too (-inf where the estimate is
+        of mass): selection ignores them.
 
     Source: Stem, Eq. 7; the pairing of positions is XAttention's antidiagonal.
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    batch, kv_heads = k.shape[:2]
-    q_groups = _group_means(q, grid.offset % config.block_size, config)
-    k_groups = _group_means(k, 0, config).flip(3)  # query group g meets key group stride - 1 - g
-    # The query heads of one KV head are rows of one matrix product: K is never repeated.
-    rows = q_groups.reshape(batch, kv_heads, -1, config.stride * q.shape[3])
-    scores = rows @ k_groups.flatten(3).transpose(2, 3)
-    scores = scores.mul_(scale / config.stride).view(batch, q.shape[1], grid.q_blocks, grid.k_blocks)
+    estimate = _linear if config.score == "linear" else _mass
+    scores = estimate(q, k, grid, config, scale)
     if config.value_term == "none":
         return scores
     bonus = _log_term(v, config) if config.value_term == "log" else _zscore_term(v, config)
-    per_query_head = bonus.repeat_interleave(q.shape[1] // kv_heads, dim=1)
+    per_query_head = bonus.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return scores.add_(per_query_head[:, :, None, :], alpha=config.value_weight)
 
 
-def _group_means(x: Tensor, lead: int, config: StemConfig) -> Tensor:
-    """Average the tokens of each block by position modulo the stride.
+def _linear(q: Tensor, k: Tensor, grid: BlockGrid, config: StemConfig, scale: float) -> Tensor:
+    """Mean of the antidiagonal dot products of every block pair: float32 [B, Hq, Qb, Kb].
 
     Tokens that a partial block lacks count as zeros, as in the official code.
+    """
+    batch, kv_heads = k.shape[:2]
+    share = config.stride / config.block_size
+    q_groups = _group_sums(q, grid.offset % config.block_size, config, within=False).mul_(share)
+    # Query group g meets key group stride - 1 - g.
+    k_groups = _group_sums(k, 0, config, within=False).mul_(share).flip(3)
+    # The query heads of one KV head are rows of one matrix product: K is never repeated.
+    rows = q_groups.reshape(batch, kv_heads, -1, config.stride * q.shape[3])
+    scores = rows @ k_groups.flatten(3).transpose(2, 3)
+    return scores.mul_(scale / config.stride).view(batch, q.shape[1], grid.q_blocks, grid.k_blocks)
+
+
+def _mass(q: Tensor, k: Tensor, grid: BlockGrid, config: StemConfig, scale: float) -> Tensor:
+    """Log of the largest share of attention that a key block takes from a group of a query block.
+
+    Runs of `stride` tokens stand for their mean, in queries and keys alike; a run cut short by an end of the sequence
+    for the mean of the tokens it has. The estimate costs `1 / (2 stride^2)` of dense attention.
+
+    Returns:
+        float32 [B, Hq, Qb, Kb]; -inf for blocks of the future.
+    """
+    batch, heads, _, dim = q.shape
+    kv_heads, size, stride = k.shape[1], config.block_size, config.stride
+    runs = size // stride  # groups of a block
+    lead = grid.offset - grid.first_block * size
+    q_sizes = _group_sizes(lead, grid.q_len, grid.q_blocks, config)
+    k_sizes = _group_sizes(0, grid.k_len, grid.k_blocks, config)
+    q_means = _group_sums(q, lead, config, within=True).div_(q_sizes.clamp(min=1)[..., None].to(q.device))
+    k_means = _group_sums(k, 0, config, within=True).div_(k_sizes.clamp(min=1)[..., None].to(k.device))
+    q_means = q_means.view(batch, kv_heads, heads // kv_heads, grid.q_blocks, runs * dim)
+    k_means = k_means.view(batch, kv_heads, -1, dim).transpose(2, 3)
+    log_sizes = k_sizes.log().flatten().to(k.device)  # -inf for a group without tokens: nothing falls to it
+    absent = (q_sizes == 0).to(q.device)
+    causal = torch.arange(grid.k_blocks, device=q.device) <= grid.block_ids(q.device)[:, None]
+    scores = torch.full((batch, heads, grid.q_blocks, grid.k_blocks), -torch.inf, device=q.device)
+    step = max(1, _TILE_LOGITS // (batch * heads * runs * runs * grid.k_blocks))
+    for start in range(0, grid.q_blocks, step):
+        stop = min(start + step, grid.q_blocks)
+        seen = grid.first_block + stop  # key blocks that any of these rows sees
+        queries = q_means[:, :, :, start:stop].reshape(batch, kv_heads, -1, dim)
+        logits = queries @ k_means[..., : seen * runs]
+        logits.mul_(scale).add_(log_sizes[: seen * runs])
+        taken = logits.view(batch, heads, stop - start, runs, seen, runs).logsumexp(-1)
+        taken.masked_fill_(~causal[start:stop, None, :seen], -torch.inf)
+        taken -= taken.logsumexp(-1, keepdim=True)
+        taken.masked_fill_(absent[start:stop, :, None], -torch.inf)
+        scores[:, :, start:stop, :seen] = taken.amax(3)
+    return scores
+
+
+def _group_sums(x: Tensor, lead: int, config: StemConfig, *, within: bool) -> Tensor:
+    """Add up the tokens of each block by group; tokens that a partial block lacks count as zeros.
 
     Args:
         x: [B, H, T, D].
         lead: Tokens of the first block that precede x.
         config: Reads `block_size` and `stride`.
+        within: Whether a group is `stride` tokens in a row, or every token of the same position modulo the stride.
 
     Returns:
-        float32 [B, H, blocks, stride, D].
+        float32 [B, H, blocks, groups, D]; `block_size / stride` groups within, or `stride` across.
     """
     batch, heads, length, dim = x.shape
     size, stride = config.block_size, config.stride
-    means = torch.empty(batch, heads, -(-(lead + length) // size), stride, dim, device=x.device)
+    groups = size // stride if within else stride
+    sums = torch.empty(batch, heads, -(-(lead + length) // size), groups, dim, device=x.device)
 
     def write(first: int, tokens: Tensor) -> None:
-        groups = torch.unflatten(tokens, 2, (-1, size // stride, stride)).sum(3, dtype=torch.float32)
-        means[:, :, first : first + groups.shape[2]] = groups
+        parts = torch.unflatten(tokens, 2, (-1, size // stride, stride)).sum(4 if within else 3, dtype=torch.float32)
+        sums[:, :, first : first + parts.shape[2]] = parts
 
     # Partial blocks are padded on their own, so that x is never copied whole.
     head = min(-lead % size, length)
@@ -78,7 +134,14 @@ def _group_means(x: Tensor, lead: int, config: StemConfig) -> Tensor:
     tail = length - head - whole
     if tail:
         write(first + whole // size, F.pad(x[:, :, head + whole :], (0, 0, 0, size - tail)))
-    return means.mul_(stride / size)
+    return sums
+
+
+def _group_sizes(lead: int, length: int, blocks: int, config: StemConfig) -> Tensor:
+    """Count the tokens of every group of `stride` in a row: float32 [blocks, block_size / stride]."""
+    present = torch.zeros(blocks * config.block_size)
+    present[lead : lead + length] = 1
+    return present.view(blocks, -1, config.stride).sum(-1)
 
 
 def _log_term(v: Tensor, config: StemConfig) -> Tensor:

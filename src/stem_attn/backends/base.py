@@ -51,7 +51,7 @@ class Backend(ABC):
             budget: int32 [Qb] or [B, Qb] on the CPU; blocks, not yet clipped to the causal ones.
         """
         grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-        return select_top_blocks(block_scores(q, k, v, config, scale), budget, grid, config)
+        return select_top_blocks(block_scores(q, k, v, config, scale), budget, grid, config, k.shape[1])
 
     def select_paged(
         self,

@@ -47,7 +47,7 @@ def run_case(
     # The selection that all attention kernels are given comes from plain torch, whatever the backends do.
     grid = BlockGrid(case.q_len, case.k_len, config.block_size)
     scores = block_scores(q, k, v, config, case.shape.head_dim**-0.5)
-    selection = select_top_blocks(scores, block_budget(config, case.k_len, grid), grid, config)
+    selection = select_top_blocks(scores, block_budget(config, case.k_len, grid), grid, config, k.shape[1])
     del scores
     check_selection(q, k, v, selection, config, samples)
     problem = Problem(q, k, v, config, selection)
