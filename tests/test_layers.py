@@ -13,7 +13,7 @@ ROOT = Path(stem_attn.__file__).parent
 LAYERS = [
     {"config"},
     {"blocks"},
-    {"scoring", "budget", "selection", "checks", "reference"},
+    {"scoring", "budget", "selection", "checks", "residual", "reference"},
     {"backends"},
     {"attention"},
     {"api"},

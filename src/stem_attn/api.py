@@ -90,7 +90,7 @@ def stem_attention(
         traced: Tensor = _op(q, k, v, config.to_json(), resolve_scale(scale, q.shape[3]), lengths, backend)
         return traced
     selection = select_blocks(q, k, v, config=config, scale=scale, prompt_len=prompt_len, backend=backend)
-    out = block_sparse_attention(q, k, v, selection, scale=scale, backend=backend)
+    out = block_sparse_attention(q, k, v, selection, scale=scale, residual=config.residual, backend=backend)
     return (out, selection) if return_selection else out
 
 

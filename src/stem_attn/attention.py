@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from stem_attn import backends
 from stem_attn.backends.base import empty_output
 from stem_attn.blocks import BlockSelection
-from stem_attn.checks import check_qkv, check_selection, check_window, resolve_scale
+from stem_attn.checks import check_qkv, check_residual, check_selection, check_window, resolve_scale
+from stem_attn.config import Residual
 
 
 @overload
@@ -22,6 +23,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    residual: Residual = "none",
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -36,6 +38,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    residual: Residual = "none",
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -49,6 +52,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    residual: Residual = "none",
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -61,12 +65,14 @@ def block_sparse_attention(
         selection: The kept blocks, made for these lengths.
         scale: Factor of the logits; default `1 / sqrt(D)`.
         window: Tokens: keep only keys `i - window < j <= i`, inside edge blocks too. Default: no window.
+        residual: What stands for pruned blocks before a query's own: `"none"`, or `"mean"`: each joins as one key and
+            one value, the means of its tokens, with the weight of that many. Not with a window.
         return_lse: Whether to return the log-sum-exp too.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
     Returns:
-        out [B, Hq, Tq, Dv] in q's dtype; with `return_lse` also the natural log-sum-exp of the kept logits, float32
-        [B, Hq, Tq].
+        out [B, Hq, Tq, Dv] in q's dtype; with `return_lse` also the natural log-sum-exp of the logits, float32
+        [B, Hq, Tq]: of the kept ones, and of the means' with a residual.
 
     Raises:
         ValueError: The inputs do not fit together, ask for gradients, or the named backend cannot take them.
@@ -75,15 +81,32 @@ def block_sparse_attention(
     check_qkv(q, k, v)
     check_selection(selection, q, k)
     check_window(window)
+    check_residual(residual, window)
     scale = resolve_scale(scale, q.shape[3])
     if torch.compiler.is_compiling():
-        out, lse = _op(
-            q, k, v, selection.indices, selection.counts, selection.block_size, scale, window or 0, return_lse, backend
-        )
+        indices, counts, size = selection.indices, selection.counts, selection.block_size
+        out, lse = _op(q, k, v, indices, counts, size, scale, window or 0, residual, return_lse, backend)
     else:
-        chosen = backends.choose(backend, q, k, v, block_size=selection.block_size, window=window)
-        out, lse = chosen.attend(q, k, v, selection, scale=scale, window=window, return_lse=return_lse)
+        out, lse = _attend(q, k, v, selection, scale, window, residual, return_lse, backend)
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    window: int | None,
+    residual: Residual,
+    return_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose a backend and run it, all arguments checked."""
+    chosen = backends.choose(backend, q, k, v, block_size=selection.block_size, window=window, residual=residual)
+    if residual == "mean":
+        return chosen.attend_residual(q, k, v, selection, scale=scale, return_lse=return_lse)
+    return chosen.attend(q, k, v, selection, scale=scale, window=window, return_lse=return_lse)
 
 
 @torch.library.custom_op("stem_attn::block_sparse_attention", mutates_args=())
@@ -96,13 +119,13 @@ def _op(
     block_size: int,
     scale: float,
     window: int,
+    residual: str,
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The opaque form that torch.compile sees: no window is 0, no log-sum-exp is an empty tensor."""
     selection = BlockSelection(indices, counts, block_size, q.shape[2], k.shape[2])
-    chosen = backends.choose(backend, q, k, v, block_size=block_size, window=window or None)
-    out, lse = chosen.attend(q, k, v, selection, scale=scale, window=window or None, return_lse=return_lse)
+    out, lse = _attend(q, k, v, selection, scale, window or None, cast(Residual, residual), return_lse, backend)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -116,6 +139,7 @@ def _(
     block_size: int,
     scale: float,
     window: int,
+    residual: str,
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:

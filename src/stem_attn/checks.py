@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockSelection
-from stem_attn.config import StemConfig
+from stem_attn.config import Residual, StemConfig
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -99,6 +99,17 @@ def check_window(window: int | None) -> None:
     """Check a sliding window's width in tokens."""
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an int of at least 1 token, got {window!r}")
+
+
+def check_residual(residual: Residual, window: int | None) -> None:
+    """Check what stands for pruned blocks, and that it is not asked for within a window."""
+    if residual not in get_args(Residual):
+        raise ValueError(f"residual must be one of {', '.join(get_args(Residual))}, got {residual!r}")
+    if residual != "none" and window is not None:
+        raise ValueError(
+            f"residual={residual!r} cannot be combined with a window: blocks that have left it would return; "
+            f"got window={window}"
+        )
 
 
 def _shape(x: Any) -> str:

@@ -74,5 +74,6 @@ def stem_attention_varlen(
         select_blocks(*part, config=config, scale=scale, prompt_len=None if n is None else int(n), backend=backend)
         for part, n in zip(parts, lengths, strict=True)
     ]
-    chosen = backends.choose(backend, *parts[0], block_size=config.block_size)
-    return chosen.attend_packed(q, k, v, selections, scale=resolve_scale(scale, q.shape[2]))
+    chosen = backends.choose(backend, *parts[0], block_size=config.block_size, residual=config.residual)
+    scale = resolve_scale(scale, q.shape[2])
+    return chosen.attend_packed(q, k, v, selections, scale=scale, residual=config.residual)

@@ -10,6 +10,7 @@ from functools import cache
 from torch import Tensor
 
 from stem_attn.backends.base import Backend
+from stem_attn.config import Residual
 
 log = logging.getLogger("stem_attn")
 
@@ -38,7 +39,15 @@ def fallbacks() -> dict[str, int]:
 
 
 def choose(
-    name: str, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None = None, select: bool = False
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    window: int | None = None,
+    residual: Residual = "none",
+    select: bool = False,
 ) -> Backend:
     """Find the backend for a call.
 
@@ -49,6 +58,7 @@ def choose(
         v: [B, Hkv, Tk, Dv].
         block_size: Tokens a block.
         window: Tokens of a sliding window, or None.
+        residual: What stands for pruned blocks.
         select: Whether the backend is wanted for making a selection.
 
     Raises:
@@ -56,7 +66,7 @@ def choose(
         RuntimeError: The named backend cannot run on this machine.
     """
     if name == "auto":
-        return _automatic(q, k, v, block_size, window, select)
+        return _automatic(q, k, v, block_size, window, residual, select)
     if name not in _CLASSES:
         raise ValueError(f"backend must be one of auto, {', '.join(_CLASSES)}; got {name!r}")
     backend, reason = _load(name)
@@ -64,13 +74,15 @@ def choose(
         raise RuntimeError(f"backend {name!r} is not available here: {reason}")
     if select and backend.selector:
         return choose(backend.selector, q, k, v, block_size=block_size)
-    reason = backend.why_unsupported(q, k, v, block_size=block_size, window=window)
+    reason = backend.why_unsupported(q, k, v, block_size=block_size, window=window, residual=residual)
     if reason:
         raise ValueError(f"backend {name!r} cannot run this call: {reason}")
     return backend
 
 
-def _automatic(q: Tensor, k: Tensor, v: Tensor, block_size: int, window: int | None, select: bool) -> Backend:
+def _automatic(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, window: int | None, residual: Residual, select: bool
+) -> Backend:
     """Take the first backend that suits the inputs and can run them; say once why a better one could not."""
     for name in _CLASSES:
         backend, reason = _load(name)
@@ -82,7 +94,7 @@ def _automatic(q: Tensor, k: Tensor, v: Tensor, block_size: int, window: int | N
             continue
         if not backend.suits(q, k, v, block_size=block_size):
             continue
-        reason = reason or backend.why_unsupported(q, k, v, block_size=block_size, window=window)
+        reason = reason or backend.why_unsupported(q, k, v, block_size=block_size, window=window, residual=residual)
         if reason is None:
             return backend
         _note(f"{name}: {reason}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.config import StemConfig
+from stem_attn.config import Residual, StemConfig
+from stem_attn.residual import add_means
 from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
 
@@ -30,7 +31,16 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def why_unsupported(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None) -> str | None:
+    def why_unsupported(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        block_size: int,
+        window: int | None,
+        residual: Residual = "none",
+    ) -> str | None:
         """Say why the backend cannot take these inputs."""
 
     @abstractmethod
@@ -108,8 +118,27 @@ class Backend(ABC):
             out [B, Hq, Tq, Dv] made by `empty_output`, and the natural log-sum-exp float32 [B, Hq, Tq] or None.
         """
 
+    def attend_residual(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over the kept blocks and the means of the pruned ones; the means in plain torch unless overridden.
+
+        Args and result are those of `attend`; the log-sum-exp includes the means.
+        """
+        out, lse = self.attend(q, k, v, selection, scale=scale, window=None, return_lse=True)
+        assert lse is not None
+        add_means(q, k, v, selection, out, lse, scale=scale)
+        return out, lse if return_lse else None
+
     def attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selections: Sequence[BlockSelection],
+        *,
+        scale: float,
+        residual: Residual = "none",
     ) -> Tensor:
         """Attend within each of several sequences packed one after the other; one by one unless overridden.
 
@@ -119,6 +148,7 @@ class Backend(ABC):
             v: [Tk, Hkv, Dv].
             selections: One a sequence, each of batch 1; their lengths say where a sequence starts.
             scale: Factor of the logits.
+            residual: What stands for pruned blocks.
 
         Returns:
             out [T, Hq, Dv] in q's dtype.
@@ -132,8 +162,7 @@ class Backend(ABC):
                 x[start:stop].transpose(0, 1)[None]
                 for x, start, stop in ((q, q_start, q_stop), (k, k_start, k_stop), (v, k_start, k_stop))
             )
-            out, _ = self.attend(q_part, k_part, v_part, selection, scale=scale, window=None, return_lse=False)
-            outs.append(out[0].transpose(0, 1))
+            outs.append(self._attend_one(q_part, k_part, v_part, selection, scale, residual))
         return torch.cat(outs)
 
     def attend_paged(
@@ -146,6 +175,7 @@ class Backend(ABC):
         *,
         scale: float,
         out: Tensor,
+        residual: Residual = "none",
     ) -> None:
         """Attend within each of several sequences that are kept in pages; gathers each unless overridden.
 
@@ -158,14 +188,24 @@ class Backend(ABC):
             selections: One a sequence, each of batch 1.
             scale: Factor of the logits.
             out: [T, Hq, Dv] in q's dtype, last stride 1; written.
+            residual: What stands for pruned blocks.
         """
         q_stop = 0
         for pages, selection in zip(block_table, selections, strict=True):
             q_start, q_stop = q_stop, q_stop + selection.q_len
             query = q[q_start:q_stop].transpose(0, 1)[None]
             keys, values = (gather_pages(x, pages, selection.k_len) for x in (k, v))
-            part, _ = self.attend(query, keys, values, selection, scale=scale, window=None, return_lse=False)
-            out[q_start:q_stop] = part[0].transpose(0, 1)
+            out[q_start:q_stop] = self._attend_one(query, keys, values, selection, scale, residual)
+
+    def _attend_one(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, residual: Residual
+    ) -> Tensor:
+        """Attend within one sequence, [1, H, tokens, D]; returns [Tq, Hq, Dv]."""
+        if residual == "mean":
+            out, _ = self.attend_residual(q, k, v, selection, scale=scale, return_lse=False)
+        else:
+            out, _ = self.attend(q, k, v, selection, scale=scale, window=None, return_lse=False)
+        return out[0].transpose(0, 1)
 
 
 def gather_pages(x: Tensor, pages: Tensor, tokens: int) -> Tensor:

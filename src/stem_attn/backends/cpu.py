@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stem_attn.backends.base import Backend, empty_output
 from stem_attn.blocks import BlockSelection
+from stem_attn.config import Residual
 
 # Logits of a batch of tasks per thread: more of them leave the cache, fewer make more calls.
 _THREAD_LOGITS = 2**19
@@ -29,7 +30,16 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def why_unsupported(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None) -> str | None:
+    def why_unsupported(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        block_size: int,
+        window: int | None,
+        residual: Residual = "none",
+    ) -> str | None:
         return None
 
     def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:

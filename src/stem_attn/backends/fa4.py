@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stem_attn.backends.base import Backend
 from stem_attn.blocks import BlockSelection
+from stem_attn.config import Residual
 
 BLOCK = 128  # FA4's query and key tile at these head dims
 
@@ -33,7 +34,16 @@ class Fa4Backend(Backend):
             return f"it needs a Hopper GPU (compute capability 9.0), got {sorted(capabilities)}"
         return None
 
-    def why_unsupported(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None) -> str | None:
+    def why_unsupported(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        block_size: int,
+        window: int | None,
+        residual: Residual = "none",
+    ) -> str | None:
         if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
             return f"it needs tensors on a Hopper GPU, got {q.device}"
         if q.dtype not in (torch.float16, torch.bfloat16):
@@ -47,6 +57,8 @@ class Fa4Backend(Backend):
             return f"its head dims are multiples of 8 up to 192 for q and k and 128 for v, got {head_dims}"
         if window is not None:
             return "it has no sliding window over block lists"
+        if residual != "none":
+            return f"it has no kernel that merges the means of pruned blocks (residual={residual!r})"
         return None
 
     def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stem_attn.backends.base import Backend
 from stem_attn.blocks import BlockSelection
-from stem_attn.config import StemConfig
+from stem_attn.config import Residual, StemConfig
 
 
 class TritonBackend(Backend):
@@ -26,7 +26,16 @@ class TritonBackend(Backend):
             return "torch sees no GPU"
         return None
 
-    def why_unsupported(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, window: int | None) -> str | None:
+    def why_unsupported(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        block_size: int,
+        window: int | None,
+        residual: Residual = "none",
+    ) -> str | None:
         if not q.is_cuda and not _interpreting():
             return f"it needs tensors on a GPU, got {q.device}"
         if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -80,9 +89,25 @@ class TritonBackend(Backend):
 
         return attend(q, k, v, selection, scale=scale, window=window, return_lse=return_lse)
 
+    def attend_residual(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        from stem_attn.backends.triton.residual import attend_residual
+
+        return attend_residual(q, k, v, selection, scale=scale, return_lse=return_lse)
+
     def attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selections: Sequence[BlockSelection],
+        *,
+        scale: float,
+        residual: Residual = "none",
     ) -> Tensor:
+        if residual != "none":  # one launch for all sequences would have no log-sum-exp of each to merge with
+            return super().attend_packed(q, k, v, selections, scale=scale, residual=residual)
         from stem_attn.backends.triton.attention import attend_packed
 
         return attend_packed(q, k, v, selections, scale=scale)
@@ -97,8 +122,12 @@ class TritonBackend(Backend):
         *,
         scale: float,
         out: Tensor,
+        residual: Residual = "none",
     ) -> None:
-        from stem_attn.backends.triton.attention import attend_paged
+        if residual == "mean":
+            from stem_attn.backends.triton.residual import attend_paged
+        else:
+            from stem_attn.backends.triton.attention import attend_paged
 
         attend_paged(q, k, v, block_table, selections, scale=scale, out=out)
 

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.base import empty_output
 from stem_attn.backends.triton.attention_kernel import attention_kernel
-from stem_attn.backends.triton.launch import Launch
+from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
 
@@ -38,12 +37,12 @@ def attend(
     """Attend over the kept blocks; see `Backend.attend`."""
     out = empty_output(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    q, k, v, scale = _normalise(q, k, v, scale)
+    q, k, v, scale = normalise(q, k, v, scale)
     indices = _unit_stride(selection.indices)
     if hopper_fits(q, k, v, selection.block_size):
         launch_hopper(q, k, v, out, lse, indices, selection.counts, scale, window)
     else:
-        portable = _portable_tile(q, v, selection.block_size)
+        portable = portable_tile(q, v, selection.block_size)
         launch(q, k, v, out, lse, indices, selection.counts, selection.block_size, scale, window, portable)
     return out, lse
 
@@ -52,7 +51,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSel
     """Attend within each of several packed sequences; see `Backend.attend_packed`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = empty_output(q, v)
-    _attend_each(out, q, k, v, None, selections, scale)
+    attend_each(out, q, k, v, None, selections, scale)
     return out[0].transpose(0, 1)
 
 
@@ -68,10 +67,10 @@ def attend_paged(
 ) -> None:
     """Attend within each of several sequences that are kept in pages; see `Backend.attend_paged`."""
     q, out = (x.transpose(0, 1)[None] for x in (q, out))
-    _attend_each(out, q, k, v, block_table, selections, scale)
+    attend_each(out, q, k, v, block_table, selections, scale)
 
 
-def _attend_each(
+def attend_each(
     out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -79,6 +78,7 @@ def _attend_each(
     block_table: Tensor | None,
     selections: Sequence[BlockSelection],
     scale: float,
+    lse: Tensor | None = None,
 ) -> None:
     """Attend within each of several sequences, in one launch, or in one a sequence where they are long.
 
@@ -90,8 +90,9 @@ def _attend_each(
         block_table: int32 [sequences, pages of the longest], last stride 1; or None.
         selections: One a sequence.
         scale: Factor of the logits.
+        lse: float32 [1, Hq, T] contiguous, of a single sequence, to write the log-sum-exp to; or None.
     """
-    q, k, v, scale = _normalise(q, k, v, scale)
+    q, k, v, scale = normalise(q, k, v, scale)
     block_size = selections[0].block_size
     page_size = 0 if block_table is None else k.shape[2]
     if q.shape[2] >= LONG_TOKENS * len(selections) and hopper_fits(q, k, v, block_size, page_size):
@@ -106,13 +107,13 @@ def _attend_each(
             queries, part = q[:, :, q_start:q_stop], out[:, :, q_start:q_stop]
             indices = _unit_stride(selection.indices)
             launch_hopper(
-                queries, keys, values, part, None, indices, selection.counts, scale, None, selection.k_len, pages
+                queries, keys, values, part, lse, indices, selection.counts, scale, None, selection.k_len, pages
             )
             q_start, k_start = q_stop, k_stop
     else:
         indices, counts, packing = _pack(selections, q.device)
-        tile = _portable_tile(q, v, block_size)
-        launch(q, k, v, out, None, indices, counts, block_size, scale, None, tile, packing, block_table)
+        tile = portable_tile(q, v, block_size)
+        launch(q, k, v, out, lse, indices, counts, block_size, scale, None, tile, packing, block_table)
 
 
 def _pack(selections: Sequence[BlockSelection], device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -134,7 +135,7 @@ def _pack(selections: Sequence[BlockSelection], device: torch.device) -> tuple[T
     return indices, counts, table.to(device, non_blocking=True).split(sizes)
 
 
-def _normalise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+def normalise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
     """Copy what the kernels cannot address, and make the scale positive: they take maxima before they scale."""
     if scale <= 0:
         q, scale = q * scale, 1.0
@@ -146,8 +147,9 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
-    head_dim = max(_padded(q.shape[3]), _padded(v.shape[3]))
+def portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
+    """Pick the portable kernel's launch choices for q and v, [B, H, T, D]."""
+    head_dim = max(padded(q.shape[3]), padded(v.shape[3]))
     tma = has_copy_engine(q.device)
     return choose_tile(block_size=block_size, head_dim=head_dim, item_bytes=q.element_size(), tma=tma)
 
@@ -177,7 +179,7 @@ def launch(
     plan = _portable_plan(*key, block_size, scale, window, lse is not None, packing is not None, page_size, tma, tile)
     inputs: tuple[Any, ...] = (q, k, v)
     if tma:
-        pad, pad_v = _padded(q.shape[3]), _padded(v.shape[3])
+        pad, pad_v = padded(q.shape[3]), padded(v.shape[3])
         shapes = ((block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
         inputs = tuple(TensorDescriptor(x, *_described(x, *shape)) for x, shape in zip(inputs, shapes, strict=True))
     _run(plan, q.device, *inputs, *tensors, table)
@@ -204,8 +206,8 @@ def _portable_plan(
     constants = {
         "D": head_dim,
         "DV": v_head_dim,
-        "D_PAD": _padded(head_dim),
-        "DV_PAD": _padded(v_head_dim),
+        "D_PAD": padded(head_dim),
+        "DV_PAD": padded(v_head_dim),
         "BLOCK": block_size,
         "KEYS": tile.keys,
         "TMA": tma,
@@ -226,7 +228,7 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int
     """Tell whether the Hopper kernel can take a call; `page_size` is 0 where k and v are not paged."""
     if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
         return False
-    pads = _padded(q.shape[3]), _padded(v.shape[3])
+    pads = padded(q.shape[3]), padded(v.shape[3])
     shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
     if not shaped or not all(map(_describable, (q, k, v))):
         return False
@@ -265,7 +267,7 @@ def launch_hopper(
     page_size = 0 if pages is None else k.shape[2]
     tensors = (out, lse if lse is not None else out, indices, counts)
     key = _layouts(q, k, v, out, indices, counts), q.dtype, q.device, _alignment(*tensors)
-    tile = choose_hopper_tile(_padded(q.shape[3]), _padded(v.shape[3]))
+    tile = choose_hopper_tile(padded(q.shape[3]), padded(v.shape[3]))
     k_len = k.shape[2] if k_len is None else k_len
     plan, boxes = _hopper_plan(*key, scale, window, lse is not None, k_len, page_size, tile)
     inputs = (
@@ -290,7 +292,7 @@ def _hopper_plan(
     """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
 
-    pad, pad_v = _padded(layouts[0][0][3]), _padded(layouts[2][0][3])
+    pad, pad_v = padded(layouts[0][0][3]), padded(layouts[2][0][3])
     grid, numbers = _geometry(layouts, k_len, scale, window)
     constants = {
         "DV": layouts[2][0][3],
@@ -351,14 +353,15 @@ def _described(x: Tensor, tokens: int, dims: int) -> tuple[list[int], list[int],
     return list(x.shape), [*strides, 1], [1, 1, tokens, dims]
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
+    """Round a head dim up to a power of two that a matrix product can take."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _run(plan: Launch, device: torch.device, *tensors: Any) -> None:
     """Launch, and log a call that had to compile, or to read Triton's cache."""
     start_s = time.perf_counter()
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         plan(*tensors)
     seconds = time.perf_counter() - start_s
     if seconds > 0.1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
 
 
 class Launch:
@@ -36,3 +39,8 @@ class Launch:
             self._compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
         else:
             self._compiled[self._grid](*tensors, *self._arguments)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on this device, not on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,93 @@
+"""Pruned blocks return through their means (`residual="mean"`), in plain torch on any device.
+
+A pruned past block of n tokens joins the softmax of a query q as if each of its tokens had the block's mean key and
+mean value: with the weight `n * exp(scale * q . mean(k))` and the value `mean(v)`. What the kept blocks gave is merged
+with that through its log-sum-exp, so a row that prunes nothing keeps its numbers to the bit.
+
+A pruned block lies before its query's own block, so it is whole and visible to all of the query's row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stem_attn.blocks import BlockSelection
+
+# Logits of a tile: all query heads of a KV head, as many rows of query blocks as fit, at least one.
+_TILE_LOGITS = 2**21
+
+
+def add_means(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, out: Tensor, lse: Tensor, *, scale: float
+) -> None:
+    """Add the pruned past blocks, as their means, to attention over the kept ones.
+
+    Computes in float32 (float64 for float64 inputs), tile by tile.
+
+    Args:
+        q: [B, Hq, Tq, D], the last Tq of Tk tokens.
+        k: [B, Hkv, Tk, D].
+        v: [B, Hkv, Tk, Dv].
+        selection: The kept blocks.
+        out: [B, Hq, Tq, Dv], attention over the kept blocks; changed in place.
+        lse: float32 [B, Hq, Tq], the natural log-sum-exp of their logits; changed in place.
+        scale: Factor of the logits.
+    """
+    grid, size = selection.grid, selection.block_size
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    whole = grid.k_len // size
+    rows = max(1, _TILE_LOGITS // max(group * size * whole, 1))
+    for b in range(q.shape[0]):
+        for kv_head in range(k.shape[1]):
+            k_means, v_means = (
+                torch.unflatten(x[b, kv_head, : whole * size], 0, (whole, size)).mean(1, dtype=compute) for x in (k, v)
+            )
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            for start in range(0, grid.q_blocks, rows):
+                stop = min(start + rows, grid.q_blocks)
+                past = grid.first_block + stop - 1  # blocks before the last row's own
+                tokens = slice(grid.q_span(start)[0], grid.q_span(stop - 1)[1])
+                block = torch.arange(tokens.start + grid.offset, tokens.stop + grid.offset, device=q.device) // size
+                logits = _prior(selection, b, heads, start, stop, past, compute)[:, block - block[0]]
+                queries = q[b, heads, tokens].to(compute)
+                logits.baddbmm_(queries, k_means[:past].mT.expand(group, -1, -1), alpha=scale)
+                kept = lse[b, heads, tokens].to(compute)
+                total = torch.logaddexp(kept, logits.logsumexp(-1))
+                weights = logits.sub_(total[..., None]).exp_()
+                share = (kept - total).exp_()[..., None]
+                merged = out[b, heads, tokens].to(compute).mul_(share).add_(weights @ v_means[:past])
+                out[b, heads, tokens] = merged.to(out.dtype)
+                lse[b, heads, tokens] = total.to(lse.dtype)
+
+
+def _prior(
+    selection: BlockSelection, b: int, heads: slice, start: int, stop: int, past: int, dtype: torch.dtype
+) -> Tensor:
+    """Return what a block's weight adds to its logit: log n for the pruned past blocks of a row, -inf for the others.
+
+    Args:
+        selection: The kept blocks.
+        b: Batch row.
+        heads: Query heads.
+        start: First row.
+        stop: One past the last row.
+        past: Columns: the blocks before the last row's own.
+        dtype: Of the result.
+
+    Returns:
+        [heads, rows, past].
+    """
+    indices, counts = selection.indices[b, heads, start:stop], selection.counts[b, heads, start:stop, None]
+    device = indices.device
+    columns = torch.arange(past + 1, device=device)
+    own = selection.grid.first_block + torch.arange(start, stop, device=device)
+    prior = torch.where(columns < own[:, None], math.log(selection.block_size), -math.inf).to(dtype)
+    prior = prior.repeat(len(indices), 1, 1)
+    # What stands past a count, and blocks that are nobody's past in these rows, land in one extra column.
+    valid = torch.arange(indices.shape[-1], device=device) < counts
+    slots = indices.where(valid, past).clamp(max=past).long()
+    return prior.scatter_(-1, slots, -math.inf)[..., :past]
