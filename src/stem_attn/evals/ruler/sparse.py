@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stem_attn.attention import block_sparse_attention
@@ -80,7 +81,7 @@ def running(model: Any, spec: MethodSpec, block_size: int, density: float | None
     with intercept(model, attend) as others:
 
         def kept() -> Kept:
-            found = _kept([float(density) for density in densities], dict(others))
+            found = _kept(torch.stack(densities).tolist() if densities else [], dict(others))
             densities.clear()
             others.clear()
             return found
