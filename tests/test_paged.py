@@ -1,5 +1,6 @@
 """Paged keys and values: what the ordinary call gives, whatever else the cache holds."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -107,6 +108,15 @@ def test_the_batch_of_an_engine(page_size: int, preset: str, backend: str) -> No
     out = stem_attention_paged(**inputs, config=config, backend=backend)
     for part, got in zip(parts, out.split([q for q, _ in ENGINE]), strict=True):
         assert torch.equal(got, alone(part, config=config, backend=backend))
+
+
+def test_the_residual_reads_pages_too(backend: str) -> None:
+    config = dataclasses.replace(SMALL, residual="mean")
+    parts = draw([(40, 200), (9, 9)], dim=64, dtype=torch.float16)
+    inputs = page_out(parts, 16)
+    out = stem_attention_paged(**inputs, config=config, backend=backend)
+    assert torch.equal(out, torch.cat([alone(part, config=config, backend=backend) for part in parts]))
+    assert not torch.equal(out, stem_attention_paged(**inputs, config=SMALL, backend=backend))
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (17, 63), (129, 129), (40, 300)])

@@ -129,7 +129,7 @@ def stem_attention_paged(
         check_qkv(*shapes)
         resolve_prompt_len(prompt_len, 1, k_len)
         selector = backends.choose(backend, *shapes, block_size=config.block_size, select=True)
-        attender = backends.choose(backend, *shapes, block_size=config.block_size)
+        attender = backends.choose(backend, *shapes, block_size=config.block_size, residual=config.residual)
         parts.append((query, k_len, prompt_len, selector))
 
     k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # [pages, Hkv, page_size, D]
@@ -137,7 +137,7 @@ def stem_attention_paged(
         _select(selector, query, k, v, pages, k_len, prompt_len, config, scale)
         for (query, k_len, prompt_len, selector), pages in zip(parts, block_table, strict=True)
     ]
-    attender.attend_paged(q, k, v, block_table, selections, scale=scale, out=out)
+    attender.attend_paged(q, k, v, block_table, selections, scale=scale, out=out, residual=config.residual)
     return (out, selections) if return_selections else out
 
 
