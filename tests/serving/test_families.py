@@ -57,6 +57,14 @@ def test_gemma3_sliding_layers_stay_with_the_parent(folders):
         assert windows == [WINDOW, None]
 
 
+def test_layers_with_softcap_stay_with_the_parent(folders):
+    with engine(folders("gemma2"), SPARSE) as llm:
+        answer(llm, PROMPTS, new_tokens=1)
+        counts = stats(llm)
+        assert counts["sparse_tokens"] == 0
+        assert counts["dense_tokens"] == {"sliding window": PROMPT_TOKENS, "softcap": PROMPT_TOKENS}
+
+
 def test_ngram_speculation_changes_no_token(folders):
     # Prompts that repeat themselves, so that the drafts have something to find.
     prompts = [prompt(40, seed) * 18 for seed in range(2)]

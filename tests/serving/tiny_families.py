@@ -24,6 +24,11 @@ _COMMON = {
 FAMILIES = {
     "llama": {},
     "qwen3": {},
+    "gemma2": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    },
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
 }
 

@@ -57,15 +57,14 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
+        config = self.settings.config
         for span in spans:
             k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, layer.isa)
             q = query[span.tokens].transpose(0, 1)[None]
             began = time.perf_counter()
-            selection = select_blocks(
-                q, k, v, config=self.settings.config, scale=self.scale, prompt_len=span.prompt_len
-            )
+            selection = select_blocks(q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len)
             counters.count_selection(selection, time.perf_counter() - began)
-            out = block_sparse_attention(q, k, v, selection, scale=self.scale)
+            out = block_sparse_attention(q, k, v, selection, scale=self.scale, residual=config.residual)
             output[span.tokens] = out[0].transpose(0, 1)
 
 
@@ -106,11 +105,10 @@ def gather(kv_cache: Tensor, pages: Tensor, k_len: int, isa: str) -> tuple[Tenso
     used = pages[: -(-k_len // page_size)].long()
     gathered = []
     for cache_part, place in ((k_pages, k_place), (v_pages, v_place)):
-        part = cache_part[used]  # [n, Hkv, page_size * D], packed
+        part = cache_part.transpose(0, 1).index_select(1, used).view(-1, page_size * dim)
         if place is not None:
-            part = part[..., place]
-        part = part.view(len(used), heads, page_size, dim).transpose(0, 1)
-        gathered.append(part.reshape(1, heads, -1, dim)[:, :, :k_len])
+            part = part.index_select(1, place)
+        gathered.append(part.view(1, heads, -1, dim)[:, :, :k_len])
     return gathered[0], gathered[1]
 
 
