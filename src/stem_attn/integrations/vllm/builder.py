@@ -139,12 +139,13 @@ class StemBuilder:
             return None
         places = [place for rest in rests for place in range(rest.q_start, rest.q_start + rest.q_len)]
         together = places[-1] - places[0] + 1 == len(places)
-        tokens = slice(places[0], places[-1] + 1) if together else torch.tensor(places, device=common.seq_lens.device)
+        device = common.seq_lens.device  # copies to it are not waited for
+        tokens = slice(places[0], places[-1] + 1) if together else torch.tensor(places).to(device, non_blocking=True)
         rows = torch.tensor([rest.row for rest in rests])
-        device_rows = rows.to(common.seq_lens.device)
+        device_rows = rows.to(device, non_blocking=True)
         starts = torch.tensor([0, *(rest.q_len for rest in rests)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         batch = common.replace(
-            query_start_loc=starts.to(common.query_start_loc.device),
+            query_start_loc=starts.to(device, non_blocking=True),
             query_start_loc_cpu=starts,
             seq_lens=common.seq_lens[device_rows],
             seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[rows],
