@@ -13,7 +13,16 @@ from stem_attn.scoring import block_scores
 VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.safetensors"))
 
 # Keeps about a fifth of the blocks at a few hundred tokens.
-SMALL = StemConfig(block_size=16, budget_ratio=0.15, budget_bias=2, tail_blocks=0, min_seq_len=0)
+SMALL = StemConfig(
+    block_size=16,
+    score="linear",
+    budget_ratio=0.15,
+    budget_bias=2,
+    decay=0.7,
+    tail_blocks=0,
+    budget_scope="head",
+    min_seq_len=0,
+)
 
 
 def make_qkv(

@@ -81,7 +81,7 @@ def test_shared_budgets_and_mass_equal_the_reference(score, scope, forced_blocks
         forced_blocks=forced_blocks,
         min_seq_len=0,
     )
-    q, k, v = make_qkv(q_len, k_len, heads=4, kv_heads=2, v_dim=24)
+    q, k, v = make_qkv(q_len, k_len, heads=4, kv_heads=2, dim=31 if q_len == 63 else 32, v_dim=24)
     q = q * torch.linspace(0.2, 3, 4)[:, None, None]  # heads from diffuse to concentrated
     exact = reference_scores(q, k, v, config, scale=0.3)
     _, mask = reference_stem(q, k, v, config, scale=0.3)

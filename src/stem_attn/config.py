@@ -35,6 +35,8 @@ class StemConfig:
             groups of `stride` tokens, each group standing for its mean, the largest share counting.
         stride: With linear scores, tokens between the positions that are paired: smaller is cheaper and coarser. With
             mass scores, tokens of a group: larger is cheaper and coarser. It divides `block_size`.
+        spread_weight: With mass scores, weight of the spread of keys inside their group: a group of unlike keys holds
+            more mass than its mean says. 1 is the second-order term of independent, normal dimensions; 0 is off.
         value_term: What a key block's value magnitude adds to its score. `"log"`: the block's largest
             `max(0, log |v|)` (paper, Eq. 7); `"zscore"`: the official code's rectified z-score over the
             sequence, which looks at future tokens; `"none"`: nothing.
@@ -70,19 +72,20 @@ class StemConfig:
     """
 
     block_size: int = 128
-    score: Score = "linear"
+    score: Score = "mass"
     stride: int = 8
+    spread_weight: float = 0.5
     value_term: ValueTerm = "log"
     value_weight: float = 0.2
     budget_ratio: RatioSteps | float = 0.1
     budget_bias: int = 12
     budget_floor: int = 1
     dense_below: int = 0
-    decay: float = 0.7
+    decay: float = 0.85
     decay_from: DecayStart = "plateau"
     tail_blocks: int = 2
-    budget_scope: BudgetScope = "head"
-    head_floor: float = 0.75
+    budget_scope: BudgetScope = "layer"
+    head_floor: float = 0.5
     sink_blocks: int = 1
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
@@ -101,6 +104,7 @@ class StemConfig:
         if self.block_size % self.stride:
             raise ValueError(f"stride must divide block_size {self.block_size}, got {self.stride}")
         _check_choice("score", self.score, Score)
+        _check_float("spread_weight", self.spread_weight, 0.0, math.inf)
         _check_choice("value_term", self.value_term, ValueTerm)
         _check_float("value_weight", self.value_weight, 0.0, math.inf)
         for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks", "min_seq_len"):
@@ -179,6 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official": {
         "score": "linear",
         "budget_scope": "head",
+        "decay": 0.7,
         "value_term": "zscore",
         "budget_ratio": ((160, 0.2), (None, 0.1)),
         "budget_bias": 30,
@@ -193,6 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "score": "linear",
         "budget_scope": "head",
+        "decay": 0.7,
         "budget_ratio": ((129, 0.2), (None, 0.1)),  # 16K tokens are 128 blocks
         "budget_bias": 0,
         "budget_floor": 54,

@@ -76,12 +76,20 @@ def _linear_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, sc
 def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float) -> Tensor:
     """Estimate block pairs [Qb, Kb] of a head, q [Tq, D] and k [Tk, D]: log of the largest share of any query group.
 
-    A group is the tokens of `stride` absolute positions in a row that the call has; all its tokens count as its mean.
+    A group is the tokens of `stride` absolute positions in a row that the call has; all its tokens count as its mean,
+    and the spread of a key group's tokens adds to its logits.
     """
     size, stride = config.block_size, config.stride
+
+    def paired(x: Tensor) -> Tensor:
+        """Add to every dimension j of an even number D its partner, j + D/2 modulo D."""
+        x = torch.nn.functional.pad(x, (0, x.shape[-1] % 2))
+        return x + x.roll(x.shape[-1] // 2, -1)
+
     scores = torch.full((grid.q_blocks, grid.k_blocks), -torch.inf, dtype=torch.float64)
     key_groups = [k[start : start + stride] for start in range(0, grid.k_len, stride)]
     key_means = torch.stack([group.mean(0) for group in key_groups])
+    key_spreads = torch.stack([group.var(0, correction=0) for group in key_groups])
     tokens = torch.tensor([float(len(group)) for group in key_groups], dtype=torch.float64)
     key_blocks = torch.arange(len(key_groups)) * stride // size
     first_token = grid.offset
@@ -90,7 +98,10 @@ def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scal
         mean = q[first_token - grid.offset : end - grid.offset].mean(0)
         block = first_token // size
         causal = key_blocks <= block
-        mass = tokens[causal] * torch.exp(key_means[causal] @ mean * scale)
+        # Each dimension meets the mean of its own square and its partner's, so that a pair counts as one.
+        variance = paired(key_spreads[causal]) @ (paired(mean**2) / 2) / 2 * scale**2
+        logits = key_means[causal] @ mean * scale + config.spread_weight * variance / 2
+        mass = tokens[causal] * torch.exp(logits)
         share = torch.zeros(grid.k_blocks, dtype=torch.float64).index_add(0, key_blocks[causal], mass / mass.sum())
         row = scores[block - grid.first_block]
         row[: block + 1] = row[: block + 1].maximum(share[: block + 1].log())
