@@ -225,3 +225,19 @@ def test_paper_tests_change_what_they_say():
         names = [spec.name for _, spec in test.methods]
         builds = {spec.name: (spec.build(BLOCK), spec.rows) for _, spec in test.methods}
         assert len({repr(build) for build in builds.values()}) == len(set(names))
+
+
+def test_a_residual_is_part_of_a_methods_output():
+    model, ids = tiny_model.model(), prompt()
+    fields = {"budget_ratio": 0.2, "budget_bias": 0, "min_seq_len": 0}
+    plain, mean = (MethodSpec(kind, "stem-default", {**fields, "residual": kind}) for kind in ("none", "mean"))
+    found = measure([Case(plain, None), Case(mean, None)], model, ids)
+    assert found.layers[0]["error"] != found.layers[1]["error"]
+    with torch.inference_mode():
+        with keep_hidden(model) as hidden:
+            model(ids, use_cache=False)
+            hf.enable(model, mean.build(BLOCK).config, crossover=False)
+            model(ids, use_cache=False)
+        hf.disable(model)
+        numbers = compare_positions(model, *hidden, ids)
+    assert found.propagated[1]["kl_nats"] == pytest.approx(numbers.mean_kl_nats, rel=1e-4)

@@ -10,14 +10,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stem_attn.baselines.knob import match_density
+from stem_attn.baselines.knob import first_rows_keep, match_density
 from stem_attn.baselines.uniform import Uniform
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import block_budget
-from stem_attn.config import StemConfig
+from stem_attn.config import Residual, StemConfig
 from stem_attn.evals.method_specs import MethodSpec
 from stem_attn.methods import Method, Stem
 from stem_attn.selection import most_kept
+
+_TOLERANCE = 0.0002  # of density, for knobs that are not whole numbers of blocks
 
 
 class UnreachableDensityError(ValueError):
@@ -30,6 +32,12 @@ class Choice:
 
     method: Method
     selection: BlockSelection
+
+    @property
+    def residual(self) -> Residual:
+        """What stands for pruned blocks."""
+        method = self.method.method if isinstance(self.method, SomeRows) else self.method
+        return method.config.residual if isinstance(method, Stem) else "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ def choose(
         return (Choice(chosen, chosen.select(q, k, v, scale=scale)),)
     if config is None:
         try:
-            matched = match_density(method, q, k, v, density, scale=scale)
+            matched = match_density(method, q, k, v, density, scale=scale, tolerance=_TOLERANCE)
         except ValueError as error:
             raise UnreachableDensityError(str(error)) from error
         return (Choice(matched, matched.select(q, k, v, scale=scale)),)
@@ -113,19 +121,6 @@ def choose(
     grid = BlockGrid(q.shape[2], k.shape[2], block_size)
     low, high = (1, grid.k_blocks) if spec.rows != (0.0, 1.0) else enclosing_budgets(config, grid, density)
     return _enclose(spec.name, at, low, high, density)
-
-
-def first_rows_keep(config: StemConfig, blocks: int) -> StemConfig:
-    """Rescale a schedule: the first rows keep `blocks`; decay, forced blocks and scoring stay; no layer is dense."""
-    return dataclasses.replace(
-        config,
-        budget_ratio=0.0,
-        budget_bias=blocks,
-        budget_floor=1,
-        dense_below=0,
-        min_seq_len=0,
-        dense_layers=(),
-    )
 
 
 @lru_cache(maxsize=1024)  # every layer asks for the same

@@ -110,9 +110,7 @@ def measure_prompt(
         return dense.out
 
     dense_hidden, found.other_calls = _forward(model, ids, observe)
-    if not found.left(cases):
-        raise InputError(next(iter(found.unreachable.values())))
-    if not any(row["prompt"] == prompt for row in found.layers):
+    if found.left(cases) and not any(row["prompt"] == prompt for row in found.layers):
         raise InputError(f"no layer of this model is full causal attention: {found.other_calls}")
     for case in found.left(cases):
         try:
@@ -121,6 +119,8 @@ def measure_prompt(
             found.drop(case, f"sparse forward: {error}")
             continue
         found.propagated.append({"prompt": prompt, **_names(case), **row})
+    if not found.left(cases):
+        raise InputError(next(iter(found.unreachable.values())))
 
 
 def _forward(model: Any, ids: Tensor, attend: Attend) -> tuple[Any, dict[str, int]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from stem_attn.evals.texts import Excerpt
 
 _TEXT, _METHOD, _OUTPUT = "Text", "Methods", "Output"
-_DIGITS = 6
 _SEED = 0
 
 
@@ -132,6 +129,7 @@ def fidelity(
 
     from stem_attn.evals.fidelity import Found, measure_prompt
     from stem_attn.evals.texts import excerpts
+    from stem_attn.report.fidelity_files import write_files
 
     torch.manual_seed(_SEED)
     loaded = load_model(model, gguf, device, dtype)
@@ -139,7 +137,14 @@ def fidelity(
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     texts = excerpts(loaded.tokenizer, length, prompts, text_file or [])
     found = Found()
-    seconds = []
+    settings: dict[str, Any] = {
+        "length": length,
+        "block_size": block_size,
+        "densities": wanted,
+        "logit_stride": logit_stride,
+        "seed": _SEED,
+        "seconds_by_prompt": [],
+    }
     for number, text in enumerate(texts):
         name, start = f"prompt {number + 1}/{len(texts)}", time.perf_counter()
         with _progress(name) as on_step:
@@ -153,18 +158,11 @@ def fidelity(
                 on_step=on_step,
                 found=found,
             )
-        seconds.append(round(time.perf_counter() - start, 1))
-        print(f"{name}: {len(found.left(cases))} cases in {seconds[-1]} s", file=sys.stderr, flush=True)
-    settings = {
-        "length": length,
-        "block_size": block_size,
-        "densities": wanted,
-        "prompts": prompts,
-        "logit_stride": logit_stride,
-        "seed": _SEED,
-        "seconds_by_prompt": seconds,
-    }
-    _write(_record(loaded, settings, texts, specs, as_published, tests, found), out)
+        settings["seconds_by_prompt"].append(round(time.perf_counter() - start, 1))
+        # A run that is cut off leaves the prompts that it has done.
+        write_files(_record(loaded, settings, texts[: number + 1], specs, as_published, tests, found), out)
+        print(f"{name}: {len(found.left(cases))} cases, written to {out}", file=sys.stderr, flush=True)
+    print((out / "fidelity.md").read_text())
 
 
 def _cases(
@@ -232,43 +230,6 @@ def _record(
         "propagated": found.propagated,
         "layers": found.layers,
     }
-
-
-def _write(record: dict[str, Any], out: Path) -> None:
-    from stem_attn.report.fidelity import markdown
-    from stem_attn.report.fidelity_plots import write_plots
-
-    (out / "fidelity.json").write_text(_json(record))
-    (out / "fidelity.md").write_text(markdown(record))
-    for name in ("layers", "propagated"):
-        with (out / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            columns = [key for key, value in record[name][0].items() if not isinstance(value, list)]
-            writer.writerow(columns)
-            writer.writerows([_rounded(row[column]) for column in columns] for row in record[name])
-    files = ["fidelity.json", "fidelity.md", "layers.csv", "propagated.csv"]
-    files += [path.name for path in write_plots(record, out)]
-    print((out / "fidelity.md").read_text())
-    print(f"wrote {', '.join(files)} to {out}", file=sys.stderr)
-
-
-def _json(record: dict[str, Any]) -> str:
-    """Write settings indented and every row on a line of its own."""
-    rows = {name: record[name] for name in ("propagated", "layers")}
-    text = json.dumps({**record, "propagated": "@propagated", "layers": "@layers"}, indent=2)
-    for name, listed in rows.items():
-        lines = ",\n".join("    " + json.dumps(_rounded(row)) for row in listed)
-        text = text.replace(f'"@{name}"', f"[\n{lines}\n  ]")
-    return text + "\n"
-
-
-def _rounded(value: Any) -> Any:
-    """Round numbers to six significant digits, which is more than they are worth."""
-    if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _densities(text: str) -> list[float]:

@@ -87,8 +87,8 @@ class DenseLayer:
 
 
 def attend(choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Compute a method's attention output, [B, Hq, T, Dv], over what it selected."""
-    return block_sparse_attention(q, k, v, choice.selection, scale=scale)
+    """Compute a method's attention output, [B, Hq, T, Dv]: over what it selected, and what stands for the rest."""
+    return block_sparse_attention(q, k, v, choice.selection, scale=scale, residual=choice.residual)
 
 
 def at_density(found: list[LayerNumbers], density: float | None) -> LayerNumbers:

@@ -16,27 +16,21 @@ _MARKERS = "osD^vP*Xh<"
 _REFERENCES = ("oracle", "dense")  # drawn in black: no method could be used like that
 
 
-def write_plots(record: Record, folder: Path) -> list[Path]:
+def write_plots(record: Record, folder: Path) -> None:
     """Draw a record.
 
     Args:
         record: What the command writes as JSON.
         folder: Where the PNG files go.
 
-    Returns:
-        The files written.
-
     Raises:
         ImportError: matplotlib is not installed.
     """
     found = summarize(record)
-    written = []
     for name, figure in _plots(record, found):
         figure.suptitle(_title(record), fontsize=11)
         figure.savefig(folder / f"{name}.png", dpi=130)
         _pyplot().close(figure)
-        written.append(folder / f"{name}.png")
-    return written
 
 
 def _plots(record: Record, found: Found) -> Iterator[tuple[str, Any]]:
