@@ -1,3 +1,5 @@
+import dataclasses
+
 """The benchmark command: what it computes, what it refuses to time, what it writes."""
 
 import csv
@@ -158,18 +160,32 @@ def test_a_wrong_selection_is_an_error(monkeypatch):
     assert [(f["name"], f["part"]) for f in record["failed"]] == [("cpu", "selection"), ("cpu", "whole")]
 
 
-def test_a_selection_with_a_block_too_many_is_an_error():
+@pytest.mark.parametrize("score", ["linear", "mass"])
+@pytest.mark.parametrize("scope", ["head", "group", "layer"])
+def test_a_selection_with_a_block_too_many_is_an_error(score, scope):
+    config = dataclasses.replace(SMALL, score=score, budget_scope=scope)
     case = make_case(900, 900)
     q, k, v = case.inputs(0)
-    selection = select_blocks(q, k, v, config=SMALL)
+    selection = select_blocks(q, k, v, config=config)
     samples = draw_samples(case, 0)
-    check_selection(q, k, v, selection, SMALL, samples)
+    check_selection(q, k, v, selection, config, samples)
     mask = selection.to_mask()
     last = mask[0, :, -1]
     last[torch.arange(4), (~last).int().argmax(-1)] = True
     more = BlockSelection.from_mask(mask, block_size=16, q_len=900, k_len=900)
     with pytest.raises(GateError):
-        check_selection(q, k, v, more, SMALL, samples)
+        check_selection(q, k, v, more, config, samples)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_a_wrong_block_is_an_error(scope):
+    """As many blocks as wanted in every row, but the lowest instead of the best."""
+    config = dataclasses.replace(SMALL, score="mass", budget_scope=scope)
+    case = make_case(900, 900)
+    q, k, v = case.inputs(0)
+    selection = select_blocks(-q, k, v, config=config)
+    with pytest.raises(GateError):
+        check_selection(q, k, v, selection, config, draw_samples(case, 0))
 
 
 def test_unavailable_methods_are_listed_with_the_reason():

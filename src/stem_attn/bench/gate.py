@@ -7,6 +7,7 @@ scores give, up to blocks whose scores tie with the cutoff within rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -132,28 +133,37 @@ def _kept_keys(
 def check_selection(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, config: StemConfig, samples: list[Sample]
 ) -> None:
-    """Compare the kept blocks of sampled rows with those that float64 scores give.
+    """Compare the kept blocks of sampled query blocks, of all heads, with those that float64 scores give.
 
     Raises:
         GateError: A row keeps a block that it should not, or lacks one.
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
     budget = block_budget(config, grid.k_len, grid).tolist()
-    for s in samples:
-        rows = sorted({(token + grid.offset) // grid.block_size - grid.first_block for token in s.tokens})
-        scores, rounding = _exact_scores(q, k, v, config, s, rows)
-        for row, score in zip(rows, scores.tolist(), strict=True):
-            block = grid.first_block + row
-            count = int(selection.counts[s.batch, s.head, row])
-            kept = selection.indices[s.batch, s.head, row, :count].tolist()
-            wanted = reference_row(score, budget[row], block, config)
-            cutoff = _cutoff(score, budget[row], block, config)
-            wrong = [j for j in {*kept} ^ {*wanted} if not abs(score[j] - cutoff) <= _ROUNDINGS * rounding]
-            uneven = config.forced_blocks == "inside" and len(kept) != len(wanted)
-            if wrong or uneven or kept != sorted({*kept}):
+    kv_heads = k.shape[1]
+    scopes = {"head": q.shape[1], "group": kv_heads, "layer": 1}[config.budget_scope]
+    tokens = sorted({(s.batch, (token + grid.offset) // grid.block_size) for s in samples for token in s.tokens})
+    for batch, block in tokens:
+        row = block - grid.first_block
+        scores, rounding = _exact_scores(q[batch], k[batch], v[batch], config, grid, row)
+        wanted = reference_row(scores.tolist(), budget[row], block, config, kv_heads)
+        kept = [
+            selection.indices[batch, head, row, : int(selection.counts[batch, head, row])].tolist()
+            for head in range(q.shape[1])
+        ]
+        if config.budget_scope != "head" and config.score == "linear":
+            scores = scores - scores[:, : block + 1].logsumexp(-1, keepdim=True)
+        for heads in torch.arange(q.shape[1]).view(scopes, -1).tolist():
+            swapped = [float(scores[h, j]) for h in heads for j in {*kept[h]} ^ {*wanted[h]}]
+            sizes = [sum(len(rows[h]) for h in heads) for rows in (kept, wanted)]
+            if config.budget_scope == "head":
+                swapped.append(_cutoff(scores[heads[0]].tolist(), budget[row], block, config))
+            wrong = len(swapped) > 1 and not max(swapped) - min(swapped) <= _ROUNDINGS * rounding
+            uneven = config.forced_blocks == "inside" and sizes[0] != sizes[1]
+            if wrong or uneven or any(kept[h] != sorted({*kept[h]}) for h in heads):
                 raise GateError(
-                    f"head {s.head}, query block {block}: keeps {len(kept)} blocks where float64 scores keep "
-                    f"{len(wanted)}; {len(wrong)} differ by more than rounding"
+                    f"heads {heads[0]} to {heads[-1]}, query block {block}: keep {sizes[0]} blocks where float64 "
+                    f"scores keep {sizes[1]}, and differ by more than rounding"
                 )
 
 
@@ -169,39 +179,75 @@ def _cutoff(score: list[float], budget: int, block: int, config: StemConfig) -> 
 
 
 def _exact_scores(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, sample: Sample, rows: list[int]
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, grid: BlockGrid, row: int
 ) -> tuple[Tensor, float]:
-    """Score some query blocks of a head against all key blocks in float64.
+    """Score a query block of one batch row, q [Hq, Tq, D], k and v [Hkv, Tk, D], against all key blocks in float64.
 
     Returns:
-        Scores float64 [rows, Kb], and the rounding that a score may have: that of float32 arithmetic, or on a GPU of
+        Scores float64 [Hq, Kb], and the rounding that a score may have: that of float32 arithmetic, or on a GPU of
         products in bfloat16.
     """
-    size, stride = config.block_size, config.stride
-    grid = BlockGrid(q.shape[2], k.shape[2], size)
-    kv_head = sample.head * k.shape[1] // q.shape[1]
-    k_head, v_head = (x[sample.batch, kv_head] for x in (k, v))
-    k_means = _group_means(k_head, grid.k_blocks, config).flip(1).flatten(1)
-    q_rows = []
-    for row in rows:
-        start, stop = grid.q_span(row)
-        lead = start + grid.offset - (grid.first_block + row) * size
-        tokens = F.pad(q[sample.batch, sample.head, start:stop], (0, 0, lead, 0))
-        q_rows.append(_group_means(tokens, 1, config).flatten())
-    q_means = torch.stack(q_rows)
-    factor = q.shape[3] ** -0.5 / stride
-    products = q_means @ k_means.T * factor
+    estimate = _linear if config.score == "linear" else _mass
+    size = config.block_size
+    start, stop = grid.q_span(row)
+    lead = start + grid.offset - (grid.first_block + row) * size
     coarse = torch.bfloat16 if q.is_cuda else torch.float32
-    rounded = q_means.to(coarse).double() @ k_means.to(coarse).double().T * factor
+    tokens = F.pad(q[:, start:stop].double(), (0, 0, lead, size - lead - (stop - start)))
+    present = F.pad(torch.ones(stop - start, device=q.device).double(), (lead, size - lead - (stop - start)))
+    products, rounded = (
+        estimate(tokens, present, k.double(), config, grid.first_block + row, dtype) for dtype in (None, coarse)
+    )
     # A query of zeros has no logits: what is left is the value term of every key block.
-    bonus = block_scores(torch.zeros_like(q[:1, :1, -1:]), k_head[None, None], v_head[None, None], config, 1.0)
-    scores = products + bonus[0, 0, -1].double()
-    float32 = torch.finfo(torch.float32).eps * float(scores.abs().max())
-    return scores, max(float((rounded - products).abs().max()), float32)
+    linear = dataclasses.replace(config, score="linear")
+    bonus = block_scores(torch.zeros_like(q[None, :, -1:]), k[None], v[None], linear, 1.0)[0, :, -1].double()
+    scores = products + bonus
+    finite = products.isfinite()
+    float32 = torch.finfo(torch.float32).eps * float(scores[finite].abs().max())
+    return scores, max(float((rounded - products)[finite].abs().max()), float32)
+
+
+def _linear(
+    q: Tensor, present: Tensor, k: Tensor, config: StemConfig, block: int, coarse: torch.dtype | None
+) -> Tensor:
+    """Linear scores [Hq, Kb] of a padded query block, q [Hq, size, D]."""
+    groups = q.shape[0] // k.shape[0]
+    q_means = _group_means(q, 1, config).flatten(1)
+    k_means = _group_means(k, -(-k.shape[1] // config.block_size), config).flip(2).flatten(2)
+    if coarse is not None:
+        q_means, k_means = (x.to(coarse).double() for x in (q_means, k_means))
+    products: Tensor = torch.einsum("gqd,gkd->gqk", torch.unflatten(q_means, 0, (-1, groups)), k_means).flatten(0, 1)
+    return products * q.shape[2] ** -0.5 / config.stride
+
+
+def _mass(q: Tensor, present: Tensor, k: Tensor, config: StemConfig, block: int, coarse: torch.dtype | None) -> Tensor:
+    """Mass scores [Hq, Kb] of a padded query block, q [Hq, size, D], of which the tokens `present` [size] are real."""
+    size, stride, scale = config.block_size, config.stride, q.shape[2] ** -0.5
+    blocks = -(-k.shape[1] // size)
+    seen = min((block + 1) * size, k.shape[1])
+    counts = F.pad(torch.ones(seen, dtype=torch.float64, device=k.device), (0, -seen % stride)).view(-1, stride).sum(-1)
+    keys = torch.unflatten(F.pad(k[:, :seen], (0, 0, 0, -seen % stride)), 1, (-1, stride))
+    k_means = keys.sum(2) / counts[:, None]
+    spread = keys.square().sum(2) / counts[:, None] - k_means.square()
+    q_counts = present.view(-1, stride).sum(-1)
+    q_means = torch.unflatten(q, 1, (-1, stride)).sum(2) / q_counts.clamp(min=1)[:, None]
+    half = q.shape[2] // 2
+    q_pairs, k_pairs = (x[..., :half] + x[..., half:] for x in (q_means.square(), spread))
+    queries = torch.cat([q_means * scale, q_pairs * scale**2 * config.spread_weight / 4], -1)
+    features = torch.cat([k_means, k_pairs], -1)
+    if coarse is not None:
+        queries, features = (x.to(coarse).double() for x in (queries, features))
+    groups = q.shape[0] // k.shape[0]
+    logits = (
+        torch.unflatten(queries, 0, (-1, groups)).flatten(1, 2) @ features.mT + counts.log()
+    )  # [Hkv, groups * runs, Kg]
+    logits = F.pad(logits, (0, (block + 1) * (size // stride) - logits.shape[-1]), value=-torch.inf)
+    taken = torch.unflatten(logits, -1, (block + 1, -1)).logsumexp(-1).log_softmax(-1)
+    taken = torch.unflatten(taken, 1, (groups, -1)).flatten(0, 1)[:, q_counts > 0]
+    return F.pad(taken.amax(1), (0, blocks - block - 1), value=-torch.inf)
 
 
 def _group_means(tokens: Tensor, blocks: int, config: StemConfig) -> Tensor:
-    """Means of each block's tokens by position modulo the stride, float64 [blocks, stride, D]; missing ones are 0."""
+    """Means of each block's tokens by position modulo the stride, [H, blocks, stride, D]; missing ones are 0."""
     size, stride = config.block_size, config.stride
-    padded = F.pad(tokens.double(), (0, 0, 0, blocks * size - tokens.shape[0]))
-    return padded.view(blocks, size // stride, stride, -1).mean(1)
+    padded = F.pad(tokens, (0, 0, 0, blocks * size - tokens.shape[1]))
+    return padded.view(tokens.shape[0], blocks, size // stride, stride, -1).mean(2)
