@@ -1,8 +1,7 @@
-import dataclasses
-
 """The benchmark command: what it computes, what it refuses to time, what it writes."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
