@@ -216,7 +216,7 @@ def _linear(
     if coarse is not None:
         q_means, k_means = (x.to(coarse).double() for x in (q_means, k_means))
     products: Tensor = torch.einsum("gqd,gkd->gqk", torch.unflatten(q_means, 0, (-1, groups)), k_means).flatten(0, 1)
-    return products * q.shape[2] ** -0.5 / config.stride
+    return products.mul_(q.shape[2] ** -0.5 / config.stride)
 
 
 def _mass(q: Tensor, present: Tensor, k: Tensor, config: StemConfig, block: int, coarse: torch.dtype | None) -> Tensor:
