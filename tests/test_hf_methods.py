@@ -1,6 +1,7 @@
 """The Hugging Face adapter with methods other than Stem."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -108,6 +109,21 @@ def test_the_config_gives_dense_layers_and_the_shortest_sparse_prompt():
     assert stats.dense == {"dense layer": 1, "short prompt": 2}
 
 
+@pytest.mark.parametrize("name", ["stem", "uniform", "xattention"])
+def test_the_config_gives_what_stands_for_pruned_blocks(name):
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    dense = logits_of(model, ids)
+    base = ADAPTER if name == "xattention" else SPARSE
+    chosen = method(name, {"threshold": 0.3}) if name == "xattention" else name
+    hf.enable(model, base, method=chosen, crossover=False)
+    pruned = logits_of(model, ids)
+    hf.enable(model, dataclasses.replace(base, residual="mean"), method=chosen, crossover=False)
+    returned = logits_of(model, ids)
+    assert hf.stats(model).sparse == 2
+    # A random model attends almost evenly, so that the means come near to dense attention.
+    assert relative_error(returned, dense) < relative_error(pruned, dense) / 2
+
+
 def test_padded_rows_choose_what_they_choose_alone():
     model, ids = tiny_model("llama"), tokens(2, LENGTH)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
@@ -163,7 +179,7 @@ def test_a_method_runs_within_a_compiled_graph():
             {"config": SPARSE, "method": "xattention"},
             r"config.block_size has no effect on method 'xattention'.*make\(",
         ),
-        ({"config": "official", "method": "dense"}, "config.value_term has no effect on method 'dense'"),
+        ({"config": "official", "method": "dense"}, "config.score has no effect on method 'dense'"),
         ({"config": SPARSE, "method": Stem(KEEP_ALL)}, "brings its own config"),
         (
             {"method": Stem(SPARSE, backend="triton"), "backend": "cpu"},

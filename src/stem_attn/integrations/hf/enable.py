@@ -20,7 +20,7 @@ from stem_attn.methods import Method, Stem
 
 NAME = "stem"
 _DEFAULT = StemConfig()
-_ADAPTER_FIELDS = ("dense_layers", "min_seq_len")
+_METHOD_FREE_FIELDS = ("residual", "dense_layers", "min_seq_len")  # what a config says to every method
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -50,8 +50,9 @@ def enable(
 
     Args:
         model: A transformers model.
-        config: Stem's settings, or a preset's name. With another method only `dense_layers` and `min_seq_len` may
-            differ from the default: the rest is the method's own, `block_size` too. (`"uniform"` takes all of it.)
+        config: Stem's settings, or a preset's name. With another method only `residual`, `dense_layers` and
+            `min_seq_len` may differ from the default: the rest is the method's own, `block_size` too. (`"uniform"`
+            takes all of it.)
         method: What selects the blocks instead of Stem: a name from `stem_attn.baselines.METHODS`, with its published
             defaults, or an instance, for instance from `baselines.make(name, ...)`. A `Stem` brings its own config.
         prompt_len: Tokens of the whole prompt, padding not counted: one int or one a batch row. Tell it, or use
@@ -110,11 +111,11 @@ def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[Stem
         return method.config, None
     if method == "uniform":
         return config, Uniform(config=config)
-    ignored = [f for f in field_names() if f not in _ADAPTER_FIELDS and getattr(config, f) != getattr(_DEFAULT, f)]
+    ignored = [f for f in field_names() if f not in _METHOD_FREE_FIELDS and getattr(config, f) != getattr(_DEFAULT, f)]
     if ignored:
         raise ValueError(
             f"config.{ignored[0]} has no effect on method {method!r}: with a method, config gives "
-            f"{' and '.join(_ADAPTER_FIELDS)} only; set the method's own fields with baselines.make(name, ...)"
+            f"{', '.join(_METHOD_FREE_FIELDS)} only; set the method's own fields with baselines.make(name, ...)"
         )
     if isinstance(method, str):
         return config, baselines.make(method)

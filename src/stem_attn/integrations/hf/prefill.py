@@ -9,6 +9,7 @@ from torch import Tensor
 from stem_attn.api import stem_attention
 from stem_attn.attention import block_sparse_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.config import StemConfig
 from stem_attn.integrations.crossover import sparse_is_faster
 from stem_attn.integrations.hf import dense, masks
 from stem_attn.integrations.hf.state import State
@@ -23,6 +24,7 @@ def prefill(
     mask: Tensor | None,
     *,
     scale: float | None,
+    layer: int | None,
     dense_layer: bool,
 ) -> Tensor:
     """Attend causally, over the selected blocks where that pays.
@@ -35,6 +37,7 @@ def prefill(
         value: [B, Hkv, n, Dv].
         mask: None (the queries are the first tokens), or a compact mask.
         scale: Factor of the logits, or None for 1 / sqrt(D).
+        layer: The layer's index in the model, for its budget.
         dense_layer: Whether the layer is one of `config.dense_layers`.
 
     Returns:
@@ -44,6 +47,7 @@ def prefill(
         ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size.
     """
     batch, _, q_len, _ = query.shape
+    config = state.config if layer is None else state.config.for_layer(layer)
     seen = q_len if mask is None else mask.shape[1]
     padding = masks.Padding(((0, seen),) * batch, None, True) if mask is None else masks.read(mask)
     told_lens = state.prompt_lens(batch)
@@ -57,7 +61,7 @@ def prefill(
     if reason is None and window is None and state.crossover and state.method is None:
         calls = _calls(state, rows, lens, q_len, keys, seen)
         told = None if told_lens is None else tuple(told_lens)
-        if not sparse_is_faster(query.device.type, state.config, calls, told):
+        if not sparse_is_faster(query.device.type, config, calls, told):
             reason = "no gain from sparsity"
     if reason is not None:
         state.count_dense(reason, batch * q_len)
@@ -73,7 +77,7 @@ def prefill(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
         if window is None:
-            return _sparse(state, q, k, v, scale, lens)
+            return _sparse(state, config, q, k, v, scale, lens)
         return _banded(state, q, k, v, scale, window)
 
     key, value = key[:, :, :keys], value[:, :, :keys]
@@ -130,14 +134,17 @@ def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None
     return "short prompt" if max(told_lens or real) < state.config.min_seq_len else None
 
 
-def _sparse(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]) -> Tensor:
+def _sparse(
+    state: State, config: StemConfig, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]
+) -> Tensor:
     if state.method is None:
         out, selection = stem_attention(
-            q, k, v, config=state.config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
+            q, k, v, config=config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
         )
     else:
         selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
-        out = block_sparse_attention(q, k, v, selection, scale=scale, backend=state.backend)
+        residual = state.config.residual
+        out = block_sparse_attention(q, k, v, selection, scale=scale, residual=residual, backend=state.backend)
     state.count_selection(selection)
     return out
 

@@ -62,7 +62,7 @@ class State:
     """Hold the settings and counters of one model. All its attention modules refer to the same object.
 
     Args:
-        config: Stem's settings; of another method only the adapter's, `dense_layers` and `min_seq_len`.
+        config: Stem's settings; of another method only `residual`, `dense_layers` and `min_seq_len`.
         prompt_len: Tokens of the whole prompt, one int or one a batch row; None if unknown.
         backend: The backend's name, or "auto".
         crossover: Whether calls of Stem that sparse attention would not speed up go dense.
