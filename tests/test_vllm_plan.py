@@ -85,7 +85,7 @@ def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
         ),
         ({"preset": "fast"}, "unknown preset 'fast'; known: default, official, paper"),
         ({"crossover": 1}, "crossover must be true or false, got 1"),
-        ({"config_file": "/no/such.json"}, "cannot read config_file /no/such.json: No such file"),
+        ({"config_file": "/no/such.json"}, "cannot read config.file /no/such.json: No such file"),
         ({"config_file": 3}, "config_file must be a path, got 3"),
         ({"block_size": 48.0}, "block_size must be an int from 16 to 128"),
         (["default"], "must be an object, got list"),

@@ -90,6 +90,7 @@ def reconfigure(llm, stem):
     settings = parse(stem)
     for layer in attention_layers(llm).values():
         layer.impl.settings = settings
+        layer.impl.config = settings.config
     for builder in builders(llm):
         builder._settings = settings
     llm.collective_rpc("stem_reset_stats")

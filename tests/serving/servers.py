@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engines import EXTENSION
 
-START_SECONDS = 300
+START_SECONDS = 900
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Server:
     process: subprocess.Popen
     log: Path
 
-    def request(self, path, body=None, timeout=600):
+    def request(self, path, body=None, timeout=1200):
         """The answer's text; POST with a body, GET without."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
@@ -85,7 +85,7 @@ def server(model, log, stem=None, metrics=None, **options):
         _wait(running)
         yield running
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, -signal.SIGINT), log.read_text()[-4000:]
+        assert process.wait(120) in (0, -signal.SIGINT), log.read_text()[-4000:]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
