@@ -1,8 +1,9 @@
-"""Make a selection on the GPU: three or four launches, nothing asked back from the device.
+"""Make a selection on the GPU: a few launches, nothing asked back from the device.
 
-One pass over q, k and v pools them (and measures v); a batched matrix product scores block pairs; one program a row
-keeps the best. Scores of many rows are made and used in passes, so that their memory stays bounded. Every layer of a
-model asks for the same shapes, so all that follows from shapes is worked out once, as a plan.
+One pass over q, k and v pools them (and measures v); matrix products score block pairs; where heads share budgets, one
+program a query block counts what each of them keeps; one program a row keeps the best. Scores of many query blocks are
+made and used in passes, so that their memory stays bounded. Every layer of a model asks for the same shapes, so all
+that follows from shapes is worked out once, as a plan.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.launch import Launch
+from stem_attn.backends.triton.mass_kernels import mass_kernel, reduce_kernel
 from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kernel, top_kernel, zscore_kernel
+from stem_attn.backends.triton.share_kernel import share_kernel
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
-from stem_attn.selection import kept_per_row
+from stem_attn.selection import kept_at_least, kept_per_row, most_kept
 
 SCORE_BYTES = 1 << 30
-"""Memory that the scores of one pass may take."""
+"""Memory that the scores of one pass may take, and the masses that they are made from."""
 # Measured on an H100 (docs/log.md): 8 warps pool 13% slower; 512 keys a warp select 5% slower, 128 take 1.7x as long.
 POOL_WARPS = 4
 TOP_KEYS_PER_WARP = 1024
+# Keys of all heads that `share_kernel` looks at together: 16 a thread.
+SHARE_KEYS = 4096
+LOG2_E = 1.4426950408889634
 
 # Host tables that captured graphs copy from at every replay: they must outlive the graphs.
 _captured: list[Tensor] = []
@@ -85,11 +91,23 @@ def _plan(layout: tuple[Any, ...], config: StemConfig, scale: float, budget: byt
 
 
 @lru_cache(maxsize=256)
-def _keep_table(budget: bytes, dims: int, grid: BlockGrid, config: StemConfig, pinned: bool) -> tuple[Tensor, int]:
-    """Clip a budget to the rows, on the host; see `kept_per_row`."""
+def _keep_table(
+    budget: bytes, dims: int, grid: BlockGrid, config: StemConfig, rivals: int, pinned: bool
+) -> tuple[Tensor, int]:
+    """Clip a budget to the rows, on the host, and bound what a row keeps.
+
+    Returns:
+        int32 blocks that top-k takes, flat; where `rivals` heads share budgets, then those that every head keeps at
+        least. And the width of the selection's `indices`: what one head keeps when all others keep the least.
+    """
     table = torch.frombuffer(bytearray(budget), dtype=torch.int32)
-    keep, width = kept_per_row(table.view(-1, grid.q_blocks) if dims == 2 else table, grid, config)
-    return keep.pin_memory() if pinned else keep, width
+    table = table.view(-1, grid.q_blocks) if dims == 2 else table
+    keep, width = kept_per_row(table, grid, config)
+    if rivals > 1:
+        least = kept_at_least(keep, grid, config)
+        most = (most_kept(table, grid, config) * rivals - least * (rivals - 1)).minimum(grid.block_ids().int() + 1)
+        keep, width = torch.stack([keep, least]), int(most.max())
+    return keep.flatten().pin_memory() if pinned else keep.flatten(), width
 
 
 class _Plan:
@@ -110,55 +128,64 @@ class _Plan:
         q_shape, k_shape, v_dim, page_size, *strides, dtype, device, _ = layout
         self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
         self.device = device
-        self.keep, self.width = _keep_table(budget, budget_dims, grid, config, device.type == "cuda")
-        self.keep_tables: dict[int, Tensor] = {}  # by stream
         batch, heads, _, dim = q_shape
-        kv_heads = k_shape[1]
+        self.config, self.kv_heads, self.group = config, k_shape[1], heads // k_shape[1]
+        scopes = {"head": 0, "group": 1, "layer": self.kv_heads}
+        rivals = scopes[config.budget_scope] * self.group
+        self.scope = scopes[config.budget_scope] if rivals > 1 else 0  # KV heads whose query heads share budgets
+        self.keep, self.width = _keep_table(budget, budget_dims, grid, config, rivals, device.type == "cuda")
+        self.keep_stride = grid.q_blocks if budget_dims == 2 else 0
+        self.keep_tables: dict[int, Tensor] = {}  # by stream
         self.rows = batch, heads, grid.q_blocks
-        self.all_heads, self.all_rows = batch * kv_heads, heads // kv_heads * grid.q_blocks
-        self.q_rows, self.k_rows = self.all_heads * self.all_rows, self.all_heads * grid.k_blocks
+        self.all_heads = batch * self.kv_heads
+        self.q_rows, self.k_rows = batch * heads * grid.q_blocks, self.all_heads * grid.k_blocks
+        self.mass = config.score == "mass"
         per_block = grid.block_size // config.stride
+        self.slots = per_block if self.mass else config.stride
         groups = grid.k_len // config.stride
         zscore = config.value_term == "zscore"
-        valued = config.value_term == "log" or (zscore and groups > 1)  # one group has no deviation
+        self.valued = config.value_term == "log" or (zscore and groups > 1)  # one group has no deviation
         dim_pad = triton.next_power_of_2(dim)
-        dim_out = -(-dim // 8) * 8  # descriptors want rows of whole 16 bytes
+        spread = self.mass and config.spread_weight > 0
+        self.dim_out = triton.cdiv(dim + (dim + 1) // 2 if spread else dim, 8) * 8  # rows of whole 16 bytes
         self.pooled_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-        self.depth = config.stride * dim_out
         self.logs_size = self.k_rows * per_block
         self.pool = Launch(
             pool_kernel,
-            (self.q_rows + self.k_rows * (2 if valued else 1), 1),
+            (self.q_rows + self.k_rows * (2 if self.valued else 1), 1),
             (
                 *strides,
                 batch * heads,
                 self.all_heads,
-                heads // kv_heads,
-                kv_heads,
+                self.group,
+                self.kv_heads,
                 grid.offset % grid.block_size,
                 grid.q_len,
                 grid.k_len,
                 grid.q_blocks,
                 grid.k_blocks,
                 config.value_weight,
+                config.spread_weight * scale / 4,  # half of the variance, and of the pair of squares
             ),
             {
                 "D": dim,
                 "DV": v_dim,
                 "D_PAD": dim_pad,
                 "DV_PAD": triton.next_power_of_2(v_dim),
-                "D_OUT": dim_out,
+                "D_OUT": self.dim_out,
+                "SPREAD": spread,
                 "BLOCK": grid.block_size,
                 "STRIDE": config.stride,
+                "RUNS": self.mass,
                 # 8 numbers a thread: 16 bytes.
-                "TOKENS": min(max(config.stride, POOL_WARPS * 256 // dim_pad), grid.block_size),
+                "TOKENS": min(max(self.slots, POOL_WARPS * 256 // dim_pad), grid.block_size),
                 "PAGE": page_size,
-                "ZSCORE": zscore and valued,
+                "ZSCORE": zscore and self.valued,
             },
             num_warps=POOL_WARPS,
         )
         self.zscore = None
-        if zscore and valued:
+        if zscore and self.valued:
             self.zscore = Launch(
                 zscore_kernel,
                 (self.all_heads, 1),
@@ -166,67 +193,176 @@ class _Plan:
                 {"PER_BLOCK": per_block, "CHUNK": 8192 // per_block},
                 num_warps=8,
             )
-        pitch = triton.cdiv(grid.k_blocks, 16) * 16
-        pass_rows = min(self.all_rows, max(SCORE_BYTES // (4 * self.all_heads * pitch), 1))
-        self.scores_size = self.all_heads * pass_rows * pitch
-        self.tile, warps, stages = _score_tile(self.all_heads, pass_rows, grid.k_blocks, dtype)
-        self.step = min(max(triton.next_power_of_2(self.depth), 16), 64 if self.pooled_dtype == torch.float16 else 16)
-        columns = triton.next_power_of_2(pitch)
+        self.pitch = triton.cdiv(grid.k_blocks, 16) * 16
+        # A query block's scores, and its masses: one for every score and slot.
+        row_bytes = 4 * self.all_heads * self.group * self.pitch * (1 + self.slots if self.mass else 1)
+        passes = triton.cdiv(grid.q_blocks, max(SCORE_BYTES // row_bytes, 1))
+        pass_rows = triton.cdiv(grid.q_blocks, passes)
+        self.scores_size = self.all_heads * self.group * pass_rows * self.pitch
+        if self.mass:
+            self.step = 32 if 0 < self.dim_out % 64 <= 32 else 64
+            self.tile = _mass_tile(triton.cdiv(self.dim_out, self.step) * self.step, self.slots, self.pooled_dtype)
+        else:
+            self.tile = _score_tile(self.all_heads, pass_rows * self.group, grid.k_blocks, dtype)
+            depth = max(triton.next_power_of_2(self.slots * self.dim_out), 16)
+            self.step = min(depth, 64 if self.pooled_dtype == torch.float16 else 16)
         self.passes = []
-        for first_row in range(0, self.all_rows, pass_rows):
-            rows = min(pass_rows, self.all_rows - first_row)
-            score = Launch(
-                score_kernel,
-                (triton.cdiv(rows, self.tile) * triton.cdiv(grid.k_blocks, self.tile), self.all_heads),
-                (
-                    scale / config.stride,
-                    first_row,
-                    rows,
-                    self.all_rows,
-                    grid.q_blocks,
-                    grid.k_blocks,
-                    grid.first_block,
-                    pitch,
-                ),
-                {"DEPTH": self.depth, "TILE": self.tile, "STEP": self.step, "VALUES": valued},
-                num_warps=warps,
-                num_stages=stages,
-            )
-            top = Launch(
-                top_kernel,
-                (rows, self.all_heads),
-                (
-                    first_row,
-                    self.all_rows,
-                    grid.q_blocks,
-                    grid.first_block,
-                    pitch,
-                    config.sink_blocks,
-                    config.local_blocks,
-                    kv_heads,
-                    grid.q_blocks if budget_dims == 2 else 0,
-                    self.width,
-                ),
-                {
-                    "COLUMNS": columns,
-                    "SLOTS": triton.next_power_of_2(self.width),
-                    "INSIDE": config.forced_blocks == "inside",
-                },
-                num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
-            )
-            self.passes.append((score, top))
+        for first in range(0, grid.q_blocks, pass_rows):
+            rows = min(pass_rows, grid.q_blocks - first)
+            score = self._score_by_mass(first, rows, scale) if self.mass else self._score_by_mean(first, rows, scale)
+            self.passes.append((*score, *self._keep_best(first, rows)))
+
+    def _score_by_mean(self, first: int, rows: int, scale: float) -> list[tuple[Launch, tuple[str, ...]]]:
+        """Plan the linear scores of some query blocks: each launch with its tensors by name."""
+        grid, (side, _, warps, stages) = self.grid, self.tile
+        rows *= self.group
+        score = Launch(
+            score_kernel,
+            (triton.cdiv(rows, side) * triton.cdiv(grid.k_blocks, side), self.all_heads),
+            (
+                scale / self.config.stride,
+                first * self.group,
+                rows,
+                self.group * grid.q_blocks,
+                self.group,
+                grid.k_blocks,
+                grid.first_block,
+                self.pitch,
+            ),
+            {"DEPTH": self.slots * self.dim_out, "TILE": side, "STEP": self.step, "VALUES": self.valued},
+            num_warps=warps,
+            num_stages=stages,
+        )
+        return [(score, ("q_tiles", "table", "scores"))]
+
+    def _score_by_mass(self, first: int, rows: int, scale: float) -> list[tuple[Launch, tuple[str, ...]]]:
+        """Plan the mass scores of some query blocks."""
+        grid, (side, columns, warps, stages) = self.grid, self.tile
+        constants = {"BLOCK": grid.block_size, "STRIDE": self.config.stride}
+        depth = {"DEPTH": self.dim_out, "STEP": self.step}
+        mass = Launch(
+            mass_kernel,
+            (triton.cdiv(rows * self.group * self.slots, side), self.all_heads),
+            (
+                scale * LOG2_E,
+                first,
+                rows,
+                self.group,
+                grid.q_blocks,
+                grid.k_len,
+                grid.k_blocks,
+                grid.first_block,
+                self.pitch,
+            ),
+            {**constants, **depth, "ROWS": side, "COLUMNS": columns},
+            num_warps=warps,
+            num_stages=stages,
+        )
+        chunk = min(triton.next_power_of_2(self.pitch), 1024)
+        reduce = Launch(
+            reduce_kernel,
+            (rows * self.group, self.all_heads, triton.cdiv(grid.k_blocks, chunk)),
+            (
+                first,
+                self.group,
+                grid.q_blocks,
+                grid.offset,
+                grid.k_len,
+                grid.k_blocks,
+                grid.first_block,
+                self.pitch,
+            ),
+            {**constants, "CHUNK": chunk, "VALUES": self.valued},
+            num_warps=max(chunk // 256, 1),
+        )
+        return [
+            (mass, ("q_tiles", "k_tiles", "table", "masses", "totals")),
+            (reduce, ("masses", "totals", "table", "scores")),
+        ]
+
+    def _keep_best(self, first: int, rows: int) -> list[tuple[Launch, tuple[str, ...]]]:
+        """Plan what heads keep of some query blocks, and where they share budgets, how many of them first."""
+        inside = self.config.forced_blocks == "inside"
+        alone = self._take_top(first, rows, inside, shared=False)
+        if not self.scope:
+            return [(alone, ("scores", "keep", "indices", "counts"))]
+        share = (self._share(first, rows, inside), ("scores", "keep", "counts"))
+        top = (self._take_top(first, rows, True, shared=True), ("scores", "keep", "indices", "counts"))
+        # How many blocks a head keeps alone depends on its scores where forced ones come on top.
+        return [share, top] if inside else [(alone, ("scores", "keep", "indices", "counts")), share, top]
+
+    def _share(self, first: int, rows: int, inside: bool) -> Launch:
+        grid, config = self.grid, self.config
+        heads = triton.next_power_of_2(self.scope * self.group)
+        return Launch(
+            share_kernel,
+            (rows, self.all_heads // self.scope),
+            (
+                first,
+                self.group,
+                self.kv_heads,
+                self.scope,
+                grid.q_blocks,
+                grid.first_block,
+                self.pitch,
+                config.sink_blocks,
+                config.local_blocks,
+                self.keep_stride,
+                self.keep.numel() // 2,
+            ),
+            {
+                "HEADS": heads,
+                "CHUNK": max(min(SHARE_KEYS // heads, triton.next_power_of_2(self.pitch)), 16),
+                "INSIDE": inside,
+                "NORMALISE": not self.mass,
+            },
+            num_warps=8,
+        )
+
+    def _take_top(self, first: int, rows: int, inside: bool, *, shared: bool) -> Launch:
+        grid, config = self.grid, self.config
+        columns = triton.next_power_of_2(self.pitch)
+        return Launch(
+            top_kernel,
+            (rows * self.group, self.all_heads),
+            (
+                first,
+                self.group,
+                grid.q_blocks,
+                grid.first_block,
+                self.pitch,
+                config.sink_blocks,
+                config.local_blocks,
+                self.kv_heads,
+                self.keep_stride,
+                self.width,
+            ),
+            {"COLUMNS": columns, "SLOTS": triton.next_power_of_2(self.width), "INSIDE": inside, "SHARED": shared},
+            num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
+        )
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> BlockSelection:
         """Make the selection of inputs of this plan's layout on the current device and stream."""
         pooled, table = self.pool_inputs(q, k, v, pages)
-        keep = self.keep_on_device()
-        scores = torch.empty(self.scores_size, dtype=torch.float32, device=self.device)
+        tiled = pooled.view(-1, self.dim_out) if self.mass else pooled
         indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=self.device)
         counts = torch.empty(self.rows, dtype=torch.int32, device=self.device)
-        tiles = TensorDescriptor(pooled, pooled.shape, [self.depth, 1], [self.tile, self.step])
-        for score, top in self.passes:
-            score(tiles, table, scores)
-            top(scores, keep, indices, counts)
+        tensors = {
+            "q_tiles": TensorDescriptor(tiled, tiled.shape, tiled.stride(), [self.tile[0], self.step]),
+            "table": table,
+            "scores": torch.empty(self.scores_size, dtype=torch.float32, device=self.device),
+            "keep": self.keep_on_device(),
+            "indices": indices,
+            "counts": counts,
+        }
+        if self.mass:
+            masses_size = self.scores_size * self.slots
+            tensors["k_tiles"] = TensorDescriptor(tiled, tiled.shape, tiled.stride(), [self.tile[1], self.step])
+            tensors["masses"] = torch.empty(masses_size, dtype=torch.float32, device=self.device)
+            tensors["totals"] = torch.empty(masses_size // self.pitch, dtype=torch.float32, device=self.device)
+        for launches in self.passes:
+            for launch, names in launches:
+                launch(*(tensors[name] for name in names))
         grid = self.grid
         return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.k_len)
 
@@ -234,11 +370,12 @@ class _Plan:
         """Read q, k and v once.
 
         Returns:
-            pooled [q rows + k rows, stride * D], D rounded up to a multiple of 8, and a float32 table: the powers of
-            two that these rows were divided by, then the weighted value term of the k rows.
+            pooled [q rows + k rows, slots * D], D rounded up to a multiple of 8, slots being the stride for linear
+            scores and the runs of a block for masses (then D is half as much again, with spreads); and a float32
+            table: the powers of two that these rows were divided by, then the weighted value term of the k rows.
         """
         rows = self.q_rows + self.k_rows
-        pooled = torch.empty((rows, self.depth), dtype=self.pooled_dtype, device=self.device)
+        pooled = torch.empty((rows, self.slots * self.dim_out), dtype=self.pooled_dtype, device=self.device)
         table = torch.empty(rows + self.k_rows, dtype=torch.float32, device=self.device)
         block_table = table if pages is None else pages
         if self.zscore is None:
@@ -263,10 +400,23 @@ class _Plan:
         return table
 
 
-def _score_tile(heads: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Pick the side of a score tile, warps and stages: large tiles read less, small ones fill the device."""
+def _mass_tile(depth: int, slots: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Pick rows, columns, warps and stages of a mass tile.
+
+    Rows take at most half of any GPU's shared memory (96 KiB), and two tiles of columns the rest. Tiles of 128 x 64
+    leave the registers for two programs a multiprocessor. A tile writes at most 16 key blocks, for their masses move
+    through shared memory too.
+    """
+    row_bytes = depth * dtype.itemsize
+    rows = min(128, 1 << (49152 // row_bytes).bit_length() - 1)
+    columns = min(64, 1 << ((98304 // row_bytes - rows) // 2).bit_length() - 1, 16 * slots)
+    return rows, columns, 8 if rows == 128 else 4, 2
+
+
+def _score_tile(heads: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Pick rows, columns, warps and stages of a score tile: large ones read less, small ones fill the device."""
     if dtype == torch.float32:
-        return 64, 4, 2
+        return 64, 64, 4, 2
     if heads * triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 512:
-        return 128, 4, 3
-    return 64, 4, 4
+        return 128, 128, 4, 3
+    return 64, 64, 4, 4

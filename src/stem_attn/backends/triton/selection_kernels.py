@@ -1,9 +1,9 @@
 """The selection kernels: pool q, k and v; standardise magnitudes; score block pairs; keep the best of each row.
 
-Scores come from pooled blocks (see `stem_attn.scoring`): one vector of STRIDE * D means a block. A pooled block is
-stored divided by the power of two just below its largest magnitude, and that power in a table of its own. So float16
-holds the means of 16-bit inputs with 11 significant bits whatever their range: the precision of TF32 at half the
-bytes.
+Scores come from pooled blocks (see `stem_attn.scoring`): SLOTS means of tokens a block. Those of q lie ordered by KV
+head, query block, and query head of the KV head, so that neighbouring rows see the same keys. A pooled block is stored
+divided by the power of two just below its largest magnitude, and that power in a table of its own. So float16 holds
+the means of 16-bit inputs with 11 significant bits whatever their range: the precision of TF32 at half the bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from stem_attn.backends.triton.kernel_pages import token_offset
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
+# Spreads are squares of what means are. Keys' are stored with this factor and queries' with its inverse in their
+# weight, so that both stay within float16's range of their block's means for magnitudes from 1e-3 to 1e4.
+BALANCE = tl.constexpr(1 / 16)
 
 
 @triton.jit(
@@ -25,7 +28,8 @@ def pool_kernel(
     q,  # [B, Hq, Tq, D], the last Tq of Tk tokens
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    pooled,  # [B * Hq * Qb + B * Hkv * Kb, STRIDE * D_OUT]: the rows of q, then those of k; zeros past D
+    pooled,  # [B * Hkv * Qb * group + B * Hkv * Kb, SLOTS * D_OUT]: the blocks of q, then those of k; zeros past D, or
+    # where SPREAD, ceil(D / 2) spreads, then zeros
     table,  # float32: the power of each row of pooled, then the weighted value term of each row of k
     logs,  # float32 [B * Hkv, Kb * BLOCK / STRIDE], log magnitudes; only where ZSCORE, and then instead of the term
     block_table,  # int32 [pages of the sequence]; unused unless paged
@@ -42,14 +46,17 @@ def pool_kernel(
     q_blocks,
     k_blocks,
     weight,  # of the value term
+    spread,  # weight of the spread in units of the dot product of means; read only where SPREAD
     D: tl.constexpr,
     DV: tl.constexpr,
     D_PAD: tl.constexpr,  # powers of two
     DV_PAD: tl.constexpr,
-    D_OUT: tl.constexpr,  # a multiple of 8
+    D_OUT: tl.constexpr,  # a multiple of 8, less than 8 more than what it holds
+    SPREAD: tl.constexpr,  # with RUNS: keep the variance of each pair of dims of k, and the squared mean of q's
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
-    TOKENS: tl.constexpr,  # how many are loaded at once; a multiple of STRIDE
+    RUNS: tl.constexpr,  # average each run of STRIDE tokens; else the tokens of each position modulo STRIDE
+    TOKENS: tl.constexpr,  # how many are loaded at once; a multiple of SLOTS: BLOCK / STRIDE where RUNS, else STRIDE
     PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
     ZSCORE: tl.constexpr,
 ):
@@ -60,17 +67,18 @@ def pool_kernel(
     if program < q_rows:
         head = (program // q_blocks).to(tl.int64)
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
-        start = program % q_blocks * BLOCK - q_offset
-        _pool(q, pooled, table, program, start, q_len, block_table, q_strides,
-              D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, 0, False)  # fmt: skip
+        block = program % q_blocks
+        row = (program // q_blocks // group * q_blocks + block) * group + program // q_blocks % group
+        _pool(q, pooled, table, row, block * BLOCK - q_offset, q_len, block_table, q_strides, spread,
+              D, D_PAD, D_OUT, SPREAD, BLOCK, STRIDE, RUNS, TOKENS, 0, False)  # fmt: skip
     elif program < q_rows + k_rows:
         row = program - q_rows
         head = (row // k_blocks).to(tl.int64)
         k += head % kv_heads * k_strides[1]
         if PAGE == 0:
             k += head // kv_heads * k_strides[0]
-        _pool(k, pooled, table, program, row % k_blocks * BLOCK, k_len, block_table, k_strides,
-              D, D_PAD, D_OUT, BLOCK, STRIDE, TOKENS, PAGE, True)  # fmt: skip
+        _pool(k, pooled, table, program, row % k_blocks * BLOCK, k_len, block_table, k_strides, spread,
+              D, D_PAD, D_OUT, SPREAD, BLOCK, STRIDE, RUNS, TOKENS, PAGE, True)  # fmt: skip
     else:
         row = program - q_rows - k_rows
         head = (row // k_blocks).to(tl.int64)
@@ -83,33 +91,73 @@ def pool_kernel(
 
 @triton.jit
 def _pool(
-    x, pooled, table, row, start, length, block_table, strides,
-    D: tl.constexpr, D_PAD: tl.constexpr, D_OUT: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr, REVERSED: tl.constexpr,
+    x, pooled, table, row, start, length, block_table, strides, spread,
+    D: tl.constexpr, D_PAD: tl.constexpr, D_OUT: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, RUNS: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Write the means of a block's tokens by position modulo STRIDE; the last position first where REVERSED."""
+    """Write the means of a block's tokens, by run or by position, the last position of keys first.
+
+    Tokens that the block lacks count as zeros in the mean of a position, and not at all in that of a run.
+    """
+    SLOTS: tl.constexpr = BLOCK // STRIDE if RUNS else STRIDE
+    slot = tl.arange(0, SLOTS)
+    HALF: tl.constexpr = (D + 1) // 2
     dims = tl.arange(0, D_PAD)
+    real = dims < D
+    if SPREAD and D < D_PAD:  # either half of D in its half of D_PAD
+        real = dims % (D_PAD // 2) < HALF
+        dims = dims // (D_PAD // 2) * HALF + dims % (D_PAD // 2)
+        real = real & (dims < D)
     x += dims.to(tl.int64)[None, :] * strides[3]
     sums = tl.zeros([TOKENS, D_PAD], tl.float32)
+    squares = tl.zeros([TOKENS, D_PAD], tl.float32)
     for first in tl.static_range(0, BLOCK, TOKENS):
-        token = (start + first + tl.arange(0, TOKENS))[:, None]
+        turn = first + tl.arange(0, TOKENS)
+        if RUNS:  # one token of each run after the other, so that a thread's sums stay its own
+            turn = turn % SLOTS * STRIDE + turn // SLOTS
+        token = (start + turn)[:, None]
         held = (token >= 0) & (token < length)
         page = token
         if PAGE > 0:
             page = tl.load(block_table + token // PAGE, mask=held, other=0)
         at = x + token_offset(token, page, strides, PAGE)
-        sums += tl.load(at, mask=held & (dims < D)[None, :], other=0.0).to(tl.float32)
-    if TOKENS > STRIDE:
-        sums = tl.sum(sums.reshape(TOKENS // STRIDE, STRIDE, D_PAD), 0)
-    means = sums * (STRIDE / BLOCK)
-    exponent = tl.max(tl.max(tl.abs(means), 1), 0).to(tl.int32, bitcast=True) >> 23  # biased by 127
-    means *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        token_value = tl.load(at, mask=held & real[None, :], other=0.0).to(tl.float32)
+        sums += token_value
+        if SPREAD and KEYS:
+            squares += token_value * token_value
+    if TOKENS > SLOTS:
+        sums = tl.sum(sums.reshape(TOKENS // SLOTS, SLOTS, D_PAD), 0)
+    if RUNS:
+        token = start + slot * STRIDE
+        tokens = tl.minimum(token + STRIDE, length) - tl.maximum(token, 0)
+        tokens = tl.maximum(tokens, 1).to(tl.float32)[:, None]
+        means = sums / tokens
+    else:
+        means = sums * (STRIDE / BLOCK)
+    largest = tl.max(tl.max(tl.abs(means), 1), 0)
+    if SPREAD:
+        if KEYS:
+            if TOKENS > SLOTS:
+                squares = tl.sum(squares.reshape(TOKENS // SLOTS, SLOTS, D_PAD), 0)
+            spreads = tl.maximum(squares / tokens - means * means, 0.0) * BALANCE
+        else:
+            spreads = means * means * (spread / BALANCE)
+        spreads = tl.sum(spreads.reshape(SLOTS, 2, D_PAD // 2), 1)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.abs(spreads), 1), 0))
+    exponent = largest.to(tl.int32, bitcast=True) >> 23  # biased by 127
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(table + row, (exponent << 23).to(tl.float32, bitcast=True))
-    position = tl.arange(0, STRIDE)
-    if REVERSED:
-        position = STRIDE - 1 - position
-    at = pooled + row.to(tl.int64) * (STRIDE * D_OUT) + position[:, None] * D_OUT + dims[None, :]
-    tl.store(at, means.to(pooled.dtype.element_ty), mask=(dims < D_OUT)[None, :])
+    if KEYS and not RUNS:
+        slot = SLOTS - 1 - slot
+    at = pooled + row.to(tl.int64) * (SLOTS * D_OUT) + slot[:, None] * D_OUT
+    tl.store(at + dims[None, :], (means * inverse).to(pooled.dtype.element_ty), mask=real[None, :])
+    USED: tl.constexpr = D + HALF if SPREAD else D
+    if SPREAD:
+        pair = tl.arange(0, D_PAD // 2)[None, :]
+        tl.store(at + D + pair, (spreads * inverse).to(pooled.dtype.element_ty), mask=pair < HALF)
+    if D_OUT > USED:
+        rest = USED + tl.arange(0, 8)[None, :]
+        tl.store(at + rest, tl.zeros([SLOTS, 8], pooled.dtype.element_ty), mask=rest < D_OUT)
 
 
 @triton.jit
@@ -171,16 +219,16 @@ def zscore_kernel(
         tl.store(values + block, tl.sum(z, 1) * (weight / PER_BLOCK), mask=block < k_blocks)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "all_rows", "q_blocks", "k_blocks", "first_block"])
+@triton.jit(do_not_specialize=["first_row", "rows", "all_rows", "k_blocks", "first_block"])
 def score_kernel(
-    pooled,  # descriptor of [B * Hkv * group * Qb + B * Hkv * Kb, DEPTH]: all query heads of a KV head are one matrix
+    pooled,  # descriptor of [B * Hkv * Qb * group + B * Hkv * Kb, DEPTH]: all query heads of a KV head are one matrix
     table,  # float32: the power of each row of pooled, then, where VALUES, the value term of each row of k
     scores,  # float32 [B * Hkv, rows, pitch]
     factor,  # logit factor over STRIDE
-    first_row,  # of the group * Qb rows of a KV head, the first to score
+    first_row,  # of the Qb * group rows of a KV head, the first to score
     rows,  # how many to score
-    all_rows,  # group * Qb
-    q_blocks,
+    all_rows,  # Qb * group
+    group,  # query heads a KV head
     k_blocks,
     first_block,
     pitch,  # k_blocks, rounded up to a multiple of 16
@@ -195,7 +243,7 @@ def score_kernel(
     first_slot = tl.program_id(0) // column_tiles * TILE
     slot = tl.arange(0, TILE)
     row = tl.minimum(first_row + first_slot + slot, all_rows - 1)
-    if first_column > first_block + tl.max(row % q_blocks, 0):
+    if first_column > first_block + tl.max(row, 0) // group:
         return
     head = tl.program_id(1)
     # A tile may reach into the next head's rows and columns: what it computes there is not stored.
@@ -216,16 +264,14 @@ def score_kernel(
     tl.store(scores + slot[:, None] * pitch + column[None, :], acc, mask=stored)
 
 
-@triton.jit(
-    do_not_specialize=["first_row", "all_rows", "q_blocks", "first_block", "sink", "local", "keep_stride", "width"]
-)
+@triton.jit(do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "width"])
 def top_kernel(
-    scores,  # float32 [B * Hkv, rows, pitch]
-    keep,  # int32 [Qb], or [B, Qb] contiguous: blocks that top-k takes, clipped to the causal ones
-    indices,  # int32 [B * Hkv, group * Qb, width]
-    counts,  # int32 [B * Hkv, group * Qb]
-    first_row,  # of the group * Qb rows, the first that scores holds
-    all_rows,  # group * Qb
+    scores,  # float32 [B * Hkv, rows * group, pitch]
+    keep,  # int32 [Qb], or [B, Qb] contiguous: blocks that top-k takes, clipped to the causal ones; not read if SHARED
+    indices,  # int32 [B * Hkv, group, Qb, width]
+    counts,  # int32 [B * Hkv, group, Qb]; if SHARED it says what top-k takes
+    first_row,  # the first query block that scores holds
+    group,  # query heads a KV head
     q_blocks,
     first_block,
     pitch,
@@ -237,13 +283,18 @@ def top_kernel(
     COLUMNS: tl.constexpr,  # a power of two, at least k_blocks
     SLOTS: tl.constexpr,  # a power of two, at least width
     INSIDE: tl.constexpr,  # forced blocks count among those that top-k takes
+    SHARED: tl.constexpr,  # heads share their budgets
 ):
     """Write one row's kept blocks in ascending order. Equal scores go to the lower index."""
     slot = tl.program_id(0)
-    row = first_row + slot
+    row = first_row + slot // group
     head = tl.program_id(1).to(tl.int64)
-    diagonal = first_block + row % q_blocks
-    taken = tl.load(keep + head // kv_heads * keep_stride + row % q_blocks)
+    diagonal = first_block + row
+    out_row = (head * group + slot % group) * q_blocks + row
+    if SHARED:
+        taken = tl.load(counts + out_row)
+    else:
+        taken = tl.load(keep + head // kv_heads * keep_stride + row)
 
     # Scores become integers in the same order. The load is rounded up to whole vectors.
     column = tl.arange(0, COLUMNS)
@@ -277,7 +328,6 @@ def top_kernel(
 
     flags = kept.to(tl.int32)
     count = tl.sum(flags, 0)
-    out_row = head * all_rows + row
     tl.store(counts + out_row, count)
     indices += out_row * width
     tl.store(indices + tl.cumsum(flags, 0) - 1, column, mask=kept)
