@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+log = logging.getLogger("vllm.stem")
+
 NAME = "STEM"
 _PACKAGE = "stem_attn.integrations.vllm"
 _CPU = f"{_PACKAGE}.cpu.StemCpuBackend"
@@ -21,12 +23,15 @@ def register() -> None:
 
     reason = compat.why_unsupported()
     if reason:
-        logging.getLogger("vllm.stem").warning("%s: the attention backend %s is not registered", reason, NAME)
+        log.warning("%s: the attention backend %s is not registered", reason, NAME)
         return
 
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        log.info("stem-attn runs on vLLM's CPU and CUDA platforms: the attention backend %s is not registered", NAME)
+        return
     path = _CPU if current_platform.is_cpu() else _CUDA
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, path)
