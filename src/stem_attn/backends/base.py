@@ -125,10 +125,14 @@ class Backend(ABC):
 
         Args and result are those of `attend`; the log-sum-exp includes the means.
         """
+        # In float32, so that half precisions are rounded once: after the merge.
+        dtype = q.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.float(), k.float(), v.float()
         out, lse = self.attend(q, k, v, selection, scale=scale, window=None, return_lse=True)
         assert lse is not None
         add_means(q, k, v, selection, out, lse, scale=scale)
-        return out, lse if return_lse else None
+        return out.to(dtype), lse if return_lse else None
 
     def attend_packed(
         self,

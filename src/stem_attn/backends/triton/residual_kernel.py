@@ -168,12 +168,12 @@ def merge_kernel(
     query = query.to(tl.float32 if PRECISION == "ieee" else tl.float16)
     factor *= scale_log2
 
-    # What the kept blocks gave comes first, as one item. Weights are a block's over BLOCK until the end.
-    out += batch * out_strides[0] + head * out_strides[1] + token.to(tl.int64)[:, None] * out_strides[2]
+    # What the kept blocks gave counts as one item, whose value is added last. Weights are over BLOCK until the end.
     lse += (batch * heads + head) * q_len + token
-    peak = tl.load(lse, mask=present, other=0.0) * LOG2E - LOG2_BLOCK
+    kept_peak = tl.load(lse, mask=present, other=0.0) * LOG2E - LOG2_BLOCK
+    peak = kept_peak
     total = tl.full([BLOCK], 1.0, tl.float32)
-    acc = tl.load(out + dims_v, mask=present[:, None] & (dims_v < DV), other=0.0).to(tl.float32)
+    acc = tl.zeros([BLOCK, DV_PAD], tl.float32)
 
     column = tl.arange(0, TILE)
     word = tl.load(kept + column // 32)
@@ -202,6 +202,8 @@ def merge_kernel(
         word = tl.load(kept + column // 32, mask=column < columns, other=0)
         power = tl.load(k_powers + column, mask=column < columns, other=0.0)
 
-    acc = acc / total[:, None]
+    out += batch * out_strides[0] + head * out_strides[1] + token.to(tl.int64)[:, None] * out_strides[2]
+    kept_value = tl.load(out + dims_v, mask=present[:, None] & (dims_v < DV), other=0.0)
+    acc = (acc + kept_value * tl.exp2(kept_peak - peak)[:, None]) / total[:, None]
     tl.store(out + dims_v, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims_v < DV))
     tl.store(lse, (peak + tl.log2(total) + LOG2_BLOCK) * LN2, mask=present)
