@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)
@@ -37,6 +38,7 @@ def mass_kernel(
     STEP: tl.constexpr,  # as many are copied in one box
     ROWS: tl.constexpr,  # query runs a program; a power of two
     COLUMNS: tl.constexpr,  # key runs a step; a power of two
+    CUDA: tl.constexpr,
 ):
     """Walk ROWS query runs over the key blocks that they see; the longest walks start first."""
     GROUPS: tl.constexpr = BLOCK // STRIDE
@@ -67,12 +69,12 @@ def mass_kernel(
     for run in tl.range(0, seen, COLUMNS):
         largest, total, part = _visit(
             q, keys, table, masses, power, diagonal, stored, k_start, run, k_len, k_blocks, pitch, largest, total, part,
-            GROUPS, STRIDE, BLOCKS, COLUMNS, False,
+            GROUPS, STRIDE, BLOCKS, COLUMNS, False, CUDA,
         )  # fmt: skip
     for run in tl.range(seen, last, COLUMNS):
         largest, total, part = _visit(
             q, keys, table, masses, power, diagonal, stored, k_start, run, k_len, k_blocks, pitch, largest, total, part,
-            GROUPS, STRIDE, BLOCKS, COLUMNS, True,
+            GROUPS, STRIDE, BLOCKS, COLUMNS, True, CUDA,
         )  # fmt: skip
     tl.store(totals + head.to(tl.int64) * held + slot, largest + tl.log2(total), mask=stored)
 
@@ -81,6 +83,7 @@ def mass_kernel(
 def _visit(
     q, keys, table, masses, power, diagonal, stored, k_start, run, k_len, k_blocks, pitch, largest, total, part,
     GROUPS: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    CUDA: tl.constexpr,
 ):  # fmt: skip
     """Write the masses of the key blocks from key run `run` on, and add them to the online log-sum-exp of the rows."""
     ROWS: tl.constexpr = q[0].shape[0]
@@ -100,7 +103,9 @@ def _visit(
         logits += tl.log2(tl.minimum(tl.maximum(tokens, 1), STRIDE).to(tl.float32) / STRIDE)
         logits = tl.where((tokens > 0) & (column // GROUPS <= diagonal[:, None, None]), logits, NOTHING)
     peak = tl.max(logits, 2)
-    mass = peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))
+    mass = tl.sum(tl.exp2(logits - peak[:, :, None]), 2)
+    # Triton's logarithm takes 25 instructions; of the instruction, error 2^-22, a quarter of the step is saved.
+    mass = peak + (libdevice.fast_log2f(mass) if CUDA else tl.log2(mass))
     new = tl.maximum(largest, tl.max(mass, 1))
     total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(mass - new[:, None]), 1)
     if WIDTH < GROUPS:  # a block takes several steps, and the last of them leaves its sum

@@ -240,6 +240,7 @@ class _Plan:
         grid, (side, columns, warps, stages) = self.grid, self.tile
         constants = {"BLOCK": grid.block_size, "STRIDE": self.config.stride}
         depth = {"DEPTH": self.dim_out, "STEP": self.step}
+        cuda = self.device.type == "cuda" and torch.version.hip is None
         mass = Launch(
             mass_kernel,
             (triton.cdiv(rows * self.group * self.slots, side), self.all_heads),
@@ -254,7 +255,7 @@ class _Plan:
                 grid.first_block,
                 self.pitch,
             ),
-            {**constants, **depth, "ROWS": side, "COLUMNS": columns},
+            {**constants, **depth, "ROWS": side, "COLUMNS": columns, "CUDA": cuda},
             num_warps=warps,
             num_stages=stages,
         )
