@@ -132,6 +132,7 @@ FIELD_CHANGES = {
     "value_weight": 2.0,
     "budget_ratio": 0.4,
     "budget_bias": 6,
+    "budget_scale": 2.0,
     "budget_floor": 8,
     "dense_below": 100,
     "decay": 0.3,
@@ -149,9 +150,9 @@ FIELD_CHANGES = {
 NEEDS = {"spread_weight": {"score": "mass"}, "head_floor": {"budget_scope": "layer"}}
 
 
-@pytest.mark.parametrize("field", sorted(set(field_names()) - {"dense_layers"}))
+@pytest.mark.parametrize("field", sorted(set(field_names()) - {"dense_layers", "layer_budgets"}))
 def test_every_field_has_an_effect(field):
-    # dense_layers is the adapters' field, and is tested with them.
+    # dense_layers and layer_budgets are the adapters' fields, and are tested with them.
     base = dataclasses.replace(SMALL, **NEEDS.get(field, {}))
     q, k, v = make_qkv(400)
     v = v * torch.logspace(-1, 1, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(1))][:, None]

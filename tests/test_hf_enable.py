@@ -1,6 +1,7 @@
 """enable, disable, stats: what is refused, what is restored, what is counted, and whose state it is."""
 
 import copy
+import dataclasses
 import gc
 import logging
 import pickle
@@ -66,6 +67,9 @@ def test_models_that_cannot_be_routed_are_refused(family):
         ({"config": "fast"}, "unknown preset 'fast'"),
         ({"config": {"block_size": 64}}, "must be a StemConfig or a preset's name, got dict"),
         ({"config": StemConfig(dense_layers=(0, 2))}, r"dense_layers \(0, 2\) are not all layers of a model with 2"),
+        ({"config": StemConfig(layer_budgets=(1.0,))}, "layer_budgets has 1 factors, and the model has 2 layers"),
+        ({"config": StemConfig(layer_budgets=(1, 2)), "method": "uniform"}, "layer_budgets has no effect on uniform"),
+        ({"config": StemConfig(layer_budgets=(1, 2)), "method": "xattention"}, "layer_budgets has no effect on method"),
         ({"prompt_len": 0}, "at least 1 token; got 0"),
         ({"prompt_len": [5, "x"]}, "one int a batch row"),
         ({"prompt_len": True}, "got True"),
@@ -166,6 +170,39 @@ def test_dense_layers_count_from_both_ends():
         model(tokens(1, LENGTH))
         assert hf.stats(model).dense == {"dense layer": len(indices)}
         assert hf.stats(model).sparse == 3 - len(indices)
+
+
+@torch.no_grad()
+def test_layers_have_budgets_of_their_own():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+
+    def density(*factors):
+        enable(model, dataclasses.replace(SPARSE, budget_ratio=0.4, layer_budgets=factors))
+        model(ids)
+        assert hf.stats(model).sparse == 2
+        return hf.stats(model).density
+
+    plain, half, double = density(), density(0.5, 0.5), density(2.0, 2.0)
+    assert density(1.0, 1.0) == plain
+    assert half < plain < double < 1
+    assert density(0.5, 2.0) == pytest.approx((half + double) / 2)
+    assert density(2.0, 100.0) == pytest.approx((double + 1) / 2)
+
+
+@torch.no_grad()
+def test_budgets_of_dense_and_banded_layers_are_not_read():
+    model, ids = tiny_model("gemma3_text", sliding_window=40), tokens(1, LENGTH)
+    outputs = []
+    for first in (0.2, 5.0):
+        enable(model, dataclasses.replace(SPARSE, layer_budgets=(first, 1.0)))
+        outputs.append(model(ids).logits)
+    assert torch.equal(*outputs)
+    hf.enable(model, dataclasses.replace(SPARSE, layer_budgets=(1.0, 100.0)))
+    model(ids)
+    assert hf.stats(model).dense == {"no gain from sparsity": 1}  # its factor reaches everything
+    enable(model, dataclasses.replace(SPARSE, layer_budgets=(1.0, 1.0), dense_layers=(1,)))
+    model(ids)
+    assert hf.stats(model).dense == {"dense layer": 1}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stem_attn import StemConfig
-from stem_attn.integrations.vllm.layers import is_dense_layer, why_dense
+from stem_attn.integrations.vllm.layers import is_dense_layer, layer_config, why_dense
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, split_batch
 from stem_attn.integrations.vllm.settings import Settings, describe, parse
 
@@ -138,3 +138,13 @@ def test_dense_layers_are_told_by_name():
     dense = [is_dense_layer(f"model.layers.{i}.self_attn.attn", config, 4) for i in range(4)]
     assert dense == [True, False, False, True]
     assert not is_dense_layer("model.attn", config, 4)
+
+
+def test_budgets_by_layer_are_told_by_name():
+    config = StemConfig(layer_budgets=(1.0, 0.5))
+    assert layer_config("model.layers.1.self_attn.attn", config, 2) == StemConfig(budget_scale=0.5)
+    assert layer_config("model.attn", StemConfig(), 2) == StemConfig()
+    with pytest.raises(ValueError, match="layer_budgets has 2 factors, and the model has 4 layers"):
+        layer_config("model.layers.1.self_attn.attn", config, 4)
+    with pytest.raises(ValueError, match=r"model\.attn is none of the model's 2 layers"):
+        layer_config("model.attn", config, 2)

@@ -15,7 +15,7 @@ from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)  # layers may have budgets of their own
 def block_budget(config: StemConfig, prompt_len: int, grid: BlockGrid) -> Tensor:
     """Return the budget of every query row of a call, not yet clipped to the row's causal blocks.
 
@@ -33,18 +33,18 @@ def block_budget(config: StemConfig, prompt_len: int, grid: BlockGrid) -> Tensor
     return _prompt_budget(config, prompt_len, n)[grid.first_block : grid.k_blocks]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def keeps_everything(config: StemConfig, prompt_len: int, grid: BlockGrid) -> bool:
     """Tell whether every query row of a call keeps all its causal blocks, so that there is nothing to score."""
     return bool((block_budget(config, prompt_len, grid) > grid.block_ids()).all())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _prompt_budget(config: StemConfig, prompt_len: int, n: int) -> Tensor:
     """Return the budget of all n rows of the prompt."""
     if prompt_len < config.min_seq_len or n < config.dense_below:
         return torch.full((n,), n, dtype=torch.int32)
-    start = config.ratio(n) * n + config.budget_bias
+    start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
     if config.decay_from == "first_row":
         rows = torch.arange(n, dtype=torch.float64)
         budget = start - start * (1 - config.decay) / n * rows

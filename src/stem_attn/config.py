@@ -1,7 +1,7 @@
 """StemConfig: every setting of the method, validated once.
 
 The fields fall in four groups: the block grid, the Output-Aware Metric (which blocks), Token Position-Decay
-(how many blocks), and the two settings that only whole-model adapters read.
+(how many blocks), and the settings that only whole-model adapters read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Score = Literal["linear", "mass"]
@@ -44,6 +46,7 @@ class StemConfig:
         budget_ratio: Kept blocks of the first rows as a share of `n`. One number, or steps
             `((below, ratio), ..., (None, ratio))`: the first step with `n < below` applies.
         budget_bias: Blocks added to `ratio * n`.
+        budget_scale: Factor on `ratio * n + budget_bias`.
         budget_floor: Blocks that every row keeps at least.
         dense_below: Prompts of fewer blocks than this keep everything.
         decay: The last row keeps this share of what the first row keeps (mu, alpha), in (0, 1]. Token
@@ -63,6 +66,8 @@ class StemConfig:
         residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its
             means, weighted by its number of tokens.
         dense_layers: Indices of the layers that an adapter leaves dense; negative ones count from the end.
+        layer_budgets: For an adapter, one more factor on the budget for every layer of the model, in order; what
+            `stem-attn tune` finds. Layers that are dense or have a sliding window ignore theirs. Empty: none.
         min_seq_len: Tokens; shorter prompts keep everything, and an adapter leaves them to dense attention.
 
     Raises:
@@ -79,6 +84,7 @@ class StemConfig:
     value_weight: float = 0.2
     budget_ratio: RatioSteps | float = 0.1
     budget_bias: int = 12
+    budget_scale: float = 1.0
     budget_floor: int = 1
     dense_below: int = 0
     decay: float = 0.85
@@ -91,12 +97,14 @@ class StemConfig:
     forced_blocks: ForcedBlocks = "inside"
     residual: Residual = "none"
     dense_layers: tuple[int, ...] = ()
+    layer_budgets: tuple[float, ...] = ()
     min_seq_len: int = 4096
     _json: str = field(init=False, repr=False, compare=False)  # ready-made, for torch.compile cannot trace json
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget_ratio", _ratio_steps(self.budget_ratio))
         object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
+        object.__setattr__(self, "layer_budgets", _layer_factors(self.layer_budgets))
         _check_int("block_size", self.block_size, 16, 128)
         if self.block_size % 16:
             raise ValueError(f"block_size must be a multiple of 16, got {self.block_size}")
@@ -109,6 +117,7 @@ class StemConfig:
         _check_float("value_weight", self.value_weight, 0.0, math.inf)
         for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks", "min_seq_len"):
             _check_int(name, getattr(self, name), 0)
+        _check_float("budget_scale", self.budget_scale, 0.0, math.inf)
         _check_int("budget_floor", self.budget_floor, 1)
         _check_int("local_blocks", self.local_blocks, 1)
         _check_float("decay", self.decay, 0.0, 1.0)
@@ -124,6 +133,14 @@ class StemConfig:
     def ratio(self, n: int) -> float:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
         return next(ratio for below, ratio in _ratio_steps(self.budget_ratio) if below is None or n < below)
+
+    def for_layer(self, layer: int) -> StemConfig:
+        """Return the config of one layer of a model: its factor of `layer_budgets` goes into `budget_scale`.
+
+        Args:
+            layer: From 0 on; below the number of factors, if there are any.
+        """
+        return _for_layer(self, layer) if self.layer_budgets else self
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> StemConfig:
@@ -170,6 +187,37 @@ class StemConfig:
     def to_json(self) -> str:
         """Return every field as one JSON object."""
         return self._json
+
+
+@lru_cache(maxsize=1024)  # every call of every layer asks
+def _for_layer(config: StemConfig, layer: int) -> StemConfig:
+    scale = config.budget_scale * config.layer_budgets[layer]
+    return dataclasses.replace(config, budget_scale=scale, layer_budgets=())
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Read a config file: a JSON object of `StemConfig` fields, such as `stem-attn tune` writes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The fields that the file names, as plain values.
+
+    Raises:
+        ValueError: It cannot be read, is no JSON object, or has a field that is unknown or out of range.
+    """
+    try:
+        text = path.expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ValueError(f"cannot read config file {path}: {reason}") from error
+    try:
+        StemConfig.from_json(text)  # says what is wrong with it, if anything
+    except ValueError as error:
+        raise ValueError(f"config file {path}: {error}") from error
+    fields: dict[str, Any] = json.loads(text)
+    return fields
 
 
 def field_names() -> tuple[str, ...]:
@@ -233,6 +281,14 @@ def _layer_indices(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or any(type(i) is not int for i in value):
         raise ValueError(f"dense_layers must be a sequence of layer indices, got {value!r}")
     return tuple(value)
+
+
+def _layer_factors(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"layer_budgets must be a sequence of factors, one a layer, got {value!r}")
+    for factor in value:
+        _check_float("layer_budgets", factor, 0.0, math.inf)
+    return tuple(float(factor) for factor in value)
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -131,7 +131,7 @@ def reference_budget(config: StemConfig, prompt_len: int) -> list[int]:
     n = math.ceil(prompt_len / config.block_size)
     if prompt_len < config.min_seq_len or n < config.dense_below:
         return [n] * n
-    start = config.ratio(n) * n + config.budget_bias
+    start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
     if config.decay_from == "first_row":
         rows = [math.floor(start - start * (1 - config.decay) / n * i) for i in range(n)]
     else:

@@ -85,7 +85,7 @@ def match_density(
 def first_rows_keep(config: StemConfig, blocks: int) -> StemConfig:
     """Rescale a schedule: the first rows keep `blocks`, at any prompt length; decay, forced blocks and scoring stay."""
     return dataclasses.replace(
-        config, budget_ratio=0.0, budget_bias=blocks, budget_floor=1, dense_below=0, min_seq_len=0
+        config, budget_ratio=0.0, budget_bias=blocks, budget_scale=1.0, budget_floor=1, dense_below=0, min_seq_len=0
     )
 
 

@@ -42,6 +42,8 @@ class Uniform(Baseline):
     def __post_init__(self) -> None:
         if not isinstance(self.config, StemConfig):
             raise ValueError(f"config must be a StemConfig, got {type(self.config).__name__}")
+        if self.config.layer_budgets:
+            raise ValueError("config.layer_budgets has no effect on uniform top-k, which keeps the same in every layer")
         if self.k is not None:
             check_whole("k", self.k, 1)
 

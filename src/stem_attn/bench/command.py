@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stem_attn.errors import InputError, require
+from stem_attn.report.options import CONFIG_HELP, config_from_options
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ def bench(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")] = None,
     preset: Annotated[str, typer.Option(help="Settings of the method: default, official or paper.")] = "default",
+    config_file: Annotated[Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a setting; may be repeated.")
     ] = None,
@@ -79,9 +81,13 @@ def bench(
     from stem_attn.bench.gate import GateError
     from stem_attn.bench.shapes import DTYPES
     from stem_attn.report import machine
-    from stem_attn.report.options import config_from_options
 
-    config = config_from_options(preset, override or [])
+    config = config_from_options(preset, override or [], config_file)
+    if config.layer_budgets and not ttft:
+        raise InputError(
+            "the config has budgets by layer, and without --ttft one layer is measured: give it a budget with "
+            "--set layer_budgets=[] --set budget_scale=FACTOR"
+        )
     where = _device(device)
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if dtype not in DTYPES:
@@ -159,6 +165,10 @@ def _ttft_cases(report: Record, config: StemConfig, device: torch.device, layers
     _say("building the model")
     model = ttft.build_model(s["shape"], layers, max(s["lengths"]), DTYPES[s["dtype"]], device, s["seed"])
     report["model"] = {"name": model.name, "layers": model.layers}
+    if len(config.layer_budgets) not in (0, model.layers):
+        raise InputError(
+            f"layer_budgets has {len(config.layer_budgets)} factors, and the model has {model.layers} layers"
+        )
     report["check"] = ttft.check_adapter(model, config, s["seed"])
     for length in s["lengths"]:
         yield ttft.measure(model, config, length, batch=s["batch"], rounds=s["repeats"], seed=s["seed"], say=_say)

@@ -113,7 +113,10 @@ def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
         dense = _prefill(model, tokens)
     with sdpa_kernel(SDPBackend.MATH):
         unfused = _prefill(model, tokens)
-    everything = replace(config, budget_ratio=1.0, dense_below=0, min_seq_len=0, dense_layers=(), decay=1.0)
+    everything = replace(
+        config, budget_ratio=1.0, budget_scale=1.0, dense_below=0, min_seq_len=0, dense_layers=(), layer_budgets=(),
+        decay=1.0,
+    )  # fmt: skip
     hf.enable(model.module, config=everything, crossover=False)
     try:
         kept = _prefill(model, tokens)

@@ -78,7 +78,15 @@ class SomeRows:
 
 
 def choose(
-    spec: MethodSpec, block_size: int, density: float | None, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    spec: MethodSpec,
+    block_size: int,
+    density: float | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    *,
+    layer: int | None = None,
 ) -> tuple[Choice, ...]:
     """Select with a method at a density.
 
@@ -93,6 +101,7 @@ def choose(
         k: [B, Hkv, T, D].
         v: [B, Hkv, T, Dv].
         scale: Factor of the logits, or None for 1 / sqrt(D).
+        layer: The layer's index in the model, for budgets by layer.
 
     Returns:
         One choice, or two of rising density.
@@ -103,6 +112,8 @@ def choose(
     method = spec.build(block_size)
     config = _schedule(method)
     if density is None:
+        if layer is not None and isinstance(method, Stem):
+            method = Stem(method.config.for_layer(layer))
         chosen: Method = method if spec.rows == (0.0, 1.0) else SomeRows(method, *spec.rows)
         return (Choice(chosen, chosen.select(q, k, v, scale=scale)),)
     if config is None:

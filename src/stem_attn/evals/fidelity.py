@@ -101,7 +101,7 @@ def measure_prompt(
         dense = DenseLayer(q, k, v, scale)
         for case in found.left(cases):
             try:
-                choices = choose(case.spec, block_size, case.density, q, k, v, dense.scale)
+                choices = choose(case.spec, block_size, case.density, q, k, v, dense.scale, layer=layer)
             except UnreachableDensityError as error:
                 found.drop(case, f"layer {layer}: {error}")
                 continue
@@ -158,7 +158,7 @@ def _sparse_forward(model: Any, ids: Tensor, case: Case, block_size: int, side: 
 
     def sparse(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         nonlocal kept, causal, sides
-        choices = choose(case.spec, block_size, case.density, q, k, v, scale)
+        choices = choose(case.spec, block_size, case.density, q, k, v, scale, layer=layer)
         choice = choices[min(side, len(choices) - 1)]
         kept += int(choice.selection.counts.sum())
         causal += choice.selection.counts.shape[1] * choice.selection.grid.causal_blocks

@@ -64,7 +64,8 @@ def fidelity(
         list[str] | None,
         typer.Option(
             metavar="NAME=METHOD,FIELD=VALUE,...",
-            help="A method of your own: a known one with other settings, compared as well. May be repeated.",
+            help="A method of your own: a known one with other settings, or config:FILE with those of a config file; "
+            "compared as well. May be repeated.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -135,6 +136,8 @@ def fidelity(
     loaded = load_model(model, gguf, device, dtype)
     if length > loaded.context_tokens:
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
+    for case in cases:
+        case.spec.check_layers(loaded.model.config.get_text_config().num_hidden_layers)
     texts = excerpts(loaded.tokenizer, length, prompts, text_file or [])
     found = Found()
     settings: dict[str, Any] = {
@@ -175,9 +178,9 @@ def _cases(
     """Return everything to measure, each once; refuse methods that cannot be built."""
     from stem_attn.evals.fidelity import Case
 
-    cases = [Case(spec, density) for spec in specs for density in densities if spec.base != "dense"]
-    # Dense has no density to choose: it shows what rounding alone makes of the numbers.
-    cases += [Case(spec, None) for spec in (*as_published, *(spec for spec in specs if spec.base == "dense"))]
+    cases = [Case(spec, density) for spec in specs for density in densities if not spec.density_is_its_own]
+    # Dense shows what rounding alone makes of the numbers.
+    cases += [Case(spec, None) for spec in (*as_published, *(spec for spec in specs if spec.density_is_its_own))]
     for test in tests.values():
         cases += [Case(spec, density) for _, spec in test.methods for density in test.densities or densities]
     for case in cases:

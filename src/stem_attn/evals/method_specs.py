@@ -7,14 +7,17 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stem_attn import baselines
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.errors import InputError
 from stem_attn.methods import Method, Stem
+from stem_attn.report.options import fields_from_file
 
 _STEM = "stem-"
+_CONFIG = "config:"
 # A comma inside a JSON value is not followed by `name=`.
 _BETWEEN_FIELDS = re.compile(r",(?=\s*\w+\s*=)")
 
@@ -54,6 +57,23 @@ class MethodSpec:
         except (ValueError, TypeError) as error:
             raise InputError(f"method {self.name}: {error}") from error
 
+    @property
+    def density_is_its_own(self) -> bool:
+        """Whether the method has no one density to be brought to: dense, and budgets by layer."""
+        return self.base == "dense" or bool(self.fields.get("layer_budgets"))
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse budgets by layer that are not for a model of so many layers.
+
+        Raises:
+            InputError: There are not as many.
+        """
+        factors = self.fields.get("layer_budgets") or ()
+        if factors and len(factors) != layers:
+            raise InputError(
+                f"method {self.name}: layer_budgets has {len(factors)} factors, and the model has {layers} layers"
+            )
+
     def describe(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return dataclasses.asdict(self)
@@ -71,6 +91,7 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[MethodSpec]:
     Args:
         names: Known methods or names of variants, separated by commas. Variants need not be named again.
         variants: Each gives a name to a known method with changed fields; a value is JSON, or else a plain string.
+            `config:FILE` stands for Stem with the fields of a config file.
 
     Returns:
         The methods in the order given, variants last, each once.
@@ -94,14 +115,16 @@ def _variant(text: str) -> MethodSpec:
     base, *pairs = _BETWEEN_FIELDS.split(rest)
     if not equals or not name.strip() or not base.strip():
         raise InputError(f"--variant takes NAME=METHOD,FIELD=VALUE,..., got {text!r}")
-    fields: dict[str, Any] = {}
+    base, fields = base.strip(), {}
+    if base.startswith(_CONFIG):
+        base, fields = f"{_STEM}default", fields_from_file(Path(base.removeprefix(_CONFIG)))
     for pair in pairs:
         key, _, value = pair.partition("=")
         try:
             fields[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             fields[key.strip()] = value.strip()
-    return MethodSpec(name.strip(), _known(base.strip()), fields)
+    return MethodSpec(name.strip(), _known(base), fields)
 
 
 def _known(name: str) -> str:

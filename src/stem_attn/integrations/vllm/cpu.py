@@ -57,7 +57,7 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
-        config = self.settings.config
+        config = self.config
         for span in spans:
             k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, layer.isa)
             q = query[span.tokens].transpose(0, 1)[None]

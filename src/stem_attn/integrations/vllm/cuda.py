@@ -102,7 +102,7 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
                 cu_seqlens_q=[0, *(span.q_start + span.q_len - run[0].q_start for span in run)],
                 seq_lens=[span.k_len for span in run],
                 block_table=attn_metadata.block_table[run[0].row : run[-1].row + 1],
-                config=self.settings.config,
+                config=self.config,
                 prompt_lens=[span.prompt_len for span in run],
                 scale=self.scale,
                 backend="triton",

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionType
 
 import stem_attn
+from stem_attn.config import StemConfig
 from stem_attn.integrations.vllm import layers
 from stem_attn.integrations.vllm.compat import VLLM_VERSION
 from stem_attn.integrations.vllm.plan import Span
@@ -27,6 +28,7 @@ class StemImpl:
 
     device_name: str  # for the startup line
     settings: Settings
+    config: StemConfig  # the layer's own; the builder sets it
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
 
     def __init__(
@@ -61,6 +63,7 @@ class StemImpl:
         settings = settings_of(get_current_vllm_config())
         assert settings is not None  # the backend gives this class only where Stem is selected
         self.settings = settings
+        self.config = settings.config
         self.dense_reason = layers.why_dense(
             attn_type=AttentionType(attn_type).value,
             sliding_window=sliding_window,
@@ -70,7 +73,7 @@ class StemImpl:
             kv_cache_dtype=kv_cache_dtype,
         )
         logger.info_once(
-            "stem-attn %s on vLLM %s: %s, backend %s, sparse prefill for prompts from %d tokens",
+            "stem-attn %s on vLLM %s: %s, backend STEM on %s, sparse prefill for prompts from %d tokens",
             stem_attn.__version__,
             VLLM_VERSION,
             describe(settings),

@@ -40,5 +40,30 @@ def is_dense_layer(layer_name: str, config: StemConfig, layers: int) -> bool:
         config: The method.
         layers: Layers of the whole model, all pipeline stages together.
     """
-    numbers = [int(part) for part in layer_name.split(".") if part.isdigit()]
-    return bool(numbers) and numbers[0] in {i % layers for i in config.dense_layers if -layers <= i < layers}
+    number = _number(layer_name)
+    return number is not None and number in {i % layers for i in config.dense_layers if -layers <= i < layers}
+
+
+def layer_config(layer_name: str, config: StemConfig, layers: int) -> StemConfig:
+    """Return a layer's own config, with its factor of `config.layer_budgets`.
+
+    Args:
+        layer_name: vLLM's name of the attention layer.
+        config: The method.
+        layers: Layers of the whole model, all pipeline stages together.
+
+    Raises:
+        ValueError: There are not as many factors as layers, or the name does not say which layer it is.
+    """
+    if not config.layer_budgets:
+        return config
+    if len(config.layer_budgets) != layers:
+        raise ValueError(f"layer_budgets has {len(config.layer_budgets)} factors, and the model has {layers} layers")
+    number = _number(layer_name)
+    if number is None or number >= layers:
+        raise ValueError(f"layer_budgets: {layer_name} is none of the model's {layers} layers")
+    return config.for_layer(number)
+
+
+def _number(layer_name: str) -> int | None:
+    return next((int(part) for part in layer_name.split(".") if part.isdigit()), None)

@@ -99,7 +99,7 @@ def split_batch(requests: Sequence[Request], config: StemConfig, *, crossover: b
 
     Args:
         requests: One a row of the batch; rows without tokens (padding) are skipped.
-        config: The method.
+        config: The method; whether a prompt is sparse, all layers alike, is told without `layer_budgets`.
         crossover: Whether prompts that keep too many blocks to be faster than dense attention go dense.
         device_type: `torch.device.type`.
     """

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stem_attn.config import PRESETS, StemConfig, field_names
+from stem_attn.config import PRESETS, StemConfig, field_names, read_fields
 from stem_attn.integrations.vllm.register import is_stem
 
 KEY = "stem"
@@ -61,16 +61,7 @@ def parse(given: Mapping[str, Any]) -> Settings:
 def _read_file(path: Any) -> dict[str, Any]:
     if not isinstance(path, str):
         raise ValueError(f"config_file must be a path, got {path!r}")
-    try:
-        text = Path(path).expanduser().read_text()
-    except OSError as error:
-        raise ValueError(f"cannot read config_file {path}: {error.strerror}") from error
-    try:
-        StemConfig.from_json(text)  # says what is wrong with it, if anything
-    except ValueError as error:
-        raise ValueError(f"config_file {path}: {error}") from error
-    read: dict[str, Any] = json.loads(text)
-    return read
+    return read_fields(Path(path))
 
 
 def describe(settings: Settings) -> str:
