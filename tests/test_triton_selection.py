@@ -101,7 +101,12 @@ SHARED |= {"sink_blocks": 0, "local_blocks": 1}
     [
         (MASS | {"stride": 4, "value_term": "none"}, 60, 137, {"dim": 24}),  # a prefix and runs that end early
         (MASS | SHARED | {"block_size": 32}, 100, 260, {"heads": 3, "kv_heads": 1, "dim": 16, "v_dim": 40}),
-        (MASS | {"block_size": 64, "stride": 64, "value_term": "zscore"} | SHARED, 100, 450, {"heads": 2, "dim": 80}),
+        (
+            SHARED | MASS | {"block_size": 64, "stride": 64, "value_term": "zscore", "budget_ratio": 0.5},
+            70,
+            400,
+            {"heads": 2, "dim": 40},
+        ),
         (
             MASS | {"block_size": 64, "stride": 1, "spread_weight": 0.0},
             70,
@@ -110,7 +115,7 @@ SHARED |= {"sink_blocks": 0, "local_blocks": 1}
         ),
         (MASS | SHARED | {"stride": 2, "budget_scope": "group", "head_floor": 0.0}, 50, 150, {"batch": 2, "dim": 23}),
         (SHARED, 100, 200, {"heads": 6, "kv_heads": 3}),
-        (SHARED | {"forced_blocks": "on_top", "value_term": "zscore"}, 64, 160, {"batch": 2}),
+        (SHARED | {"forced_blocks": "on_top", "value_term": "zscore"}, 33, 160, {"batch": 2}),
         (MASS | SHARED | {"forced_blocks": "on_top", "budget_scope": "group"}, 33, 160, {"heads": 3, "kv_heads": 1}),
         (MASS | SHARED, 1, 150, {}),
     ],
