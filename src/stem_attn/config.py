@@ -33,10 +33,12 @@ class StemConfig:
     Args:
         block_size: Tokens in a query block and in a key block; a multiple of 16 from 16 to 128.
         score: How a block pair's attention is estimated. `"linear"`: the mean of antidiagonal dot products (paper,
-            official code); `"mass"`: the log of the attention mass that the key block takes from the query block's
-            groups of `stride` tokens, each group standing for its mean, the largest share counting.
+            official code); `"mass"`: the log of the attention mass that the key block takes from the query block,
+            estimated between groups of tokens that stand for their mean; of the shares that the query block's groups
+            give it, the largest counts.
         stride: With linear scores, tokens between the positions that are paired: smaller is cheaper and coarser. With
-            mass scores, tokens of a group: larger is cheaper and coarser. It divides `block_size`.
+            mass scores, tokens of a group of keys, and half of those of a group of queries: larger is cheaper and
+            coarser. It divides `block_size`.
         spread_weight: With mass scores, weight of the spread of keys inside their group: a group of unlike keys holds
             more mass than its mean says. 1 is the second-order term of independent, normal dimensions; 0 is off.
         value_term: What a key block's value magnitude adds to its score. `"log"`: the block's largest
@@ -129,6 +131,11 @@ class StemConfig:
         _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
         _check_choice("residual", self.residual, Residual)
         object.__setattr__(self, "_json", json.dumps({name: getattr(self, name) for name in field_names()}))
+
+    @property
+    def query_stride(self) -> int:
+        """Tokens of a group of queries, with mass scores: twice `stride`, where that divides a block."""
+        return self.stride if self.block_size % (2 * self.stride) else 2 * self.stride
 
     def ratio(self, n: int) -> float:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""

@@ -76,8 +76,8 @@ def _linear_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, sc
 def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float) -> Tensor:
     """Estimate block pairs [Qb, Kb] of a head, q [Tq, D] and k [Tk, D]: log of the largest share of any query group.
 
-    A group is the tokens of `stride` absolute positions in a row that the call has; all its tokens count as its mean,
-    and the spread of a key group's tokens adds to its logits.
+    A group is the tokens of `stride` absolute positions in a row that the call has (of `query_stride`, for queries);
+    all its tokens count as its mean, and the spread of a key group's tokens adds to its logits.
     """
     size, stride = config.block_size, config.stride
 
@@ -94,7 +94,7 @@ def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scal
     key_blocks = torch.arange(len(key_groups)) * stride // size
     first_token = grid.offset
     while first_token < grid.k_len:
-        end = min((first_token // stride + 1) * stride, grid.k_len)
+        end = min((first_token // config.query_stride + 1) * config.query_stride, grid.k_len)
         mean = q[first_token - grid.offset : end - grid.offset].mean(0)
         block = first_token // size
         causal = key_blocks <= block

@@ -228,8 +228,8 @@ def _mass(q: Tensor, present: Tensor, k: Tensor, config: StemConfig, block: int,
     keys = torch.unflatten(F.pad(k[:, :seen], (0, 0, 0, -seen % stride)), 1, (-1, stride))
     k_means = keys.sum(2) / counts[:, None]
     spread = keys.square().sum(2) / counts[:, None] - k_means.square()
-    q_counts = present.view(-1, stride).sum(-1)
-    q_means = torch.unflatten(q, 1, (-1, stride)).sum(2) / q_counts.clamp(min=1)[:, None]
+    q_counts = present.view(-1, config.query_stride).sum(-1)
+    q_means = torch.unflatten(q, 1, (-1, config.query_stride)).sum(2) / q_counts.clamp(min=1)[:, None]
     half = q.shape[2] // 2
     q_pairs, k_pairs = (x[..., :half] + x[..., half:] for x in (q_means.square(), spread))
     queries = torch.cat([q_means * scale, q_pairs * scale**2 * config.spread_weight / 4], -1)

@@ -47,6 +47,9 @@ def prefill(
         ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size.
     """
     batch, _, q_len, _ = query.shape
+    if mask is None and state.prompt_len is None and q_len < state.config.min_seq_len:
+        # Nothing else can matter, and in short prompts the host's time shows.
+        return _dense(state, module, query, key, value, mask, scale, "short prompt")
     config = state.config if layer is None else state.config.for_layer(layer)
     seen = q_len if mask is None else mask.shape[1]
     padding = masks.Padding(((0, seen),) * batch, None, True) if mask is None else masks.read(mask)
@@ -64,9 +67,7 @@ def prefill(
         if not sparse_is_faster(query.device.type, config, calls, told):
             reason = "no gain from sparsity"
     if reason is not None:
-        state.count_dense(reason, batch * q_len)
-        out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
-        return out
+        return _dense(state, module, query, key, value, mask, scale, reason)
 
     if window is None:
         state.count("sparse", batch * q_len)
@@ -93,6 +94,21 @@ def prefill(
             present = _present(first, end, seen, keys)
             part = attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens[which])
             out[which, queries] = part.transpose(1, 2)
+    return out
+
+
+def _dense(
+    state: State,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    reason: str,
+) -> Tensor:
+    state.count_dense(reason, query.shape[0] * query.shape[2])
+    out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
     return out
 
 
