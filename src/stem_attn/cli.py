@@ -59,6 +59,7 @@ def _app() -> "typer.Typer":
     from stem_attn.bench.command import bench
     from stem_attn.evals.eval_command import eval_app
     from stem_attn.evals.prefill_command import prefill
+    from stem_attn.evals.tune_command import tune
 
     app = typer.Typer(
         help="Stem: training-free sparse attention for the prefill of long prompts (arXiv 2603.06274).",
@@ -81,5 +82,6 @@ def _app() -> "typer.Typer":
 
     app.command()(prefill)
     app.command()(bench)
+    app.command()(tune)
     app.add_typer(eval_app(), name="eval")
     return app
