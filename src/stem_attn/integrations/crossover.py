@@ -14,6 +14,8 @@ from stem_attn.selection import most_kept
 # cuDNN: 4096 tokens 0.043 + 0.253 d against 0.258, so 0.85; 8192 tokens 0.066 + 0.85 d against 0.899, so 0.98, less
 # some margin. Shorter calls take the host longer than the device.
 _CUDA = ((4096, 0.0), (8192, 0.85), (None, 0.95))
+# Mass scores and shared budgets take two more launches and about 0.2 ms more of the device at 8192 tokens.
+_CUDA_MASS = ((8192, 0.0), (16384, 0.7), (None, 0.9))
 # CPU, float32, 8192 tokens (docs/log.md): attention is 2.2 times as fast as SDPA at density 0.26, so d costs 1.75 d,
 # and the selection a tenth of it.
 _ELSEWHERE = ((None, 0.5),)
@@ -40,6 +42,7 @@ def sparse_is_faster(
     prompts = calls if told_lens is None else tuple((n, BlockGrid(n, n, config.block_size)) for n in told_lens)
     kept = sum(int(most_kept(block_budget(config, n, grid), grid, config).sum()) for n, grid in prompts)
     tokens = max((grid.k_len for _, grid in prompts), default=0)
-    steps = _CUDA if device_type == "cuda" else _ELSEWHERE
+    plain = config.score == "linear" and config.budget_scope == "head"
+    steps = _ELSEWHERE if device_type != "cuda" else _CUDA if plain else _CUDA_MASS
     limit = next(density for below, density in steps if below is None or tokens < below)
     return kept <= limit * sum(grid.causal_blocks for _, grid in prompts)
