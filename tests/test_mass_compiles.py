@@ -25,8 +25,8 @@ def compile_kernel(head_dim: int, spread: bool, stride: int) -> Any:
 
     depth, step = head_dim * 3 // 2 if spread else head_dim, 64
     rows, columns, warps, stages = _mass_tile(depth, 128 // stride, torch.float16)
-    constants = {"BLOCK": 128, "STRIDE": stride, "DEPTH": depth, "STEP": step, "ROWS": rows, "COLUMNS": columns}
-    constants["CUDA"] = True
+    constants = {"BLOCK": 128, "STRIDE": stride, "Q_STRIDE": 2 * stride, "DEPTH": depth, "STEP": step}
+    constants |= {"ROWS": rows, "COLUMNS": columns, "CUDA": True}
     types = {"queries": f"tensordesc<fp16[{rows}, {step}]>", "keys": f"tensordesc<fp16[{columns}, {step}]>"}
     types |= {"table": "*fp32", "masses": "*fp32", "totals": "*fp32", "factor": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")

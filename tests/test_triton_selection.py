@@ -218,7 +218,7 @@ def test_passes_of_masses_do_not_change_the_result(monkeypatch):
     q, k, v = make_qkv(100, 120, heads=2, kv_heads=1)
     q = set_apart(q)
     expected = select_plainly(q, k, v, config)
-    monkeypatch.setattr(selection, "SCORE_BYTES", 3 * 2 * 16 * 4 * 3)  # every score is made of two masses
+    monkeypatch.setattr(selection, "SCORE_BYTES", 3 * 2 * 16 * 4 * 2)  # every score is made of one mass
     plan = selection.plan_for(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), config, SCALE, make_budget(q, k, config))
     assert len(plan.passes) == 3
     assert_equal(select(q, k, v, config), expected)
@@ -261,10 +261,11 @@ def test_spreads_and_means_share_a_power_and_keep_their_bits(magnitude):
     inputs = q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)
     plan = selection.plan_for(*inputs, config, SCALE, make_budget(q, k, config))
     pooled, powers = plan.pool_inputs(*inputs)
-    rows = (pooled.double() * powers.double()[: len(pooled), None]).cpu()
-    queries = rows[:6].view(3, 2, 4, 48).transpose(0, 1).reshape(2, 12, 48)
-    logits = queries @ rows[6:].view(44, 48).T * SCALE
-    means = q[0].double().unflatten(1, (12, 4)).mean(2)
+    pooled, powers = pooled.double().cpu(), powers.double().cpu()
+    queries = pooled[:12].view(3, 2, 2, 48) * powers[:6].view(3, 2, 1, 1)  # three blocks of two heads, two runs each
+    keys = pooled[12:].view(11, 4, 48) * powers[6:17].view(11, 1, 1)
+    logits = queries.transpose(0, 1).reshape(2, 6, 48) @ keys.view(44, 48).T * SCALE
+    means = q[0].double().unflatten(1, (6, 8)).mean(2)
     groups = k[0].double().unflatten(1, (44, 4))
     variance = groups.var(2, correction=0).unflatten(2, (2, 16)).sum(2)
     squares = means.square().unflatten(2, (2, 16)).mean(2)

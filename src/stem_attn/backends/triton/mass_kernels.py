@@ -1,8 +1,8 @@
 """The kernels of the mass score: how much attention key blocks take, estimated from means of runs of tokens.
 
-A block has GROUPS = BLOCK / STRIDE runs, and a run one vector (see `selection_kernels.pool_kernel`). The vectors of a
-query block, of all query heads of a KV head, are neighbouring rows of one matrix, so grouped heads share what is read
-of the keys. Logits live in the log2 domain.
+A key block has GROUPS = BLOCK / STRIDE runs, a query block Q_GROUPS = BLOCK / Q_STRIDE, and a run one vector (see
+`selection_kernels.pool_kernel`). The vectors of a query block, of all query heads of a KV head, are neighbouring rows
+of one matrix, so grouped heads share what is read of the keys. Logits live in the log2 domain.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ NOTHING = tl.constexpr(-1e30)
 
 @triton.jit(do_not_specialize=["first_row", "rows", "q_blocks", "k_len", "k_blocks", "first_block"])
 def mass_kernel(
-    queries,  # descriptor of [B * Hkv * Qb * group * GROUPS + B * Hkv * Kb * GROUPS, DEPTH]: the runs of q, then of k
+    queries,  # descriptor of [B * Hkv * Qb * group * Q_GROUPS + B * Hkv * Kb * GROUPS, DEPTH]: the runs of q, then of k
     keys,  # another of the same
     table,  # float32: the power of each block of `queries`, then of `keys`
-    masses,  # float32 [B * Hkv, rows * group * GROUPS, pitch]: log2-sum-exp of each key block; the future is garbage
-    totals,  # float32 [B * Hkv, rows * group * GROUPS]: log2-sum-exp of the causal key blocks
+    masses,  # float32 [B * Hkv, rows * group * Q_GROUPS, pitch]: log2-sum-exp of each key block; the future is garbage
+    totals,  # float32 [B * Hkv, rows * group * Q_GROUPS]: log2-sum-exp of the causal key blocks
     factor,  # logit factor times log2(e)
     first_row,  # the first query block
     rows,  # query blocks
@@ -34,6 +34,7 @@ def mass_kernel(
     pitch,  # k_blocks, rounded up to a multiple of 16
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
     DEPTH: tl.constexpr,  # numbers a run
     STEP: tl.constexpr,  # as many are copied in one box
     ROWS: tl.constexpr,  # query runs a program; a power of two
@@ -42,21 +43,23 @@ def mass_kernel(
 ):
     """Walk ROWS query runs over the key blocks that they see; the longest walks start first."""
     GROUPS: tl.constexpr = BLOCK // STRIDE
+    Q_GROUPS: tl.constexpr = BLOCK // Q_STRIDE
     BLOCKS: tl.constexpr = max(COLUMNS // GROUPS, 1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    held = rows * group * GROUPS
+    held = rows * group * Q_GROUPS
     slot = tile * ROWS + tl.arange(0, ROWS)
-    q_block = first_row * group + tl.minimum(slot, held - 1) // GROUPS  # counts (query block, head) pairs
+    q_block = first_row * group + tl.minimum(slot, held - 1) // Q_GROUPS  # counts (query block, head) pairs
     diagonal = first_block + q_block // group
     q_start = head * group * q_blocks
-    k_start = tl.num_programs(1) * group * q_blocks + head * k_blocks
+    all_q = tl.num_programs(1) * group * q_blocks
+    k_start = all_q * Q_GROUPS + head * k_blocks * GROUPS
     power = tl.load(table + q_start + q_block) * factor
     # The last tile may reach past the rows of this pass: what it computes there is not stored.
     q = ()
     for depth in tl.static_range(0, DEPTH, STEP):
-        q += (queries.load([(q_start + first_row * group) * GROUPS + tile * ROWS, depth]),)  # type: ignore[assignment]
-    table += k_start
+        q += (queries.load([(q_start + first_row * group) * Q_GROUPS + tile * ROWS, depth]),)  # type: ignore[assignment]
+    table += all_q + head * k_blocks
     masses += (head.to(tl.int64) * held + slot)[:, None] * pitch
     stored = slot < held
 
@@ -91,7 +94,7 @@ def _visit(
     WIDTH: tl.constexpr = COLUMNS // BLOCKS  # runs of one block in this step
     logits = tl.zeros([ROWS, COLUMNS], tl.float32)
     for part_of_depth in tl.static_range(len(q)):
-        k = keys.load([k_start * GROUPS + run, part_of_depth * STEP])
+        k = keys.load([k_start + run, part_of_depth * STEP])
         logits = tl.dot(q[part_of_depth], k.T, logits, input_precision="ieee")
     logits = logits.reshape(ROWS, BLOCKS, WIDTH)
     block = run // GROUPS + tl.arange(0, BLOCKS)
@@ -135,12 +138,12 @@ def reduce_kernel(
     first_block,
     pitch,
     BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
     CHUNK: tl.constexpr,  # columns; a power of two
     VALUES: tl.constexpr,
 ):
     """Write the log of the largest share that a key block has of any query run, plus its value term."""
-    GROUPS: tl.constexpr = BLOCK // STRIDE
+    Q_GROUPS: tl.constexpr = BLOCK // Q_STRIDE
     slot = tl.program_id(0)
     head = tl.program_id(1)
     diagonal = first_block + first_row + slot // group
@@ -151,11 +154,11 @@ def reduce_kernel(
     held = column < (diagonal // 16 + 1) * 16  # whole vectors
     row = head.to(tl.int64) * tl.num_programs(0) + slot
     best = tl.full([CHUNK], float("-inf"), tl.float32)
-    for run in tl.static_range(GROUPS):
-        token = diagonal * BLOCK + run * STRIDE
-        exists = (token + STRIDE > q_offset) & (token < k_len)
-        total = tl.where(exists, tl.load(totals + row * GROUPS + run), float("inf"))
-        mass = tl.load(masses + (row * GROUPS + run) * pitch + column, mask=held, other=0.0)
+    for run in tl.static_range(Q_GROUPS):
+        token = diagonal * BLOCK + run * Q_STRIDE
+        exists = (token + Q_STRIDE > q_offset) & (token < k_len)
+        total = tl.where(exists, tl.load(totals + row * Q_GROUPS + run), float("inf"))
+        mass = tl.load(masses + (row * Q_GROUPS + run) * pitch + column, mask=held, other=0.0)
         best = tl.maximum(best, mass - total)
     score = best * LN2
     if VALUES:

@@ -141,7 +141,9 @@ class _Plan:
         self.q_rows, self.k_rows = batch * heads * grid.q_blocks, self.all_heads * grid.k_blocks
         self.mass = config.score == "mass"
         per_block = grid.block_size // config.stride
+        self.q_stride = config.query_stride if self.mass else config.stride
         self.slots = per_block if self.mass else config.stride
+        self.q_slots = grid.block_size // self.q_stride if self.mass else config.stride
         groups = grid.k_len // config.stride
         zscore = config.value_term == "zscore"
         self.valued = config.value_term == "log" or (zscore and groups > 1)  # one group has no deviation
@@ -176,6 +178,7 @@ class _Plan:
                 "SPREAD": spread,
                 "BLOCK": grid.block_size,
                 "STRIDE": config.stride,
+                "Q_STRIDE": self.q_stride,
                 "RUNS": self.mass,
                 # 8 numbers a thread: 16 bytes.
                 "TOKENS": min(max(self.slots, POOL_WARPS * 256 // dim_pad), grid.block_size),
@@ -194,8 +197,8 @@ class _Plan:
                 num_warps=8,
             )
         self.pitch = triton.cdiv(grid.k_blocks, 16) * 16
-        # A query block's scores, and its masses: one for every score and slot.
-        row_bytes = 4 * self.all_heads * self.group * self.pitch * (1 + self.slots if self.mass else 1)
+        # A query block's scores, and its masses: one for every score and run of queries.
+        row_bytes = 4 * self.all_heads * self.group * self.pitch * (1 + self.q_slots if self.mass else 1)
         passes = triton.cdiv(grid.q_blocks, max(SCORE_BYTES // row_bytes, 1))
         pass_rows = triton.cdiv(grid.q_blocks, passes)
         self.scores_size = self.all_heads * self.group * pass_rows * self.pitch
@@ -238,12 +241,12 @@ class _Plan:
     def _score_by_mass(self, first: int, rows: int, scale: float) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan the mass scores of some query blocks."""
         grid, (side, columns, warps, stages) = self.grid, self.tile
-        constants = {"BLOCK": grid.block_size, "STRIDE": self.config.stride}
-        depth = {"DEPTH": self.dim_out, "STEP": self.step}
+        constants = {"BLOCK": grid.block_size, "Q_STRIDE": self.q_stride}
+        depth = {"STRIDE": self.config.stride, "DEPTH": self.dim_out, "STEP": self.step}
         cuda = self.device.type == "cuda" and torch.version.hip is None
         mass = Launch(
             mass_kernel,
-            (triton.cdiv(rows * self.group * self.slots, side), self.all_heads),
+            (triton.cdiv(rows * self.group * self.q_slots, side), self.all_heads),
             (
                 scale * LOG2_E,
                 first,
@@ -345,11 +348,10 @@ class _Plan:
     def run(self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> BlockSelection:
         """Make the selection of inputs of this plan's layout on the current device and stream."""
         pooled, table = self.pool_inputs(q, k, v, pages)
-        tiled = pooled.view(-1, self.dim_out) if self.mass else pooled
         indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=self.device)
         counts = torch.empty(self.rows, dtype=torch.int32, device=self.device)
         tensors = {
-            "q_tiles": TensorDescriptor(tiled, tiled.shape, tiled.stride(), [self.tile[0], self.step]),
+            "q_tiles": TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[0], self.step]),
             "table": table,
             "scores": torch.empty(self.scores_size, dtype=torch.float32, device=self.device),
             "keep": self.keep_on_device(),
@@ -357,8 +359,8 @@ class _Plan:
             "counts": counts,
         }
         if self.mass:
-            masses_size = self.scores_size * self.slots
-            tensors["k_tiles"] = TensorDescriptor(tiled, tiled.shape, tiled.stride(), [self.tile[1], self.step])
+            masses_size = self.scores_size * self.q_slots
+            tensors["k_tiles"] = TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[1], self.step])
             tensors["masses"] = torch.empty(masses_size, dtype=torch.float32, device=self.device)
             tensors["totals"] = torch.empty(masses_size // self.pitch, dtype=torch.float32, device=self.device)
         for launches in self.passes:
@@ -371,12 +373,15 @@ class _Plan:
         """Read q, k and v once.
 
         Returns:
-            pooled [q rows + k rows, slots * D], D rounded up to a multiple of 8, slots being the stride for linear
-            scores and the runs of a block for masses (then D is half as much again, with spreads); and a float32
-            table: the powers of two that these rows were divided by, then the weighted value term of the k rows.
+            pooled, the blocks of q and then those of k: for linear scores [blocks, stride * D], D rounded up to a
+            multiple of 8; for masses [runs, D], D half as much again with spreads. And a float32 table: the powers of
+            two that these blocks were divided by, then the weighted value term of the k blocks.
         """
         rows = self.q_rows + self.k_rows
-        pooled = torch.empty((rows, self.slots * self.dim_out), dtype=self.pooled_dtype, device=self.device)
+        shape = rows, self.slots * self.dim_out
+        if self.mass:
+            shape = self.q_rows * self.q_slots + self.k_rows * self.slots, self.dim_out
+        pooled = torch.empty(shape, dtype=self.pooled_dtype, device=self.device)
         table = torch.empty(rows + self.k_rows, dtype=torch.float32, device=self.device)
         block_table = table if pages is None else pages
         if self.zscore is None:

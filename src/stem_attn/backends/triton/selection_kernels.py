@@ -28,9 +28,9 @@ def pool_kernel(
     q,  # [B, Hq, Tq, D], the last Tq of Tk tokens
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    pooled,  # [B * Hkv * Qb * group + B * Hkv * Kb, SLOTS * D_OUT]: the blocks of q, then those of k; zeros past D, or
-    # where SPREAD, ceil(D / 2) spreads, then zeros
-    table,  # float32: the power of each row of pooled, then the weighted value term of each row of k
+    pooled,  # [B * Hkv * Qb * group * (slots of q) + B * Hkv * Kb * (slots of k), D_OUT]: the blocks of q, then those
+    # of k; zeros past D, or where SPREAD, ceil(D / 2) spreads, then zeros
+    table,  # float32: the power of each block of pooled, then the weighted value term of each block of k
     logs,  # float32 [B * Hkv, Kb * BLOCK / STRIDE], log magnitudes; only where ZSCORE, and then instead of the term
     block_table,  # int32 [pages of the sequence]; unused unless paged
     q_strides,  # (batch, head, token, dim) in elements
@@ -55,6 +55,7 @@ def pool_kernel(
     SPREAD: tl.constexpr,  # with RUNS: keep the variance of each pair of dims of k, and the squared mean of q's
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,  # that of q: a multiple where RUNS, else the same
     RUNS: tl.constexpr,  # average each run of STRIDE tokens; else the tokens of each position modulo STRIDE
     TOKENS: tl.constexpr,  # how many are loaded at once; a multiple of SLOTS: BLOCK / STRIDE where RUNS, else STRIDE
     PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
@@ -70,14 +71,15 @@ def pool_kernel(
         block = program % q_blocks
         row = (program // q_blocks // group * q_blocks + block) * group + program // q_blocks % group
         _pool(q, pooled, table, row, block * BLOCK - q_offset, q_len, block_table, q_strides, spread,
-              D, D_PAD, D_OUT, SPREAD, BLOCK, STRIDE, RUNS, TOKENS, 0, False)  # fmt: skip
+              D, D_PAD, D_OUT, SPREAD, BLOCK, Q_STRIDE, RUNS, TOKENS, 0, False)  # fmt: skip
     elif program < q_rows + k_rows:
         row = program - q_rows
         head = (row // k_blocks).to(tl.int64)
         k += head % kv_heads * k_strides[1]
         if PAGE == 0:
             k += head // kv_heads * k_strides[0]
-        _pool(k, pooled, table, program, row % k_blocks * BLOCK, k_len, block_table, k_strides, spread,
+        pooled += q_rows.to(tl.int64) * ((BLOCK // Q_STRIDE if RUNS else STRIDE) * D_OUT)
+        _pool(k, pooled, table + q_rows, row, row % k_blocks * BLOCK, k_len, block_table, k_strides, spread,
               D, D_PAD, D_OUT, SPREAD, BLOCK, STRIDE, RUNS, TOKENS, PAGE, True)  # fmt: skip
     else:
         row = program - q_rows - k_rows
