@@ -13,7 +13,7 @@ from stem_attn.errors import InputError
 from stem_attn.evals.method_specs import parse_methods
 from stem_attn.evals.ruler.sparse import running
 from stem_attn.evals.tune import check, parse_target, tune, with_layer_budgets
-from stem_attn.evals.tune_levels import allocate, interpolate, levels, spread
+from stem_attn.evals.tune_levels import allocate, interpolate, levels, spread, toward
 from stem_attn.integrations import hf
 from stem_attn.integrations.vllm import settings
 
@@ -74,6 +74,13 @@ def test_allocation_is_the_best_of_all():
                 assert sum(float(row[level]) for row, level in zip(damage, other, strict=True)) >= cost - 1e-12
     assert allocate(damage, densities, 1.0) == [3, 3, 3]
     assert allocate(damage, densities, 0.0) == [0, 0, 0]
+
+
+def test_part_of_the_way_to_an_allocation():
+    densities = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert toward([0, 4], 0.3, 1.0, densities) == [0, 4]
+    assert toward([0, 4], 0.3, 0.5, densities) == [1, 3]
+    assert toward([0, 4], 0.3, 0.0, densities) == [2, 2]
 
 
 @pytest.mark.parametrize("text", ["kl", "kl=x", "kl=0", "kl=inf", "top1=0", "top1=1.5", "ppl=3"])
@@ -178,7 +185,7 @@ def test_command_writes_a_config_and_a_record(folder, tmp_path, capsys):
     assert record["tuned"]["kl_nats"] <= 0.02
     assert [row["factor"] for row in record["layers"]] == list(config.layer_budgets)
     assert [text["sha256"] for text in record["texts"]] == list({text["sha256"]: 0 for text in record["texts"]})
-    assert {run["stage"] for run in record["runs"]} == {"uniform", "sensitivity", "tuned"}
+    assert {run["stage"] for run in record["runs"]} == {"uniform", "sensitivity", "recipe", "tuned"}
     assert record["held_out"]["tuned"]["kl_nats"] > 0
     printed = capsys.readouterr().out
     assert "Budgets by layer" in printed

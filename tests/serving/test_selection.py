@@ -25,7 +25,9 @@ def test_custom_is_another_name_and_a_config_file_is_read(folders, tmp_path):
     from stem_attn import StemConfig
 
     file = tmp_path / "tuned.json"
-    file.write_text(StemConfig(block_size=32, budget_ratio=0.3, dense_layers=(-1,), min_seq_len=64).to_json())
+    # The budget alone keeps everything of 10 blocks; the first layer's factor leaves it 4.
+    own = {"layer_budgets": (0.3, 1.0), "dense_layers": (-1,)}
+    file.write_text(StemConfig(block_size=32, budget_ratio=0.3, min_seq_len=64, **own).to_json())
     stem = {"preset": "paper", "config_file": str(file), "stride": 4, "crossover": False}
     with engine(folders("llama"), stem, attention_backend="CUSTOM") as llm:
         settings = {layer.impl.settings for layer in attention_layers(llm).values()}
@@ -34,6 +36,7 @@ def test_custom_is_another_name_and_a_config_file_is_read(folders, tmp_path):
         answer(llm, PROMPTS, new_tokens=1)
         assert stats(llm)["sparse_tokens"] == 300
         assert stats(llm)["dense_tokens"] == {"short prompt": 33, "dense layer": 333}
+        assert stats(llm)["density"] < 0.8
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 1. A dense forward a prompt; as it goes, the attention error of every layer at some budgets.
 2. The least budget, the same in every layer, whose sparse forward reaches the target.
-3. There, how much each layer matters: what the KL loses when that layer becomes dense again.
+3. How much each layer matters: the KL where that layer alone has this budget and all others are dense.
 4. A layer's damage at another budget is that, times the ratio of its squared attention errors (the KL of a small
    perturbation is quadratic in it). Budgets that minimise the total damage at a total density are one Lagrange
-   multiplier away; the density is bisected with sparse forwards until the target holds.
+   multiplier away. Layers are not independent, so this is a direction more than an answer: sparse forwards at equal
+   density choose how far to trust the layers' weights and how far to go from the uniform budget.
+5. The density is bisected with sparse forwards until the target holds.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from torch import Tensor
 from stem_attn.config import StemConfig
 from stem_attn.errors import InputError
 from stem_attn.evals.layer_numbers import mix, share_above
-from stem_attn.evals.tune_levels import Level, allocate, interpolate, levels, spread
+from stem_attn.evals.tune_levels import Level, allocate, interpolate, levels, spread, toward
 from stem_attn.evals.tune_runs import OnStep, Outcome, Prompts
 
 _CURVE_LEVELS = 10  # levels at which attention errors are measured
 _BISECTIONS = 6
 _TINY = 1e-30
+# (power of the layers' sensitivities, share of the way from the uniform budget to the allocation).
+_RECIPES = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.5, 0.5), (0.0, 1.0), (0.0, 0.5))
 _LEAST_SHARE = 0.02  # of the mean: no layer counts for less, however little it seems to matter
 
 
@@ -85,7 +89,7 @@ class Run:
     """Sparse forwards with one choice of budgets.
 
     Args:
-        stage: `"uniform"`, `"sensitivity"` or `"tuned"`.
+        stage: `"uniform"`, `"sensitivity"`, `"recipe"` (allocations of equal density) or `"tuned"`.
         scales: By layer, factor on the config's budget.
         outcome: What they gave.
     """
@@ -126,8 +130,10 @@ class Tuned:
         outcome: Its own, on the calibration prompts, run as written.
         uniform: The same budget in every layer.
         by_layer: Budgets by layer.
-        sensitivity: By layer, nats of KL that the uniform budget loses when the layer becomes dense; empty where even
-            the least budget reaches the target.
+        recipe: Power of the sensitivities, and share of the way from the uniform budget to the allocation; None where
+            the uniform budget was not bettered.
+        sensitivity: By layer, nats of KL where it alone has the uniform budget; empty where even the least budget
+            reaches the target.
         errors: By layer, relative attention error |O_s - O| / |O| of the answer, on the dense forward's q, k, v.
         runs: Every choice of budgets that was tried, in order.
     """
@@ -136,6 +142,7 @@ class Tuned:
     outcome: Outcome
     uniform: Bracket
     by_layer: Bracket
+    recipe: tuple[float, float] | None
     sensitivity: dict[int, float]
     errors: dict[int, float]
     runs: list[Run]
@@ -192,11 +199,11 @@ class _Search:
         """Do all of it; `at` are the levels whose attention errors are known."""
         uniform, level = self.least_uniform()
         curves = [interpolate(self.prompts.errors[layer], at, self.densities) for layer in self.layers]
-        by_layer, sensitivity = uniform, {}
+        by_layer, recipe, sensitivity = uniform, None, {}
         if uniform.fails is not None:
             level = min(level, len(self.steps) - 2)  # dense is at no one's expense
             sensitivity = self.sensitivity(level)
-            by_layer = self.by_layer(uniform, damage(curves, list(sensitivity.values()), level))
+            by_layer, recipe = self.by_layer(uniform, curves, list(sensitivity.values()), level)
         config = with_layer_budgets(self.config, by_layer.reaches.scales, self.prompts.layer_count)
         written = self.prompts.run({layer: config.for_layer(layer) for layer in self.layers}, "as written")
         scales = [step.scale for step in self.steps]
@@ -204,7 +211,7 @@ class _Search:
             layer: float(curve[scales.index(by_layer.reaches.scales[layer])]) ** 0.5
             for layer, curve in zip(self.layers, curves, strict=True)
         }
-        return Tuned(config, written, uniform, by_layer, sensitivity, errors, self.runs)
+        return Tuned(config, written, uniform, by_layer, recipe, sensitivity, errors, self.runs)
 
     def least_uniform(self) -> tuple[Bracket, int]:
         """Bisect one level for all layers."""
@@ -226,30 +233,40 @@ class _Search:
         return Bracket(fails, reaches), high
 
     def sensitivity(self, level: int) -> dict[int, float]:
-        """Return what the KL loses when one layer becomes dense, all others at a level."""
-        everywhere = [level] * len(self.layers)
-        whole = self.run("sensitivity", everywhere).outcome.kl_nats
+        """Return the KL where one layer has a level and all others are dense."""
+        dense = [len(self.steps) - 1] * len(self.layers)
         found = {}
         for i, layer in enumerate(self.layers):
-            without = [*everywhere[:i], len(self.steps) - 1, *everywhere[i + 1 :]]
-            found[layer] = whole - self.run("sensitivity", without).outcome.kl_nats
+            alone = [*dense[:i], level, *dense[i + 1 :]]
+            found[layer] = self.run("sensitivity", alone).outcome.kl_nats
         return found
 
-    def by_layer(self, uniform: Bracket, costs: Tensor) -> Bracket:
-        """Bisect the total density of the best allocations; where they do not help, the uniform budgets stay."""
+    def by_layer(
+        self, uniform: Bracket, curves: Sequence[Tensor], sensitivity: Sequence[float], level: int
+    ) -> tuple[Bracket, tuple[float, float] | None]:
+        """Choose a recipe and bisect its density; where no recipe betters the uniform budget, that stays."""
+
+        def at(recipe: tuple[float, float], density: float) -> list[int]:
+            power, share = recipe
+            chosen = allocate(damage(curves, sensitivity, level, power), self.densities, density)
+            return toward(chosen, density, share, self.densities)
+
         low, high = self.densities[0], uniform.reaches.outcome.density
-        tried = self.run("tuned", allocate(costs, self.densities, high))
-        if not self.target.met(tried.outcome):
-            return uniform
-        fails, reaches = None, tried
+        tried = {recipe: self.run("recipe", at(recipe, high)) for recipe in _RECIPES}
+        best = min(tried, key=lambda recipe: self.target.damage(tried[recipe].outcome))
+        fails, reaches = None, tried[best]
+        if not self.target.met(reaches.outcome):
+            return uniform, None
         for _ in range(_BISECTIONS):
             middle = (low * high) ** 0.5
-            tried = self.run("tuned", allocate(costs, self.densities, middle))
-            if self.target.met(tried.outcome):
-                high, reaches = middle, tried
+            run = self.run("tuned", at(best, middle))
+            if self.target.met(run.outcome):
+                high, reaches = middle, run
             else:
-                low, fails = middle, tried
-        return Bracket(fails, reaches)
+                low, fails = middle, run
+        if reaches.outcome.density >= uniform.reaches.outcome.density:
+            return uniform, None
+        return Bracket(fails, reaches), best
 
     def run(self, stage: str, chosen: Sequence[int]) -> Run:
         """Try a level for every layer, or return what that gave before."""
@@ -261,20 +278,20 @@ class _Search:
         return known
 
 
-def damage(curves: Sequence[Tensor], sensitivity: Sequence[float], level: int) -> Tensor:
-    """Return what every layer's levels cost, float64 [layers, levels], in nats.
+def damage(curves: Sequence[Tensor], sensitivity: Sequence[float], level: int, power: float) -> Tensor:
+    """Return what every layer's levels cost, float64 [layers, levels]; the unit has no meaning.
 
     Args:
         curves: Squared attention errors of a layer at every level.
         sensitivity: What each layer costs at one level.
         level: That level.
+        power: Of the sensitivities: 1 believes them, 0 takes all layers as equally sensitive there.
     """
-    least = _LEAST_SHARE * max(sum(sensitivity) / len(sensitivity), _TINY)
-    rows = [
-        curve / max(float(curve[level]), _TINY) * max(nats, least)
-        for curve, nats in zip(curves, sensitivity, strict=True)
-    ]
-    return torch.stack(rows)
+    mean = max(sum(sensitivity) / len(sensitivity), _TINY)
+    weights = [max(nats / mean, _LEAST_SHARE) ** power for nats in sensitivity]
+    return torch.stack(
+        [curve / max(float(curve[level]), _TINY) * weight for curve, weight in zip(curves, weights, strict=True)]
+    )
 
 
 def scaled(config: StemConfig, scales: Mapping[int, float]) -> dict[int, StemConfig]:
@@ -329,6 +346,7 @@ def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
     return {
         "config": json.loads(tuned.config.to_json()),
         "only_dense": tuned.is_dense,
+        "recipe": tuned.recipe,
         "tuned": numbers(tuned.outcome),
         "uniform": numbers(tuned.uniform.reaches.outcome),
         "density_at_target": {

@@ -109,3 +109,20 @@ def allocate(damage: Tensor, densities: Sequence[float], mean_density: float) ->
         else:
             low = price
     return [int(level) for level in chosen]
+
+
+def toward(chosen: Sequence[int], density: float, share: float, densities: Sequence[float]) -> list[int]:
+    """Go part of the way from the same density in every layer to an allocation.
+
+    Args:
+        chosen: The allocation: indices of levels, one a layer.
+        density: The same in every layer.
+        share: 1 is the allocation itself.
+        densities: Of the levels, rising.
+
+    Returns:
+        Indices of the levels that come closest.
+    """
+    at = torch.tensor(densities, dtype=torch.float64)
+    wanted = (1 - share) * density + share * at[list(chosen)]
+    return [int(level) for level in (at - wanted[:, None]).abs().argmin(1)]
