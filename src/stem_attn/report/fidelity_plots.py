@@ -66,9 +66,8 @@ def _by_density(names: list[str], found: Found) -> Any:
             if points:
                 panel.plot(*zip(*sorted(points), strict=True), linewidth=1.4, markersize=4, label=name, **style)
             if own and name != "dense":
-                panel.plot(
-                    *zip(*own, strict=True), **{**style, "linestyle": "none"}, markersize=9, markerfacecolor="none"
-                )
+                alone = {**style, "linestyle": "none", "label": None if points else name}
+                panel.plot(*zip(*own, strict=True), **alone, markersize=9, markerfacecolor="none")
         panel.set_xlabel("density (kept over causal blocks)")
         panel.set_title(label, fontsize=10)
         _logarithmic(panel)
