@@ -23,6 +23,7 @@ HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "STEM_ATTN_CACHE"
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 _MANIFEST = "stem-attn.json"
+_SAMPLE = "Hello world, 12 tokens.\n\tdef f(x): return x"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,12 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Some versions of transformers lose parts of a GGUF's tokenizer; the model then reads text it never saw.
+    if AutoTokenizer.from_pretrained(folder)(_SAMPLE).input_ids != tokenizer(_SAMPLE).input_ids:
+        raise InputError(
+            f"transformers {transformers.__version__} cannot save the tokenizer of {gguf.name} (read back, it splits "
+            f"text otherwise): use a newer version"
+        )
 
 
 def _sha256(path: Path) -> str:
