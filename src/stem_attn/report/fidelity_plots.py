@@ -156,9 +156,10 @@ def _style(names: list[str], name: str) -> dict[str, Any]:
     if name in _REFERENCES:
         return {"color": "black", "marker": ".", "linestyle": "--"}
     place = [other for other in names if other not in _REFERENCES].index(name)
+    again = place // len(_COLORS)  # the second time round a colour has another marker
     return {
         "color": _COLORS[place % len(_COLORS)],
-        "marker": _MARKERS[place % len(_MARKERS)],
+        "marker": _MARKERS[(place + 3 * again) % len(_MARKERS)],
         "linestyle": "-" if name.startswith("stem") or place < 2 else (0, (5, 1)),
     }
 
