@@ -21,10 +21,10 @@ def compile_kernel(head_dim: int, spread: bool, stride: int) -> Any:
     from triton.compiler import ASTSource
 
     from stem_attn.backends.triton.mass_kernels import mass_kernel
-    from stem_attn.backends.triton.selection import _mass_tile
+    from stem_attn.backends.triton.tiles import choose_mass_tile
 
     depth, step = head_dim * 3 // 2 if spread else head_dim, 64
-    rows, columns, warps, stages = _mass_tile(depth, 128 // stride, torch.float16)
+    rows, columns, warps, stages = choose_mass_tile(depth, 128 // stride, torch.float16.itemsize)
     constants = {"BLOCK": 128, "STRIDE": stride, "Q_STRIDE": 2 * stride, "DEPTH": depth, "STEP": step}
     constants |= {"ROWS": rows, "COLUMNS": columns, "CUDA": True}
     types = {"queries": f"tensordesc<fp16[{rows}, {step}]>", "keys": f"tensordesc<fp16[{columns}, {step}]>"}

@@ -142,10 +142,11 @@ def check_selection(
     budget = block_budget(config, grid.k_len, grid).tolist()
     kv_heads = k.shape[1]
     scopes = {"head": q.shape[1], "group": kv_heads, "layer": 1}[config.budget_scope]
-    tokens = sorted({(s.batch, (token + grid.offset) // grid.block_size) for s in samples for token in s.tokens})
-    for batch, block in tokens:
+    sampled = sorted({(s.batch, (token + grid.offset) // grid.block_size) for s in samples for token in s.tokens})
+    exact = {batch: _ExactScores(q[batch], k[batch], v[batch], config, grid) for batch in {b for b, _ in sampled}}
+    for batch, block in sampled:
         row = block - grid.first_block
-        scores, rounding = _exact_scores(q[batch], k[batch], v[batch], config, grid, row)
+        scores, rounding = exact[batch].row(row)
         wanted = reference_row(scores.tolist(), budget[row], block, config, kv_heads)
         kept = [
             selection.indices[batch, head, row, : int(selection.counts[batch, head, row])].tolist()
@@ -178,72 +179,100 @@ def _cutoff(score: list[float], budget: int, block: int, config: StemConfig) -> 
     return pool[min(take, len(pool)) - 1] if pool and take > 0 else float("inf")
 
 
-def _exact_scores(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, grid: BlockGrid, row: int
-) -> tuple[Tensor, float]:
-    """Score a query block of one batch row, q [Hq, Tq, D], k and v [Hkv, Tk, D], against all key blocks in float64.
+class _ExactScores:
+    """Score query blocks of one batch row in float64; what they share of the keys is worked out once.
 
-    Returns:
-        Scores float64 [Hq, Kb], and the rounding that a score may have: that of float32 arithmetic, or on a GPU of
-        products in bfloat16.
+    Args:
+        q: [Hq, Tq, D].
+        k: [Hkv, Tk, D].
+        v: [Hkv, Tk, Dv].
+        config: The method.
+        grid: The geometry.
     """
-    estimate = _linear if config.score == "linear" else _mass
-    size = config.block_size
-    start, stop = grid.q_span(row)
-    lead = start + grid.offset - (grid.first_block + row) * size
-    coarse = torch.bfloat16 if q.is_cuda else torch.float32
-    tokens = F.pad(q[:, start:stop].double(), (0, 0, lead, size - lead - (stop - start)))
-    present = F.pad(torch.ones(stop - start, device=q.device).double(), (lead, size - lead - (stop - start)))
-    products, rounded = (
-        estimate(tokens, present, k.double(), config, grid.first_block + row, dtype) for dtype in (None, coarse)
-    )
-    # A query of zeros has no logits: what is left is the value term of every key block.
-    linear = dataclasses.replace(config, score="linear")
-    bonus = block_scores(torch.zeros_like(q[None, :, -1:]), k[None], v[None], linear, 1.0)[0, :, -1].double()
-    scores = products + bonus
-    finite = products.isfinite()
-    float32 = torch.finfo(torch.float32).eps * float(scores[finite].abs().max())
-    return scores, max(float((rounded - products)[finite].abs().max()), float32)
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, grid: BlockGrid) -> None:
+        self._q, self._config, self._grid = q, config, grid
+        self._counts = _token_counts(grid.k_len, config.stride, k.device)  # of the runs of keys
+        self._keys = _linear_keys(k, config) if config.score == "linear" else _mass_keys(k, self._counts, config)
+        # A query of zeros has no logits: what is left is the value term of every key block.
+        linear = dataclasses.replace(config, score="linear")
+        bonus = block_scores(torch.zeros_like(q[None, :, -1:]), k[None], v[None], linear, 1.0)
+        self._bonus = bonus[0, :, -1].double()
+
+    def row(self, row: int) -> tuple[Tensor, float]:
+        """Score a query block against all key blocks.
+
+        Returns:
+            Scores float64 [Hq, Kb], and the rounding that a score may have: that of float32 arithmetic, or on a GPU of
+            products in bfloat16.
+        """
+        grid, size = self._grid, self._config.block_size
+        start, stop = grid.q_span(row)
+        lead = start + grid.offset - (grid.first_block + row) * size
+        padding = lead, size - lead - (stop - start)
+        tokens = F.pad(self._q[:, start:stop].double(), (0, 0, *padding))
+        present = F.pad(torch.ones(stop - start, device=tokens.device).double(), padding)
+        coarse = torch.bfloat16 if tokens.is_cuda else torch.float32
+        products, rounded = (self._estimate(tokens, present, row, dtype) for dtype in (torch.float64, coarse))
+        scores = products + self._bonus
+        finite = products.isfinite()
+        float32 = torch.finfo(torch.float32).eps * float(scores[finite].abs().max())
+        return scores, max(float((rounded - products)[finite].abs().max()), float32)
+
+    def _estimate(self, tokens: Tensor, present: Tensor, row: int, dtype: torch.dtype) -> Tensor:
+        """Estimate [Hq, Kb] of a padded query block, tokens [Hq, size, D], after rounding the factors to a dtype."""
+        config, block = self._config, self._grid.first_block + row
+        if config.score == "linear":
+            products = _products(_group_means(tokens, 1, config).flatten(2), self._keys, dtype)
+            mean: Tensor = products[:, 0] * (tokens.shape[2] ** -0.5 / config.stride)
+            return mean
+        runs = config.block_size // config.stride
+        queries, exist = _mass_queries(tokens, present, config)
+        logits = _products(queries, self._keys[:, : (block + 1) * runs], dtype)
+        logits = logits + self._counts[: (block + 1) * runs].log()
+        logits = F.pad(logits, (0, (block + 1) * runs - logits.shape[-1]), value=-torch.inf)
+        taken = torch.unflatten(logits, -1, (block + 1, -1)).logsumexp(-1).log_softmax(-1)[:, exist]
+        return F.pad(taken.amax(1), (0, self._grid.k_blocks - block - 1), value=-torch.inf)
 
 
-def _linear(
-    q: Tensor, present: Tensor, k: Tensor, config: StemConfig, block: int, coarse: torch.dtype | None
-) -> Tensor:
-    """Linear scores [Hq, Kb] of a padded query block, q [Hq, size, D]."""
-    groups = q.shape[0] // k.shape[0]
-    q_means = _group_means(q, 1, config).flatten(1)
-    k_means = _group_means(k, -(-k.shape[1] // config.block_size), config).flip(2).flatten(2)
-    if coarse is not None:
-        q_means, k_means = (x.to(coarse).double() for x in (q_means, k_means))
-    products: Tensor = torch.einsum("gqd,gkd->gqk", torch.unflatten(q_means, 0, (-1, groups)), k_means).flatten(0, 1)
-    return products.mul_(q.shape[2] ** -0.5 / config.stride)
+def _products(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply queries [Hq, M, N] with the keys [Hkv, K, N] of their KV head, both rounded: float64 [Hq, M, K]."""
+    rows = queries.to(dtype).double().view(keys.shape[0], -1, queries.shape[2])
+    products: Tensor = rows @ keys.to(dtype).double().mT
+    return products.view(*queries.shape[:2], keys.shape[1])
 
 
-def _mass(q: Tensor, present: Tensor, k: Tensor, config: StemConfig, block: int, coarse: torch.dtype | None) -> Tensor:
-    """Mass scores [Hq, Kb] of a padded query block, q [Hq, size, D], of which the tokens `present` [size] are real."""
-    size, stride, scale = config.block_size, config.stride, q.shape[2] ** -0.5
-    blocks = -(-k.shape[1] // size)
-    seen = min((block + 1) * size, k.shape[1])
-    counts = F.pad(torch.ones(seen, dtype=torch.float64, device=k.device), (0, -seen % stride)).view(-1, stride).sum(-1)
-    keys = torch.unflatten(F.pad(k[:, :seen], (0, 0, 0, -seen % stride)), 1, (-1, stride))
-    k_means = keys.sum(2) / counts[:, None]
-    spread = keys.square().sum(2) / counts[:, None] - k_means.square()
-    q_counts = present.view(-1, config.query_stride).sum(-1)
-    q_means = torch.unflatten(q, 1, (-1, config.query_stride)).sum(2) / q_counts.clamp(min=1)[:, None]
-    half = q.shape[2] // 2
-    q_pairs, k_pairs = (x[..., :half] + x[..., half:] for x in (q_means.square(), spread))
-    queries = torch.cat([q_means * scale, q_pairs * scale**2 * config.spread_weight / 4], -1)
-    features = torch.cat([k_means, k_pairs], -1)
-    if coarse is not None:
-        queries, features = (x.to(coarse).double() for x in (queries, features))
-    groups = q.shape[0] // k.shape[0]
-    logits = (
-        torch.unflatten(queries, 0, (-1, groups)).flatten(1, 2) @ features.mT + counts.log()
-    )  # [Hkv, groups * runs, Kg]
-    logits = F.pad(logits, (0, (block + 1) * (size // stride) - logits.shape[-1]), value=-torch.inf)
-    taken = torch.unflatten(logits, -1, (block + 1, -1)).logsumexp(-1).log_softmax(-1)
-    taken = torch.unflatten(taken, 1, (groups, -1)).flatten(0, 1)[:, q_counts > 0]
-    return F.pad(taken.amax(1), (0, blocks - block - 1), value=-torch.inf)
+def _linear_keys(k: Tensor, config: StemConfig) -> Tensor:
+    """Pool keys [Hkv, Tk, D] for linear scores: float64 [Hkv, Kb, stride * D]."""
+    return _group_means(k.double(), -(-k.shape[1] // config.block_size), config).flip(2).flatten(2)
+
+
+def _mass_keys(k: Tensor, counts: Tensor, config: StemConfig) -> Tensor:
+    """Pool keys [Hkv, Tk, D] for masses, runs of `counts` tokens each: float64 [Hkv, runs, D + D/2]."""
+    runs = torch.unflatten(F.pad(k.double(), (0, 0, 0, -k.shape[1] % config.stride)), 1, (-1, config.stride))
+    means = runs.sum(2) / counts[:, None]
+    spread = runs.square().sum(2) / counts[:, None] - means.square()
+    return torch.cat([means, _pairs(spread)], -1)
+
+
+def _mass_queries(tokens: Tensor, present: Tensor, config: StemConfig) -> tuple[Tensor, Tensor]:
+    """Pool a padded query block [Hq, size, D] to [Hq, runs, D + D/2]; and tell which runs exist."""
+    scale, stride = tokens.shape[2] ** -0.5, config.query_stride
+    counts = present.view(-1, stride).sum(-1)
+    means = torch.unflatten(tokens, 1, (-1, stride)).sum(2) / counts.clamp(min=1)[:, None]
+    return torch.cat([means * scale, _pairs(means.square()) * scale**2 * config.spread_weight / 4], -1), counts > 0
+
+
+def _token_counts(length: int, stride: int, device: torch.device) -> Tensor:
+    """Count the tokens of every `stride` in a row: float64 [ceil(length / stride)]."""
+    ones = torch.ones(length, dtype=torch.float64, device=device)
+    return F.pad(ones, (0, -length % stride)).view(-1, stride).sum(-1)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Add up dimensions j and j + D/2."""
+    half = x.shape[-1] // 2
+    return x[..., :half] + x[..., half:]
 
 
 def _group_means(tokens: Tensor, blocks: int, config: StemConfig) -> Tensor:

@@ -8,7 +8,6 @@ that follows from shapes is worked out once, as a plan.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +16,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attn.backends.triton.launch import Launch
+from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.mass_kernels import mass_kernel, reduce_kernel
 from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kernel, top_kernel, zscore_kernel
 from stem_attn.backends.triton.share_kernel import share_kernel
+from stem_attn.backends.triton.tiles import choose_mass_tile, choose_score_tile
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
 from stem_attn.selection import kept_at_least, kept_per_row, most_kept
@@ -65,7 +65,7 @@ def select(
         The selection that the CPU backend makes, except where scores differ by less than their rounding. 16-bit
         inputs are pooled in float32 and multiplied with 11 significant bits.
     """
-    with _on(q):
+    with on_device(q.device):
         return plan_for(q, k, v, config, scale, budget, k_len).run(q, k, v, pages)
 
 
@@ -78,11 +78,6 @@ def plan_for(
     aligned = (q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16)  # kernels are compiled for it
     layout = (q.shape, k_shape, v.shape[3], page_size, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
     return _plan(layout, config, scale, budget.numpy().tobytes(), budget.ndim)
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the tensor's device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @lru_cache(maxsize=256)
@@ -204,9 +199,10 @@ class _Plan:
         self.scores_size = self.all_heads * self.group * pass_rows * self.pitch
         if self.mass:
             self.step = 32 if 0 < self.dim_out % 64 <= 32 else 64
-            self.tile = _mass_tile(triton.cdiv(self.dim_out, self.step) * self.step, self.slots, self.pooled_dtype)
+            depth = triton.cdiv(self.dim_out, self.step) * self.step
+            self.tile = choose_mass_tile(depth, self.slots, self.pooled_dtype.itemsize)
         else:
-            self.tile = _score_tile(self.all_heads, pass_rows * self.group, grid.k_blocks, dtype)
+            self.tile = choose_score_tile(self.all_heads, pass_rows * self.group, grid.k_blocks, dtype.itemsize)
             depth = max(triton.next_power_of_2(self.slots * self.dim_out), 16)
             self.step = min(depth, 64 if self.pooled_dtype == torch.float16 else 16)
         self.passes = []
@@ -404,25 +400,3 @@ class _Plan:
         if table is None:
             table = self.keep_tables[stream] = self.keep.to(self.device, non_blocking=True)
         return table
-
-
-def _mass_tile(depth: int, slots: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Pick rows, columns, warps and stages of a mass tile.
-
-    Rows take at most half of any GPU's shared memory (96 KiB), and two tiles of columns the rest. Tiles of 128 x 64
-    leave the registers for two programs a multiprocessor. A tile writes at most 16 key blocks, for their masses move
-    through shared memory too.
-    """
-    row_bytes = depth * dtype.itemsize
-    rows = min(128, 1 << (49152 // row_bytes).bit_length() - 1)
-    columns = min(64, 1 << ((98304 // row_bytes - rows) // 2).bit_length() - 1, 16 * slots)
-    return rows, columns, 8 if rows == 128 else 4, 2
-
-
-def _score_tile(heads: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Pick rows, columns, warps and stages of a score tile: large ones read less, small ones fill the device."""
-    if dtype == torch.float32:
-        return 64, 64, 4, 2
-    if heads * triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 512:
-        return 128, 128, 4, 3
-    return 64, 64, 4, 4

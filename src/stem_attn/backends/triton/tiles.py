@@ -1,4 +1,4 @@
-"""Which tile, warps and pipeline depth the attention kernels get: a table, kept apart from the kernels.
+"""Which tile, warps and pipeline depth the kernels get: a table, kept apart from them.
 
 The entries were measured (docs/log.md) or follow from the shared memory and registers that a tile takes.
 """
@@ -65,3 +65,25 @@ def choose_hopper_tile(head_dim: int, v_head_dim: int) -> HopperTile:
     share 227 KiB.
     """
     return HopperTile(128 if max(head_dim, v_head_dim) <= 128 else 64, 2)
+
+
+def choose_mass_tile(depth: int, slots: int, item_bytes: int) -> tuple[int, int, int, int]:
+    """Pick rows, columns, warps and stages of a mass tile.
+
+    Rows take at most half of any GPU's shared memory (96 KiB), and two tiles of columns the rest. Tiles of 128 x 64
+    leave the registers for two programs a multiprocessor. A tile writes at most 16 key blocks, for their masses move
+    through shared memory too.
+    """
+    row_bytes = depth * item_bytes
+    rows = min(128, 1 << (49152 // row_bytes).bit_length() - 1)
+    columns = min(64, 1 << ((98304 // row_bytes - rows) // 2).bit_length() - 1, 16 * slots)
+    return rows, columns, 8 if rows == 128 else 4, 2
+
+
+def choose_score_tile(heads: int, rows: int, columns: int, item_bytes: int) -> tuple[int, int, int, int]:
+    """Pick rows, columns, warps and stages of a score tile: large ones read less, small ones fill the device."""
+    if item_bytes > 2:
+        return 64, 64, 4, 2
+    if heads * -(-rows // 128) * -(-columns // 128) >= 512:
+        return 128, 128, 4, 3
+    return 64, 64, 4, 4
