@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stem_attn.backends.base import empty_output
 from stem_attn.backends.triton.attention_kernel import attention_kernel
 from stem_attn.backends.triton.launch import Launch, on_device
+from stem_attn.backends.triton.launch_order import LEAD_ROWS
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
 
@@ -315,7 +316,8 @@ def _geometry(
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
     """Return the grid, and the numbers that both kernels take after the strides."""
     (batch, heads, q_len, _), kv_heads, rows = layouts[0][0], layouts[1][0][1], layouts[5][0][2]
-    return (rows, heads, batch), (rows, heads // kv_heads, q_len, k_len, scale * math.log2(math.e), window or 0)
+    numbers = (rows, min(rows, LEAD_ROWS), heads // kv_heads, q_len, k_len, scale * math.log2(math.e), window or 0)
+    return (rows * heads, batch, 1), numbers
 
 
 def _layouts(*tensors: Tensor) -> Layouts:

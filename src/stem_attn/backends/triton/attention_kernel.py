@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 
 from stem_attn.backends.triton.kernel_pages import load_pages, token_offset
+from stem_attn.backends.triton.launch_order import row_and_head
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 # Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @triton.jit(
-    do_not_specialize=["table_stride", "rows", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"]
+    do_not_specialize=["table_stride", "rows", "lead", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"]
 )
 def attention_kernel(
     q,  # [B, Hq, Tq, D]: a pointer, or a tensor descriptor where TMA; packed: B = 1 and T = all tokens
@@ -40,6 +41,7 @@ def attention_kernel(
     count_strides,  # (batch, head, row)
     table_stride,  # from one sequence to the next
     rows,
+    lead,  # rows that start first
     group,  # query heads a KV head
     q_len,  # query tokens of a batch row; all tokens where PACKED
     k_len,  # not read where PACKED
@@ -58,14 +60,14 @@ def attention_kernel(
     LSE: tl.constexpr,
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
 ):
-    # Neighbouring programs share a KV head, so its tiles stay in L2; the last rows, which keep the most, start first.
-    row_slot = rows - 1 - tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(0) // rows
+    row_slot, head = row_and_head(rows, lead)
+    head = head.to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
     kv_head = head // group
     indices += batch * index_strides[0] + head * index_strides[1] + row_slot.to(tl.int64) * index_strides[2]
     count = tl.load(counts + batch * count_strides[0] + head * count_strides[1] + row_slot * count_strides[2])
-    lse += (batch * tl.num_programs(1) + head) * q_len
+    lse += (batch * heads + head) * q_len
 
     if PACKED:
         sequence = tl.load(row_sequence + row_slot)

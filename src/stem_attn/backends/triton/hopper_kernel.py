@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from stem_attn.backends.triton.launch_order import row_and_head
+
 # Triton renamed the first in 3.7 and the others in 3.9.
 warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -47,7 +49,7 @@ def box_layout(shape: tuple[int, int]) -> gl.NVMMASharedLayout:
 
 
 # Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
-@gluon.jit(do_not_specialize=["rows", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"])
+@gluon.jit(do_not_specialize=["rows", "lead", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"])
 def hopper_attention_kernel(
     q,  # descriptor of [B, Hq, Tq, D], tiles of 64 tokens
     k,  # descriptor of [B, Hkv, Tk, D], or of [pages, Hkv, PAGE, D] where paged; boxes of `box_shape`
@@ -61,6 +63,7 @@ def hopper_attention_kernel(
     index_strides,  # (batch, head, row)
     count_strides,  # (batch, head, row)
     rows,
+    lead,  # rows that start first
     group,  # query heads a KV head
     q_len,
     k_len,
@@ -74,10 +77,9 @@ def hopper_attention_kernel(
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
 ):
-    # Neighbouring programs share a KV head, so its tiles stay in L2; the last rows, which keep the most, start first.
-    row = rows - 1 - gl.program_id(0)
-    head = gl.program_id(1)
-    batch = gl.program_id(2)
+    heads = gl.num_programs(0) // rows
+    row, head = row_and_head(rows, lead)
+    batch = gl.program_id(1)
     kv_head = head // group
     indices += batch.to(gl.int64) * index_strides[0] + head.to(gl.int64) * index_strides[1]
     indices += row.to(gl.int64) * index_strides[2]
@@ -86,7 +88,7 @@ def hopper_attention_kernel(
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     first_token = (offset // BLOCK + row) * BLOCK - offset
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
-    lse += (batch.to(gl.int64) * gl.num_programs(1) + head) * q_len
+    lse += (batch.to(gl.int64) * heads + head) * q_len
 
     D_PAD: gl.constexpr = q.block_type.shape[3]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)

@@ -1,0 +1,32 @@
+"""The order in which the attention kernels take up the rows: long ones never start last."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEAD_ROWS = 8
+"""A prompt's last query blocks, which see the most keys and may keep them all, start first, those of all heads.
+
+One that starts among the last programs runs on while the rest of the device idles: at 32K tokens, two full rows of the
+last head took a sixth of the time (docs/log.md).
+"""
+
+
+@triton.jit
+def row_and_head(rows, lead):
+    """Return which row of which head this program computes, of a grid (rows * heads, batch).
+
+    The last `lead` rows of all heads come first. The others follow head by head, the last row first: neighbouring
+    programs share a KV head then, and its keys and values stay in L2.
+    """
+    program = tl.program_id(0)
+    heads = tl.num_programs(0) // rows
+    if program < lead * heads:
+        row = rows - 1 - program // heads
+        head = program % heads
+    else:
+        later = program - lead * heads
+        row = rows - lead - 1 - later % (rows - lead)
+        head = later // (rows - lead)
+    return row, head
