@@ -105,7 +105,8 @@ def gather(kv_cache: Tensor, pages: Tensor, k_len: int, isa: str) -> tuple[Tenso
     used = pages[: -(-k_len // page_size)].long()
     gathered = []
     for cache_part, place in ((k_pages, k_place), (v_pages, v_place)):
-        part = cache_part.transpose(0, 1).index_select(1, used).view(-1, page_size * dim)
+        # Not index_select, which first copies all of a cache that is not contiguous in this order.
+        part = cache_part.transpose(0, 1)[:, used].view(-1, page_size * dim)
         if place is not None:
             part = part.index_select(1, place)
         gathered.append(part.view(1, heads, -1, dim)[:, :, :k_len])
