@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from stem_attn.integrations.vllm.compat import PromptLengths
+from stem_attn.integrations.vllm.compat import PromptLengths, is_draft_layer, part_of
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import is_dense_layer, layer_config
@@ -78,7 +78,7 @@ class StemBuilder:
             reason = impl.dense_reason
             if reason is None and type(kv_cache_spec) is not FullAttentionSpec:
                 reason = type(kv_cache_spec).__name__
-            if reason is None and layer.is_draft_layer:
+            if reason is None and is_draft_layer(layer):
                 reason = "draft model"
             if reason is None and is_dense_layer(name, self._settings.config, total):
                 reason = "dense layer"
@@ -126,11 +126,11 @@ class StemBuilder:
             return Split((), (), {reason: common.num_actual_tokens}, 0)
         starts = common.query_start_loc_cpu.tolist()
         k_lens = common.seq_lens_cpu_upper_bound.tolist()  # exact for rows in their prompts
-        prefilling = common.is_prefilling.tolist()
-        lengths = self._prompt_lengths.of(common) if any(prefilling) else [None] * common.num_reqs
+        prefilling = common.is_prefilling.tolist()  # rows that pad a batch for a CUDA graph may be missing
+        lengths = self._prompt_lengths.of(common) if any(prefilling) else [None] * len(prefilling)
         requests = [
             Request(starts[row], starts[row + 1] - starts[row], k_lens[row], prefilling[row], lengths[row])
-            for row in range(common.num_reqs)
+            for row in range(len(prefilling))
         ]
         return split_batch(requests, settings.config, crossover=settings.crossover, device_type=self._device_type)
 
@@ -145,7 +145,8 @@ class StemBuilder:
         rows = torch.tensor([rest.row for rest in rests])
         device_rows = rows.to(device, non_blocking=True)
         starts = torch.tensor([0, *(rest.q_len for rest in rests)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        batch = common.replace(
+        batch = part_of(
+            common,
             query_start_loc=starts.to(device, non_blocking=True),
             query_start_loc_cpu=starts,
             seq_lens=common.seq_lens[device_rows],
@@ -157,9 +158,6 @@ class StemBuilder:
             block_table_tensor=common.block_table_tensor[device_rows],
             slot_mapping=common.slot_mapping[tokens],
             positions=None if common.positions is None else common.positions[tokens],
-            req_idx=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
         )
         return DenseRest(tokens, self.build_rest(batch))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import weakref
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -15,13 +16,22 @@ from vllm.version import __version__
 
 VLLM_VERSION: str = __version__
 SUPPORTED = "0.32.x"
-_TESTED = (0, 32)
+_TESTED = ((0, 32),)
+
+# What a batch's metadata derives from all its rows; no version has all of these fields.
+_OF_ALL_ROWS = (
+    "req_idx",
+    "_seq_lens_cpu",
+    "_num_computed_tokens_cpu",
+    "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+)
 
 
 def why_unsupported(version: str = VLLM_VERSION) -> str | None:
     """Say why a version of vLLM is not supported, or return None."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and (int(numbers[1]), int(numbers[2])) == _TESTED:
+    if numbers and (int(numbers[1]), int(numbers[2])) in _TESTED:
         return None
     return f"stem-attn supports vLLM {SUPPORTED}, and this is {version}"
 
@@ -37,6 +47,28 @@ def require_supported() -> None:
         raise ImportError(reason)
 
 
+def names_backends() -> bool:
+    """Tell whether this vLLM lets a plugin name its backend. Earlier ones have but one free name, `CUSTOM`."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return hasattr(AttentionBackendEnum, "register")
+
+
+def is_draft_layer(layer: Any) -> bool:
+    """Tell whether a layer is a draft model's. vLLM 0.26 marks none."""
+    return bool(getattr(layer, "is_draft_layer", False))
+
+
+def part_of(common: Any, **fields: Any) -> Any:
+    """Return the metadata of a part of a batch.
+
+    Args:
+        common: `CommonAttentionMetadata` of the whole.
+        **fields: Those of the part that differ.
+    """
+    return common.replace(**{name: None for name in _OF_ALL_ROWS if hasattr(common, name)}, **fields)
+
+
 class PromptLengths:
     """Ask the model runner how long the requests' prompts are.
 
@@ -49,20 +81,21 @@ class PromptLengths:
         self._runner: weakref.ref[Any] | None = None
 
     def of(self, common: Any) -> list[int | None]:
-        """Return the whole prompt's tokens of every row of a batch, None where they cannot be told.
+        """Return the whole prompt's tokens of every row of `is_prefilling`, None where they cannot be told.
 
         Args:
             common: `CommonAttentionMetadata` of the batch the runner is preparing.
         """
+        rows = len(common.is_prefilling)
         runner = self._runner() if self._runner is not None else None
         if runner is None:
             runner = _calling_runner()
             if runner is None:
-                return [None] * common.num_reqs
+                return [None] * rows
             self._runner = weakref.ref(runner)
-        lengths = _prompt_lengths(runner, common)
+        lengths = _prompt_lengths(runner, common, rows)
         # The rows are the runner's own if they agree on which requests are still in their prompts.
-        computed = common.seq_lens_cpu_upper_bound - common.query_start_loc_cpu.diff()
+        computed = (common.seq_lens_cpu_upper_bound - common.query_start_loc_cpu.diff())[:rows]
         agree = [
             length is not None and (int(before) < length) == bool(prefilling)
             for length, before, prefilling in zip(lengths, computed, common.is_prefilling, strict=True)
@@ -70,27 +103,38 @@ class PromptLengths:
         return [length if same else None for length, same in zip(lengths, agree, strict=True)]
 
 
+def _callers() -> Iterator[Mapping[str, Any]]:
+    """Yield the local variables of everyone up the call stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals
+        frame = frame.f_back
+
+
 def _calling_runner() -> Any | None:
     """Find the model runner among the callers."""
     names = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
     runners = tuple(sys.modules[name].GPUModelRunner for name in names if name in sys.modules)
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, runners):
-            return owner
-        frame = frame.f_back
-    return None
+    return next((who["self"] for who in _callers() if isinstance(who.get("self"), runners)), None)
 
 
-def _prompt_lengths(runner: Any, common: Any) -> list[int | None]:
-    rows = common.num_reqs
-    if hasattr(runner, "req_states"):  # the V2 runner; the batch says which of its requests each row is
-        if common.req_idx is None or len(common.req_idx) < rows:
+def _prompt_lengths(runner: Any, common: Any, rows: int) -> list[int | None]:
+    if hasattr(runner, "req_states"):  # the V2 runner keeps its requests in an order of their own
+        requests = _requests(common)
+        if requests is None or len(requests) < rows:
             return [None] * rows
-        lengths = runner.req_states.prompt_len.np[common.req_idx[:rows]]
+        lengths = runner.req_states.prompt_len.np[requests[:rows]]
     else:  # the V1 runner; its rows are the batch's, save where the batch is computed in parts
         if runner.parallel_config.use_ubatching or rows < runner.input_batch.num_reqs:
             return [None] * rows
         lengths = runner.input_batch.num_prompt_tokens[:rows]
     return [int(n) for n in lengths]
+
+
+def _requests(common: Any) -> Any | None:
+    """Return which of the V2 runner's requests each row of a batch is."""
+    if hasattr(common, "req_idx"):
+        return common.req_idx
+    # vLLM 0.26 does not tell; the V2 runner's own batch does, which a caller of the builder holds.
+    batches = (who["input_batch"] for who in _callers() if "input_batch" in who)
+    return next((batch.idx_mapping_np for batch in batches if hasattr(batch, "idx_mapping_np")), None)

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from stem_attn import backends
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
-from stem_attn.integrations.vllm.compat import require_supported
+from stem_attn.integrations.vllm.compat import names_backends, require_supported
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
@@ -120,7 +120,7 @@ class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]
     @staticmethod
     def get_name() -> str:
         """Return the name that the registry has."""
-        return NAME
+        return NAME if names_backends() else "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:

@@ -16,6 +16,8 @@ _CUDA = f"{_PACKAGE}.cuda.StemCudaBackend"
 def register() -> None:
     """Make the attention backend STEM known to vLLM; CUSTOM too, unless another plugin has taken it.
 
+    Where vLLM lets nobody name a backend, CUSTOM alone.
+
     Nothing is switched on. vLLM's CPU platform ignores which backend is asked for and takes CPU_ATTN's class, so there
     that class is replaced by a subclass, which does what its parent does until Stem is selected.
     """
@@ -33,7 +35,7 @@ def register() -> None:
         log.info("stem-attn runs on vLLM's CPU and CUDA platforms: the attention backend %s is not registered", NAME)
         return
     path = _CPU if current_platform.is_cpu() else _CUDA
-    if NAME not in AttentionBackendEnum.__members__:
+    if compat.names_backends() and NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, path)
         # A process that is spawned unpickles its config before it loads plugins, and would not know the name.
         AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_registered, ())
