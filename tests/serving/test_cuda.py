@@ -40,7 +40,8 @@ def steps(folders):
         build, tell = builder.build, builder._prompt_lengths.of
         recorded = []
 
-        def record_build(common_prefix_len, common, *args, **kwargs):
+        def record_build(common_prefix_len, common_attn_metadata, *args, **kwargs):
+            common = common_attn_metadata
             made = build(common_prefix_len, common, *args, **kwargs)
             lengths = tell(common) if common.is_prefilling.any() else [None] * common.num_reqs
             recorded.append(Step(copy.deepcopy(common), lengths, {}))
