@@ -145,11 +145,13 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
 def test_graphs_and_names(cuda):
     from vllm.v1.attention.backend import AttentionCGSupport
 
+    from stem_attn.integrations.vllm.compat import names_backends
+
     backend, builder = cuda.StemCudaBackend, cuda.StemCudaBuilder
-    assert backend.get_name() == "STEM"
+    assert backend.get_name() == ("STEM" if names_backends() else "CUSTOM")
     assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
     assert not builder.supports_update_block_table
-    assert not backend.supports_dcp()
+    assert not cuda.StemCudaImpl.supports_dcp
     assert not backend.supports_pcp()
     assert backend.get_builder_cls() is builder
 

@@ -59,6 +59,11 @@ def is_draft_layer(layer: Any) -> bool:
     return bool(getattr(layer, "is_draft_layer", False))
 
 
+def instruction_set(layer: Any, impl: Any) -> str:
+    """Return the instructions that vLLM's CPU platform packs a layer's keys for. In 0.26 the implementation knows."""
+    return str(layer.isa if hasattr(layer, "isa") else impl.isa)
+
+
 def part_of(common: Any, **fields: Any) -> Any:
     """Return the metadata of a part of a batch.
 

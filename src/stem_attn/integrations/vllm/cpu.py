@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from stem_attn.api import select_blocks
 from stem_attn.attention import block_sparse_attention
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
-from stem_attn.integrations.vllm.compat import require_supported
+from stem_attn.integrations.vllm.compat import instruction_set, require_supported
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
@@ -59,7 +59,7 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
         """See `StemImpl.attend`."""
         config = self.config
         for span in spans:
-            k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, layer.isa)
+            k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, instruction_set(layer, self))
             q = query[span.tokens].transpose(0, 1)[None]
             began = time.perf_counter()
             selection = select_blocks(q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len)
