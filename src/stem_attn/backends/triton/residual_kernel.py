@@ -48,8 +48,8 @@ def means_kernel(
         k += head % kv_heads * k_strides[1]
         if PAGE == 0:
             k += head // kv_heads * k_strides[0]
-        mean = _mean(k, block, blocks, block_table, k_strides, D, D_PAD, BLOCK, TOKENS, PAGE)
-        scaled, power = over_power(mean[None, :])
+        k_mean = _mean(k, block, blocks, block_table, k_strides, D, D_PAD, BLOCK, TOKENS, PAGE)
+        scaled, power = over_power(k_mean[None, :])
         tl.store(k_powers + row + tl.arange(0, 1), power)
         dims = tl.arange(0, D_PAD)
         tl.store(k_means + row * D_PAD + dims[None, :], scaled.to(k_means.dtype.element_ty))
@@ -57,8 +57,8 @@ def means_kernel(
         v += head % kv_heads * v_strides[1]
         if PAGE == 0:
             v += head // kv_heads * v_strides[0]
-        mean = _mean(v, block, blocks, block_table, v_strides, DV, DV_PAD, BLOCK, TOKENS, PAGE)
-        tl.store(v_means + row * DV_PAD + tl.arange(0, DV_PAD), mean.to(v_means.dtype.element_ty))
+        v_mean = _mean(v, block, blocks, block_table, v_strides, DV, DV_PAD, BLOCK, TOKENS, PAGE)
+        tl.store(v_means + row * DV_PAD + tl.arange(0, DV_PAD), v_mean.to(v_means.dtype.element_ty))
 
 
 @triton.jit
