@@ -138,6 +138,7 @@ FIELD_CHANGES = {
     "decay": 0.3,
     "decay_from": "first_row",
     "tail_blocks": 3,
+    "tail_ratio": 1.0,
     "budget_scope": "layer",
     "head_floor": 1.0,
     "residual": "mean",
@@ -147,7 +148,7 @@ FIELD_CHANGES = {
     "min_seq_len": 401,
 }
 # Settings without which a field has nothing to do.
-NEEDS = {"spread_weight": {"score": "mass"}, "head_floor": {"budget_scope": "layer"}}
+NEEDS = {"spread_weight": {"score": "mass"}, "head_floor": {"budget_scope": "layer"}, "tail_ratio": {"tail_blocks": 3}}
 
 
 @pytest.mark.parametrize("field", sorted(set(field_names()) - {"dense_layers", "layer_budgets"}))

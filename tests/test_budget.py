@@ -41,12 +41,13 @@ def test_paper_by_hand():
     assert short == [64] * 64
 
 
-def test_the_last_rows_of_the_prompt_keep_everything():
-    config = StemConfig(block_size=16, tail_blocks=2, min_seq_len=0)
+@pytest.mark.parametrize(("ratio", "kept"), [(1.0, [62, 63]), (0.5, [31, 32]), (0.0, [15, 15])])
+def test_the_last_rows_of_the_prompt_keep_more(ratio, kept):
+    config = StemConfig(block_size=16, tail_blocks=2, tail_ratio=ratio, min_seq_len=0)
     plain = StemConfig(block_size=16, tail_blocks=0, min_seq_len=0)
     grid = BlockGrid(1000, 1000, 16)
     budget, without = block_budget(config, 1000, grid), block_budget(plain, 1000, grid)
-    assert budget[-2:].tolist() == [63, 63]
+    assert budget[-2:].tolist() == kept
     assert torch.equal(budget[:-2], without[:-2])
     assert int(without.max()) < 63
 

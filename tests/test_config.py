@@ -51,6 +51,7 @@ def test_one_ratio_is_a_single_step():
         ({"budget_bias": -1}, "budget_bias"),
         ({"budget_floor": 0}, "budget_floor"),
         ({"tail_blocks": -1}, "tail_blocks"),
+        ({"tail_ratio": 1.5}, "tail_ratio"),
         ({"local_blocks": 0}, "local_blocks"),
         ({"sink_blocks": -1}, "sink_blocks"),
         ({"decay_from": "middle"}, "decay_from"),

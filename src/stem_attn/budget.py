@@ -53,5 +53,6 @@ def _prompt_budget(config: StemConfig, prompt_len: int, n: int) -> Tensor:
         budget = torch.full((n,), plateau, dtype=torch.float64)
         budget[plateau:] = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64)
     budget = budget.floor().clamp(min=config.budget_floor, max=n).to(torch.int32)
-    budget[max(n - config.tail_blocks, 0) :] = n
+    tail = torch.arange(max(n - config.tail_blocks, 0), n)
+    budget[tail] = budget[tail].maximum((config.tail_ratio * (tail + 1).double()).ceil().to(torch.int32))
     return budget

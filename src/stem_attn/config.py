@@ -56,8 +56,9 @@ class StemConfig:
         decay_from: Where the decay starts. `"first_row"`: at row 0 (paper, Eq. 3); `"plateau"`: at the first row
             that has more causal blocks than the budget, from which point a float64 linspace is floored
             (official code).
-        tail_blocks: Query blocks at the end of the prompt that keep everything. The decay leaves the fewest keys to
-            the rows that read the prompt's question and predict its answer; a few full rows cost little.
+        tail_blocks: Query blocks at the end of the prompt that keep more. The decay leaves the fewest keys to the rows
+            that read the prompt's question and predict its answer.
+        tail_ratio: Share of its causal blocks that each of these keeps at least; 1 is everything.
         budget_scope: Whose budgets are one. `"head"`: every query head keeps its own k(i) blocks; `"group"`: the query
             heads of a KV head share the sum of theirs, which goes to the highest scores among them; `"layer"`: all
             heads of the call do (under tensor parallelism those of the rank). The cost is the same.
@@ -92,6 +93,7 @@ class StemConfig:
     decay: float = 0.85
     decay_from: DecayStart = "plateau"
     tail_blocks: int = 2
+    tail_ratio: float = 0.5
     budget_scope: BudgetScope = "layer"
     head_floor: float = 0.5
     sink_blocks: int = 1
@@ -122,6 +124,7 @@ class StemConfig:
         _check_float("budget_scale", self.budget_scale, 0.0, math.inf)
         _check_int("budget_floor", self.budget_floor, 1)
         _check_int("local_blocks", self.local_blocks, 1)
+        _check_float("tail_ratio", self.tail_ratio, 0.0, 1.0)
         _check_float("decay", self.decay, 0.0, 1.0)
         if self.decay == 0:
             raise ValueError("decay must be above 0, got 0")
