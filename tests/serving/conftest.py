@@ -24,7 +24,9 @@ def _several_engines_in_one_process():
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
-    platform.register_triton_kernel_overrides = staticmethod(functools.cache(platform.register_triton_kernel_overrides))
+    if hasattr(platform, "register_triton_kernel_overrides"):  # 0.26 has none
+        once = functools.cache(platform.register_triton_kernel_overrides)
+        platform.register_triton_kernel_overrides = staticmethod(once)
 
 
 @pytest.fixture(scope="session")

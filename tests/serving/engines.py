@@ -27,21 +27,24 @@ EXTENSION = "stem_attn.integrations.vllm.worker.StemWorkerExtension"
 
 @contextlib.contextmanager
 def engine(folder, stem=None, **options):
-    """An engine; with `stem`, the plugin's config, on the backend STEM."""
+    """An engine; with `stem`, the plugin's config, on the plugin's backend."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    from stem_attn.integrations.vllm.compat import names_backends
+
     if stem is not None:
-        options.setdefault("attention_backend", "STEM")
+        options.setdefault("attention_backend", "STEM" if names_backends() else "CUSTOM")
         options["additional_config"] = {"stem": stem}
         options["worker_extension_cls"] = EXTENSION
-    llm = LLM(
-        folder,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        gpu_memory_utilization=0.3,
-        **{"dtype": "float32", "max_model_len": 4096, "max_num_batched_tokens": 512, **options},
-    )
+    usual = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.3,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 512,
+    }
+    llm = LLM(folder, skip_tokenizer_init=True, **{**usual, **options})
     if stem is not None:
         llm.collective_rpc("stem_reset_stats")  # this process may have had other engines
     try:

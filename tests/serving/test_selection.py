@@ -63,10 +63,11 @@ def test_an_unknown_version_is_not_registered(monkeypatch, caplog):
     from stem_attn.integrations.vllm import compat
     from stem_attn.integrations.vllm.register import register
 
-    assert compat.why_unsupported("0.32.0") is None
-    assert compat.why_unsupported("0.32.1.dev3+cpu") is None
-    for version in ("0.31.9", "0.33.0", "1.0", "dev"):
-        assert compat.why_unsupported(version) == f"stem-attn supports vLLM 0.32.x, and this is {version}"
+    for version in ("0.26.0", "0.32.0", "0.32.1.dev3+cpu"):
+        assert compat.why_unsupported(version) is None
+    for version in ("0.25.1", "0.27.0", "0.31.9", "0.33.0", "1.0", "dev"):
+        reason = f"stem-attn supports vLLM 0.26.x and 0.32.x, and this is {version}"
+        assert compat.why_unsupported(version) == reason
     monkeypatch.setattr(compat, "why_unsupported", lambda: "reason")
     monkeypatch.setattr("vllm.v1.attention.backends.registry.register_backend", lambda *a: pytest.fail("registered"))
     register()

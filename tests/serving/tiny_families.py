@@ -33,9 +33,9 @@ FAMILIES = {
 }
 
 
-def save(family, folder):
+def save(family, folder, **changed):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changed})
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

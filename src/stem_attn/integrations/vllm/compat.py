@@ -15,8 +15,8 @@ from typing import Any
 from vllm.version import __version__
 
 VLLM_VERSION: str = __version__
-SUPPORTED = "0.32.x"
-_TESTED = ((0, 32),)
+SUPPORTED = "0.26.x and 0.32.x"
+_TESTED = ((0, 26), (0, 32))
 
 # What a batch's metadata derives from all its rows; no version has all of these fields.
 _OF_ALL_ROWS = (
@@ -98,14 +98,15 @@ class PromptLengths:
             if runner is None:
                 return [None] * rows
             self._runner = weakref.ref(runner)
-        lengths = _prompt_lengths(runner, common, rows)
-        # The rows are the runner's own if they agree on which requests are still in their prompts.
+        told = _lengths(runner, common, rows)
+        if told is None:
+            return [None] * rows
+        # The rows are the runner's own if they agree on which requests are still being prefilled.
         computed = (common.seq_lens_cpu_upper_bound - common.query_start_loc_cpu.diff())[:rows]
-        agree = [
-            length is not None and (int(before) < length) == bool(prefilling)
-            for length, before, prefilling in zip(lengths, computed, common.is_prefilling, strict=True)
+        return [
+            prompt if (int(before) < prefill) == bool(prefilling) else None
+            for (prompt, prefill), before, prefilling in zip(told, computed, common.is_prefilling, strict=True)
         ]
-        return [length if same else None for length, same in zip(lengths, agree, strict=True)]
 
 
 def _callers() -> Iterator[Mapping[str, Any]]:
@@ -123,17 +124,19 @@ def _calling_runner() -> Any | None:
     return next((who["self"] for who in _callers() if isinstance(who.get("self"), runners)), None)
 
 
-def _prompt_lengths(runner: Any, common: Any, rows: int) -> list[int | None]:
+def _lengths(runner: Any, common: Any, rows: int) -> list[tuple[int, int]] | None:
+    """Return the tokens of every row's prompt, and how many the runner calls prefill."""
     if hasattr(runner, "req_states"):  # the V2 runner keeps its requests in an order of their own
         requests = _requests(common)
         if requests is None or len(requests) < rows:
-            return [None] * rows
-        lengths = runner.req_states.prompt_len.np[requests[:rows]]
+            return None
+        prompts = runner.req_states.prompt_len.np[requests[:rows]]
+        prefills = runner.req_states.prefill_len.np[requests[:rows]]  # a preempted request's answer is in it
     else:  # the V1 runner; its rows are the batch's, save where the batch is computed in parts
         if runner.parallel_config.use_ubatching or rows < runner.input_batch.num_reqs:
-            return [None] * rows
-        lengths = runner.input_batch.num_prompt_tokens[:rows]
-    return [int(n) for n in lengths]
+            return None
+        prompts = prefills = runner.input_batch.num_prompt_tokens[:rows]
+    return [(int(prompt), int(prefill)) for prompt, prefill in zip(prompts, prefills, strict=True)]
 
 
 def _requests(common: Any) -> Any | None:

@@ -1,0 +1,95 @@
+"""The CUDA backend in a real engine on a GPU: where every block is kept, FLASH_ATTN's answers; sparse prefill live."""
+
+import pytest
+import torch
+from engines import BLOCK, KEEP_ALL, SPARSE, engine, reconfigure, set_chunk, stats
+from tiny_families import prompt, save
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+LAYERS = 2
+PROMPTS = [prompt(n, seed) for seed, n in enumerate((1502, 33, 700, 64, 1025, 1, 512))]
+NEW_TOKENS = 8
+NEAR = 0.25  # nats; what bfloat16 may turn round
+OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 2048, "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
+EXECUTION = {
+    "eager": {},
+    "graphs": {
+        "enforce_eager": False,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    },
+    "compiled": {"enforce_eager": False},
+}
+
+
+def answers(llm, prompts):
+    """Greedy tokens, and the log-probabilities of the likeliest at every place."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=5)
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    made = [out.outputs[0] for out in llm.generate(asked, wanted, use_tqdm=False)]
+    return [(list(out.token_ids), out.logprobs) for out in made]
+
+
+def scenario(llm):
+    """Chunks, decodes and prompts of many lengths in the same steps; then a prompt behind a cached prefix."""
+    set_chunk(llm, 300)
+    return answers(llm, PROMPTS) + answers(llm, [PROMPTS[0][:1024] + prompt(500, 9)])
+
+
+def differing(ours, theirs):
+    """Count the answers that differ; where one first does, both tokens must have been about as likely."""
+    count = 0
+    for (got, _), (expected, likely) in zip(ours, theirs, strict=True):
+        place = next((n for n, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]), None)
+        if place is not None:
+            count += 1
+            assert got[place] in likely[place]
+            assert likely[place][expected[place]].logprob - likely[place][got[place]].logprob < NEAR
+    return count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = {"head_dim": 128, "num_hidden_layers": LAYERS}
+    return save("llama", tmp_path_factory.mktemp("llama"), **sizes)
+
+
+@pytest.fixture(scope="module")
+def dense(folder):
+    with engine(folder, attention_backend="FLASH_ATTN", **OPTIONS) as llm:
+        return scenario(llm)
+
+
+@pytest.fixture(scope="module", params=EXECUTION)
+def llm(request, folder, dense):
+    with engine(folder, KEEP_ALL, **{**OPTIONS, **EXECUTION[request.param]}) as llm:
+        yield llm
+
+
+def test_with_everything_kept_answers_are_flash_attentions(llm, dense, record_property):
+    reconfigure(llm, KEEP_ALL)
+    differ = differing(scenario(llm), dense)
+    record_property("answers that differ, both tokens about as likely", f"{differ} of {len(dense)}")
+    assert differ <= 2
+    counts = stats(llm)
+    # The last prompt finds its first 1024 tokens in the cache, and the last token of a prompt is never taken from it.
+    assert counts["sparse_tokens"] == (sum(map(len, PROMPTS)) + 500) * LAYERS
+    assert set(counts["dense_tokens"]) == {"decode"}
+    assert counts["unknown_prompt_len_tokens"] == 0
+    assert counts["density"] == 1
+
+
+def test_sparse_prefill_is_live_and_the_same_in_any_chunks(llm):
+    made = []
+    for chunk in (5 * BLOCK, 2048):
+        reconfigure(llm, SPARSE)
+        set_chunk(llm, chunk)
+        # One at a time: the decodes of others would shift the chunks off the blocks.
+        made.append([answers(llm, [ids])[0] for ids in PROMPTS])
+        counts = stats(llm)
+        assert counts["sparse_tokens"] == sum(map(len, PROMPTS)) * LAYERS
+        assert counts["unknown_prompt_len_tokens"] == 0
+        assert counts["density"] < 0.6
+    assert differing(*made) <= 2
