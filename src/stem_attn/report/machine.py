@@ -19,7 +19,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Return versions, processor and device as plain values."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "platform": f"{platform.system()}-{platform.machine()}-with-{''.join(platform.libc_ver())}",
+        "platform": "-".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
         "versions": {"stem-attn": __version__} | {name: _version(name) for name in _PACKAGES if _version(name)},
         "torch_build": torch.__version__,
         "cpu": _cpu_model(),
