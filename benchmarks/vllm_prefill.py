@@ -65,6 +65,11 @@ def start(options: dict[str, Any]) -> None:
     _engines.append(LLM(**options))
 
 
+def stop() -> None:
+    """Stop this process's engine, whose own processes would keep this one from ending."""
+    _engines.pop().llm_engine.engine_core.shutdown()
+
+
 def answer(ids: list[int], tokens: int, counted: bool) -> dict[str, Any]:
     """Have this process's engine answer a prompt greedily; tell how long it took, and what Stem did if it counts."""
     from vllm import SamplingParams
@@ -166,6 +171,7 @@ def main(
                     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
                     engines[name] = stack.enter_context(pool)
                     pool.submit(start, {**options, "max_num_batched_tokens": chunk, **extra}).result()
+                    stack.callback(lambda pool=pool: pool.submit(stop).result())
                 for ids in prompts:
                     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
                     for pool in engines.values():
