@@ -49,7 +49,7 @@ def _plots(record: Record, found: Found) -> Iterator[tuple[str, Any]]:
 
 
 def _by_density(names: list[str], found: Found) -> Any:
-    figure, axes = _panels(2, 2, 12, 9)
+    figure, axes = _panels(2, 2, 13, 9)
     measures: tuple[tuple[str, Callable[[Summary], float]], ...] = (
         ("attention output error (geometric mean over layers)", lambda one: one.error),
         ("attention probability lost", lambda one: 1 - one.recall),
@@ -71,12 +71,12 @@ def _by_density(names: list[str], found: Found) -> Any:
         panel.set_xlabel("density (kept over causal blocks)")
         panel.set_title(label, fontsize=10)
         _logarithmic(panel)
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    _name_lines(figure, axes.flat[0])
     return figure
 
 
 def _by_layer(names: list[str], rows: list[Summary]) -> Any:
-    figure, axes = _panels(1, 1, 11, 5)
+    figure, axes = _panels(1, 1, 12, 5)
     panel = axes.flat[0]
     for one in rows:
         layers, errors = zip(*one.error_by_layer.items(), strict=True)
@@ -84,19 +84,19 @@ def _by_layer(names: list[str], rows: list[Summary]) -> Any:
     panel.set_xlabel("layer")
     panel.set_title(f"attention output error at density {rows[0].target:g}", fontsize=10)
     _logarithmic(panel)
-    panel.legend(frameon=False, fontsize=8, ncols=2)
+    _name_lines(figure, panel)
     return figure
 
 
 def _by_position(names: list[str], rows: list[Summary]) -> Any:
-    figure, axes = _panels(1, 2, 13, 5)
+    figure, axes = _panels(1, 2, 14, 5)
     for one in rows:
         style = _style(names, one.method)
         _draw_eighths(axes.flat[0], one.error_by_position, label=one.method, **style)
         _draw_eighths(axes.flat[1], one.kl_by_position, label=one.method, **style)
     axes.flat[0].set_title(f"attention output error, density {rows[0].target:g}", fontsize=10)
     axes.flat[1].set_title(f"KL(dense || sparse), nats, density {rows[0].target:g}", fontsize=10)
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    _name_lines(figure, axes.flat[0])
     return figure
 
 
@@ -132,11 +132,16 @@ def _figure5(test: Record, found: Found) -> Any:
     return figure
 
 
+def _name_lines(figure: Any, panel: Any) -> None:
+    """Put a panel's legend beside all panels: many methods would hide their own lines."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+
+
 def _draw_eighths(panel: Any, values: list[float], **style: Any) -> None:
     places = [(i + 0.5) / len(values) for i in range(len(values))]
     panel.plot(places, values, linewidth=1.3, markersize=4, **style)
     panel.set_xlabel("position, as a share of the prompt")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.05 * max(max(line.get_ydata()) for line in panel.lines))
     panel.set_xlim(0, 1)
 
 
