@@ -36,8 +36,8 @@ def choose_tile(*, block_size: int, head_dim: int, item_bytes: int, tma: bool) -
     """
     warps = max(1, block_size // 16)
     keys = min(block_size, 64)
-    if item_bytes > 2:
-        return Tile(min(block_size, 32), min(warps, 4), 1)
+    if item_bytes > 2:  # products without tensor cores are unrolled: larger tiles a warp take minutes to compile
+        return Tile(16, warps, 1)
     if head_dim > 128:
         return Tile(keys, warps, 2) if tma else Tile(min(block_size, 32), warps, 1)
     if head_dim == 128 and block_size == 128:
