@@ -4,7 +4,7 @@
     python benchmarks/vllm_prefill.py --model FOLDER --lengths 8191 --chunks 8192,2048 --out vllm-cpu-prefill
 
     python benchmarks/vllm_prefill.py --shape llama-8b --lengths 32768,131072 --chunks 8192 --dtype bfloat16 \
-        --execution graphs --max-tokens 32 --memory 0.46 --warm 0 --out vllm-h100-prefill
+        --execution graphs --backend CUSTOM --max-tokens 33 --memory 0.46 --warm 0 --out vllm-h100-prefill
 
 Each engine is in a process of its own. They take turns: every round times one prompt in each, until its first token,
 and the tokens after it. The prompts are public text, or with `--shape` random tokens for a model of random weights.
@@ -175,7 +175,8 @@ def main(
                 for ids in prompts:
                     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
                     for pool in engines.values():
-                        pool.submit(answer, ids[-warm:][::-1], max_tokens, False).result()  # warm = 0 takes all
+                        warm_up = ids[-warm:] if warm else ids
+                        pool.submit(answer, warm_up[::-1], max_tokens, False).result()
                     for _ in range(rounds):
                         for name, pool in engines.items():
                             runs[name].append(pool.submit(answer, ids, max_tokens, name == "stem").result())
@@ -191,10 +192,18 @@ def main(
         "shape": shape,
         "dtype": dtype,
         "execution": execution,
+        "backend": backend,
     }
     report = {
         "machine": machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "arguments": {**arguments, "stem": json.loads(stem), "max_tokens": max_tokens, "warm": warm, "rounds": rounds},
+        "arguments": {
+            **arguments,
+            "stem": json.loads(stem),
+            "max_tokens": max_tokens,
+            "warm": warm,
+            "rounds": rounds,
+            "memory": memory,
+        },
         "records": records,
     }
     (out / "vllm_prefill.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Which tile, warps and pipeline depth the kernels get: a table, kept apart from them.
 
-The entries were measured (docs/log.md) or follow from the shared memory and registers that a tile takes.
+The entries were measured (docs/log.md) or follow from what a tile takes: shared memory, registers, the compiler's time.
 """
 
 from __future__ import annotations

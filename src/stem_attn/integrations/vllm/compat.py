@@ -77,7 +77,7 @@ def part_of(common: Any, **fields: Any) -> Any:
 class PromptLengths:
     """Ask the model runner how long the requests' prompts are.
 
-    vLLM tells a metadata builder whether a request is still in its prompt, but not how long that prompt is. The
+    vLLM tells a metadata builder whether a request is being prefilled, but not how long its prompt is. The
     runner knows. The builder is not given the runner, so this looks up who called: at the first step it walks up the
     call stack to the runner's own method, and keeps a weak reference. Nothing of vLLM is replaced.
     """
@@ -125,7 +125,7 @@ def _calling_runner() -> Any | None:
 
 
 def _lengths(runner: Any, common: Any, rows: int) -> list[tuple[int, int]] | None:
-    """Return the tokens of every row's prompt, and how many the runner calls prefill."""
+    """Return the tokens of every row's prompt, and how many the runner calls prefill; None where it cannot tell."""
     if hasattr(runner, "req_states"):  # the V2 runner keeps its requests in an order of their own
         requests = _requests(common)
         if requests is None or len(requests) < rows:

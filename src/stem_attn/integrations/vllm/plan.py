@@ -23,7 +23,7 @@ class Request:
         q_start: First token within the batch.
         q_len: Tokens in this step.
         k_len: Tokens of the request so far, this step's included.
-        prefilling: Whether part of the prompt was still to be computed before this step.
+        prefilling: Whether vLLM calls this step prefill; its V2 runner calls an answer so that is computed again.
         prompt_len: Tokens of the whole prompt, or None where the request does not tell.
     """
 

@@ -1,0 +1,52 @@
+"""The portable kernel in float32 for a Hopper GPU, without one: its unrolled products must not take minutes."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.6")
+
+HEAD_DIM = 256  # the largest
+MOST_SECONDS = 60  # 5 on an idle core; 131 with the tile that there was
+
+
+def compile_kernel() -> Any:
+    """Compile for compute capability 9.0 and blocks of 128, with the tile that these get."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from stem_attn.backends.triton.attention_kernel import attention_kernel
+    from stem_attn.backends.triton.tiles import choose_tile
+
+    tile = choose_tile(block_size=128, head_dim=HEAD_DIM, item_bytes=4, tma=True)
+    constants = dict.fromkeys(("D", "DV", "D_PAD", "DV_PAD"), HEAD_DIM) | {"BLOCK": 128, "KEYS": tile.keys, "PAGE": 0}
+    constants |= {"TMA": True, "PACKED": False, "WINDOW": False, "LSE": True, "PRECISION": "ieee"}
+    tokens = {"q": 128, "k": tile.keys, "v": tile.keys}
+    types: dict[str, Any] = {n: f"tensordesc<fp32[1, 1, {t}, {HEAD_DIM}]>" for n, t in tokens.items()}
+    types |= {"out": "*fp32", "lse": "*fp32", "scale_log2": "fp32", "count_strides": ("i32",) * 3}
+    tables = ("indices", "counts", "row_sequence", "first_rows", "q_starts", "k_starts", "block_table")
+    types |= dict.fromkeys(tables, "*i32")
+    types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out", "index")), ("i32",) * 4)
+    types |= dict.fromkeys(constants, "constexpr")
+    names = attention_kernel.arg_names
+    source = ASTSource(
+        fn=attention_kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def test_it_compiles_in_seconds() -> None:
+    """Compiled in a process of its own, where Triton is not in its interpreter, and without its cache."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_ALWAYS_COMPILE"] = "1"
+    subprocess.run([sys.executable, __file__], env=env, check=True, timeout=MOST_SECONDS)
+
+
+if __name__ == "__main__":
+    compile_kernel()
