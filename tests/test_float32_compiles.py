@@ -1,11 +1,10 @@
 """The portable kernel in float32 for a Hopper GPU, without one: its unrolled products must not take minutes."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from compiling import compile_for_hopper, run_alone
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -13,11 +12,8 @@ HEAD_DIM = 256  # the largest
 MOST_SECONDS = 60  # 5 on an idle core; 131 with the tile that there was
 
 
-def compile_kernel() -> Any:
-    """Compile for compute capability 9.0 and blocks of 128, with the tile that these get."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+def compile_kernel() -> None:
+    """Compile for blocks of 128, with the tile that these get."""
     from stem_attn.backends.triton.attention_kernel import attention_kernel
     from stem_attn.backends.triton.tiles import choose_tile
 
@@ -30,22 +26,11 @@ def compile_kernel() -> Any:
     tables = ("indices", "counts", "row_sequence", "first_rows", "q_starts", "k_starts", "block_table")
     types |= dict.fromkeys(tables, "*i32")
     types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out", "index")), ("i32",) * 4)
-    types |= dict.fromkeys(constants, "constexpr")
-    names = attention_kernel.arg_names
-    source = ASTSource(
-        fn=attention_kernel,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compile_for_hopper(attention_kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def test_it_compiles_in_seconds() -> None:
-    """Compiled in a process of its own, where Triton is not in its interpreter, and without its cache."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_ALWAYS_COMPILE"] = "1"
-    subprocess.run([sys.executable, __file__], env=env, check=True, timeout=MOST_SECONDS)
+    run_alone(__file__, timeout=MOST_SECONDS, TRITON_ALWAYS_COMPILE="1")
 
 
 if __name__ == "__main__":

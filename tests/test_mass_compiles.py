@@ -1,24 +1,20 @@
 """The mass kernel for a Hopper GPU, without one: no register spills, and it fits any GPU's shared memory."""
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", minversion="3.6")
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from compiling import assert_no_spills, compile_for_hopper, cuobjdump, run_alone
+
+pytest.importorskip("triton", minversion="3.6")
 SHARED_BYTES = 99 << 10  # what a program may take on GPUs that have the least
 
 
 def compile_kernel(head_dim: int, spread: bool, stride: int) -> Any:
     """Compile for compute capability 9.0, blocks of 128 and 16-bit inputs, with the tile that these get."""
     import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from stem_attn.backends.triton.mass_kernels import mass_kernel
     from stem_attn.backends.triton.tiles import choose_mass_tile
@@ -29,29 +25,15 @@ def compile_kernel(head_dim: int, spread: bool, stride: int) -> Any:
     constants |= {"ROWS": rows, "COLUMNS": columns, "CUDA": True}
     types = {"queries": f"tensordesc<fp16[{rows}, {step}]>", "keys": f"tensordesc<fp16[{columns}, {step}]>"}
     types |= {"table": "*fp32", "masses": "*fp32", "totals": "*fp32", "factor": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    names = mass_kernel.arg_names
-    source = ASTSource(
-        fn=mass_kernel,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    return compile_for_hopper(mass_kernel, types, constants, num_warps=warps, num_stages=stages)
 
 
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton does not bring cuobjdump")
+@pytest.mark.skipif(not cuobjdump().exists(), reason="this Triton does not bring cuobjdump")
 @pytest.mark.parametrize(("head_dim", "spread", "stride"), [(128, 1, 8), (128, 0, 16), (256, 1, 8)])
 def test_no_registers_spill(head_dim: int, spread: int, stride: int, tmp_path: Path) -> None:
-    """Compiled in a process of its own, where Triton is not in its interpreter."""
     binary = tmp_path / "kernel.cubin"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run(
-        [sys.executable, __file__, str(head_dim), str(spread), str(stride), binary], env=env, check=True, timeout=120
-    )
-    report = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report)
-    assert usage is not None, report
-    assert usage.groups() == ("0", "0"), report
+    run_alone(__file__, head_dim, spread, stride, binary)
+    assert_no_spills(binary)
 
 
 if __name__ == "__main__":

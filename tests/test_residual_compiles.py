@@ -1,11 +1,10 @@
 """The kernels of the residual for a Hopper GPU, without one: the interpreter takes what the compiler refuses."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from compiling import compile_for_hopper, run_alone
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -24,26 +23,13 @@ MERGE |= {"scale_log2": "fp32"}
 
 
 def compile_kernel(kernel: Any, types: dict[str, Any], **constants: Any) -> None:
-    """Compile for compute capability 9.0."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    constants = {name: value for name, value in (CONSTANTS | constants).items() if name in names}
-    types = STRIDES | types | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    """Compile with those of the constants that the kernel takes."""
+    taken = {name: value for name, value in (CONSTANTS | constants).items() if name in kernel.arg_names}
+    compile_for_hopper(kernel, STRIDES | types, taken)
 
 
 def test_kernels_compile_where_keys_and_values_have_unlike_dims() -> None:
-    """Compiled in a process of its own, where Triton is not in its interpreter."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, __file__], env=env, check=True, timeout=120)
+    run_alone(__file__)
 
 
 if __name__ == "__main__":

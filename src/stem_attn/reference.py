@@ -139,8 +139,9 @@ def reference_budget(config: StemConfig, prompt_len: int) -> list[int]:
         falling = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64)
         rows = [plateau] * plateau + [math.floor(x) for x in falling.tolist()]
     rows = [min(max(kept, config.budget_floor), n) for kept in rows]
-    tail = [math.ceil(config.tail_ratio * (i + 1)) if n - i <= config.tail_blocks else 0 for i in range(n)]
-    return [max(pair) for pair in zip(rows, tail, strict=True)]
+    for i in range(max(n - config.tail_blocks, 0), n):
+        rows[i] = max(rows[i], math.ceil(config.tail_ratio * (i + 1)))
+    return rows
 
 
 def reference_row(

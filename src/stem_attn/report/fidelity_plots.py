@@ -141,7 +141,7 @@ def _draw_eighths(panel: Any, values: list[float], **style: Any) -> None:
     places = [(i + 0.5) / len(values) for i in range(len(values))]
     panel.plot(places, values, linewidth=1.3, markersize=4, **style)
     panel.set_xlabel("position, as a share of the prompt")
-    panel.set_ylim(0, 1.05 * max(max(line.get_ydata()) for line in panel.lines) or 1)
+    panel.set_ylim(bottom=0, auto=True)  # auto: lines still to come count too
     panel.set_xlim(0, 1)
 
 

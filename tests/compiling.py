@@ -1,0 +1,46 @@
+"""Compile kernels for a Hopper GPU without one, in a process of their own, where Triton is not in its interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def compile_for_hopper(kernel: Any, types: dict[str, Any], constants: dict[str, Any], **options: Any) -> Any:
+    """Compile for compute capability 9.0; arguments that `types` does not name are int32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    names = kernel.arg_names
+    types = types | dict.fromkeys(constants, "constexpr")
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
+        fn=kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def run_alone(file: str, *arguments: object, timeout: int = 120, **env: str) -> None:
+    """Run a test file as a script, without Triton's interpreter."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, file, *map(str, arguments)], env=inherited | env, check=True, timeout=timeout)
+
+
+def cuobjdump() -> Path:
+    """Return where Triton's own cuobjdump would be."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def assert_no_spills(binary: Path) -> None:
+    """Read off a kernel's binary that its threads use no stack and no local memory."""
+    report = subprocess.run([cuobjdump(), "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report)
+    assert usage is not None, report
+    assert usage.groups() == ("0", "0"), report
