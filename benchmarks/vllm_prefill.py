@@ -3,7 +3,7 @@
     export VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=2 VLLM_CPU_KVCACHE_SPACE=2
     python benchmarks/vllm_prefill.py --model FOLDER --lengths 8191 --chunks 8192,2048 --out vllm-cpu-prefill
 
-    python benchmarks/vllm_prefill.py --shape llama-8b --lengths 32768,131072 --chunks 8192 --dtype bfloat16 \
+    python benchmarks/vllm_prefill.py --shape llama3-8b --lengths 32768,131072 --chunks 8192 --dtype bfloat16 \
         --execution graphs --backend CUSTOM --max-tokens 33 --memory 0.46 --warm 0 --out vllm-h100-prefill
 
 Each engine is in a process of its own. They take turns: every round times one prompt in each, until its first token,
@@ -25,36 +25,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from stem_attn.bench.ttft import MODELS
 from stem_attn.evals.prompts import public_text
 from stem_attn.integrations.vllm.compat import VLLM_VERSION
 from stem_attn.report import machine
 
 WORKER = "stem_attn.integrations.vllm.worker.StemWorkerExtension"
-SHAPES: dict[str, dict[str, Any]] = {  # fields of LlamaConfig
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "llama-tiny": {  # to try the benchmark itself
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 512,
-    },
-}
 EXECUTION: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "compiled": {},
 }
-
-
 _engines: list[Any] = []  # in an engine's process: the engine
 
 
@@ -89,16 +70,11 @@ def answer(ids: list[int], tokens: int, counted: bool) -> dict[str, Any]:
 
 def random_model(shape: str, positions: int, folder: Path) -> dict[str, Any]:
     """Write the config of a model, and return the options with which vLLM gives it random weights."""
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    config = LlamaConfig(
-        **SHAPES[shape],
-        architectures=["LlamaForCausalLM"],
-        max_position_embeddings=positions,
-        rope_parameters=rope,
-        tie_word_embeddings=False,
-    )
+    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODELS[shape]["model_type"]]]
+    config = AutoConfig.for_model(**MODELS[shape], architectures=names, max_position_embeddings=positions)
     config.save_pretrained(folder)
     return {"model": str(folder), "load_format": "dummy", "skip_tokenizer_init": True}
 
@@ -115,7 +91,7 @@ def text_prompt(model: str, length: int) -> list[int]:
 
 def random_prompt(shape: str, length: int) -> list[int]:
     """Return random tokens."""
-    made: list[int] = torch.randint(SHAPES[shape]["vocab_size"], (length,), generator=torch.manual_seed(0)).tolist()
+    made: list[int] = torch.randint(MODELS[shape]["vocab_size"], (length,), generator=torch.manual_seed(0)).tolist()
     return made
 
 
@@ -126,7 +102,7 @@ def median(runs: list[dict[str, Any]], field: str) -> float | None:
 
 def main(
     model: Annotated[str | None, typer.Option(help="A name or a folder that vLLM loads.")] = None,
-    shape: Annotated[str | None, typer.Option(help=f"Random weights instead of a model: {', '.join(SHAPES)}.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Random weights instead of a model: {', '.join(MODELS)}.")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "8191",
     chunks: Annotated[str, typer.Option(help="max_num_batched_tokens, separated by commas.")] = "8192,2048",
     dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "float32",

@@ -8,7 +8,6 @@ the queries, keys and values that they had. A line a check, and exit code 1 wher
 """
 
 import contextlib
-import gc
 import os
 import sys
 import tempfile
@@ -16,15 +15,15 @@ import traceback
 
 import torch
 import torch.nn.functional as F
-from engines import EXTENSION, KEEP_ALL, SPARSE, reconfigure, set_chunk, stats, trace
+from engines import DECODE_GRAPHS, KEEP_ALL, SPARSE, engine, reconfigure, relative_error, set_chunk, stats, trace
 
 LAYERS, VOCAB = 2, 4096
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
-NAME = "CUSTOM"  # known to every version
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 RTOL = 0.02 if GPU else 1e-3
 DENSE_NAME = "FLASH_ATTN" if GPU else "CPU_ATTN"
+OPTIONS = {"dtype": str(DTYPE).removeprefix("torch."), "gpu_memory_utilization": 0.2, "max_num_seqs": 8}
+OPTIONS |= {"max_model_len": 8192, "max_num_batched_tokens": 8192}
 BIG = SPARSE | {"min_seq_len": 1024}
 failed = []
 
@@ -61,39 +60,6 @@ def make_model(folder):
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).to(DTYPE).save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def engine(folder, backend, stem=None, graphs=False):
-    from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    options = {"additional_config": {"stem": stem}, "worker_extension_cls": EXTENSION} if stem is not None else {}
-    if graphs:
-        options["compilation_config"] = GRAPHS
-    llm = LLM(
-        folder,
-        skip_tokenizer_init=True,
-        dtype=str(DTYPE).split(".")[1],
-        attention_backend=backend,
-        enforce_eager=not graphs,
-        gpu_memory_utilization=0.2,
-        max_model_len=8192,
-        max_num_batched_tokens=8192,
-        max_num_seqs=8,
-        max_logprobs=5,
-        enable_prefix_caching=True,
-        **options,
-    )
-    if stem is not None:
-        llm.collective_rpc("stem_reset_stats")
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def ids(length, seed):
@@ -158,10 +124,6 @@ def exact(t, i):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def error(a, b):
-    return float((a.float() - b.float()).norm() / b.float().norm())
-
-
 def traced_checks(llm):
     """What the layers gave, against float32 attention over the same queries, keys and values."""
     from stem_attn import StemConfig, stem_attention
@@ -171,7 +133,7 @@ def traced_checks(llm):
         set_chunk(llm, chunk)
         reconfigure(llm, KEEP_ALL)
         t = trace(llm, CHUNKED[0])
-        errors = [error(t.out[i], exact(t, i)) for i in range(LAYERS)]
+        errors = [relative_error(t.out[i].float(), exact(t, i)) for i in range(LAYERS)]
         check(
             f"layers keep all, chunks {t.chunks[:3]}",
             max(errors) < RTOL,
@@ -184,8 +146,10 @@ def traced_checks(llm):
         t = trace(llm, CHUNKED[0])
         counts = stats(llm)
         config = StemConfig(**{k: v for k, v in SPARSE.items() if k != "crossover"})
-        errors = [error(t.out[i], stem_attention(t.q[i], t.k[i], t.v[i], config=config)) for i in range(LAYERS)]
-        dense = [error(t.out[i], exact(t, i)) for i in range(LAYERS)]
+        errors = [
+            relative_error(t.out[i], stem_attention(t.q[i], t.k[i], t.v[i], config=config)) for i in range(LAYERS)
+        ]
+        dense = [relative_error(t.out[i].float(), exact(t, i)) for i in range(LAYERS)]
         finite = all(bool(o.isfinite().all()) for o in t.out)
         check(
             f"layers sparse, chunks {t.chunks[:3]}",
@@ -224,12 +188,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder)
         for graphs in (False, True) if GPU else (False,):
-            with guarded(f"dense graphs={graphs}"), engine(folder, DENSE_NAME, graphs=graphs) as llm:
+            options = OPTIONS | (DECODE_GRAPHS if graphs else {})
+            with guarded(f"dense graphs={graphs}"), engine(folder, attention_backend=DENSE_NAME, **options) as llm:
                 results["dense", graphs] = scenario(llm)
                 if not graphs:
                     t = trace(llm, ids(2000, 5))
-                    check("layers dense", max(error(t.out[i], exact(t, i)) for i in range(LAYERS)) < RTOL)
-            with guarded(f"stem graphs={graphs}"), engine(folder, NAME, KEEP_ALL, graphs) as llm:
+                    check(
+                        "layers dense", max(relative_error(t.out[i].float(), exact(t, i)) for i in range(LAYERS)) < RTOL
+                    )
+            with guarded(f"stem graphs={graphs}"), engine(folder, KEEP_ALL, **options) as llm:
                 results["stem", graphs] = scenario(llm)
                 counts = stats(llm)
                 ran = counts["sparse_tokens"] > 0 and counts["unknown_prompt_len_tokens"] == 0

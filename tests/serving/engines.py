@@ -22,6 +22,11 @@ SPARSE = {
 }
 KEEP_ALL = {**SPARSE, "budget_ratio": 1.0, "decay": 1.0}
 DENSE = {**SPARSE, "min_seq_len": 10**9}
+# CUDA graphs of decodes, without compiling the model.
+DECODE_GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+}
 EXTENSION = "stem_attn.integrations.vllm.worker.StemWorkerExtension"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import BLOCK, KEEP_ALL, SPARSE, engine, reconfigure, set_chunk, stats
+from engines import BLOCK, DECODE_GRAPHS, KEEP_ALL, SPARSE, engine, reconfigure, set_chunk, stats
 from tiny_families import prompt, save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -14,10 +14,7 @@ NEAR = 0.25  # nats; what bfloat16 may turn round
 OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 2048, "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
 EXECUTION = {
     "eager": {},
-    "graphs": {
-        "enforce_eager": False,
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-    },
+    "graphs": DECODE_GRAPHS,
     "compiled": {"enforce_eager": False},
 }
 
