@@ -124,6 +124,11 @@ def exact(t, i):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+def layer_errors(t, attend=exact):
+    """How far each layer's output is from that of a function of a trace and the layer's number."""
+    return [relative_error(t.out[i].float(), attend(t, i).float()) for i in range(LAYERS)]
+
+
 def traced_checks(llm):
     """What the layers gave, against float32 attention over the same queries, keys and values."""
     from stem_attn import StemConfig, stem_attention
@@ -133,23 +138,16 @@ def traced_checks(llm):
         set_chunk(llm, chunk)
         reconfigure(llm, KEEP_ALL)
         t = trace(llm, CHUNKED[0])
-        errors = [relative_error(t.out[i].float(), exact(t, i)) for i in range(LAYERS)]
-        check(
-            f"layers keep all, chunks {t.chunks[:3]}",
-            max(errors) < RTOL,
-            errors=errors,
-            sparse=stats(llm)["sparse_tokens"],
-        )
+        errors, sparse = layer_errors(t), stats(llm)["sparse_tokens"]
+        check(f"layers keep all, chunks {t.chunks[:3]}", max(errors) < RTOL, errors=errors, sparse=sparse)
+    config = StemConfig(**{k: v for k, v in SPARSE.items() if k != "crossover"})
     for chunk in (8192, 512):
         set_chunk(llm, chunk)
         reconfigure(llm, SPARSE)
         t = trace(llm, CHUNKED[0])
         counts = stats(llm)
-        config = StemConfig(**{k: v for k, v in SPARSE.items() if k != "crossover"})
-        errors = [
-            relative_error(t.out[i], stem_attention(t.q[i], t.k[i], t.v[i], config=config)) for i in range(LAYERS)
-        ]
-        dense = [relative_error(t.out[i].float(), exact(t, i)) for i in range(LAYERS)]
+        errors = layer_errors(t, lambda t, i: stem_attention(t.q[i], t.k[i], t.v[i], config=config))
+        dense = layer_errors(t)
         finite = all(bool(o.isfinite().all()) for o in t.out)
         check(
             f"layers sparse, chunks {t.chunks[:3]}",
@@ -192,10 +190,7 @@ def main():
             with guarded(f"dense graphs={graphs}"), engine(folder, attention_backend=DENSE_NAME, **options) as llm:
                 results["dense", graphs] = scenario(llm)
                 if not graphs:
-                    t = trace(llm, ids(2000, 5))
-                    check(
-                        "layers dense", max(relative_error(t.out[i].float(), exact(t, i)) for i in range(LAYERS)) < RTOL
-                    )
+                    check("layers dense", max(layer_errors(trace(llm, ids(2000, 5)))) < RTOL)
             with guarded(f"stem graphs={graphs}"), engine(folder, KEEP_ALL, **options) as llm:
                 results["stem", graphs] = scenario(llm)
                 counts = stats(llm)
