@@ -7,7 +7,7 @@ import pytest
 
 import tiny_model
 from stem_attn import __version__, cli
-from stem_attn.evals import models
+from stem_attn.lab import models
 
 
 @pytest.fixture(scope="module")
