@@ -46,6 +46,21 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def brief(device: torch.device) -> str:
+    """Return a line that says what a number was measured on."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    )
+    return ", ".join(
+        [
+            name,
+            *(f"{package} {_version(package)}" for package in ("torch", "triton", "transformers") if _version(package)),
+        ]
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

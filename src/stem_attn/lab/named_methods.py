@@ -8,16 +8,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stem_attn import baselines
+from stem_attn.baselines.base import Baseline
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.options import fields_from_file
+from stem_attn.lab.tail import WithTail, tail_fields
 from stem_attn.methods import Method, Stem
 
 _STEM = "stem-"
 _CONFIG = "config:"
+_TAIL = "+tail"
 # A comma inside a JSON value is not followed by `name=`.
 _BETWEEN_FIELDS = re.compile(r",(?=\s*\w+\s*=)")
 
@@ -32,12 +35,14 @@ class MethodSpec:
         fields: What differs from the preset or from the published defaults.
         rows: Of the prompt's query rows, which ones the method decides about, as shares from 0 to 1; the others keep
             everything.
+        tail: Whether the prompt's last rows keep what those of the default config keep.
     """
 
     name: str
     base: str
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
     rows: tuple[float, float] = (0.0, 1.0)
+    tail: bool = False
 
     def build(self, block_size: int) -> Method:
         """Return the method with its published settings, those replaced that `fields` names.
@@ -48,12 +53,16 @@ class MethodSpec:
         fields = {"block_size": block_size, **self.fields}
         try:
             if self.base.startswith(_STEM):
+                if self.tail:
+                    fields = {**tail_fields(), **fields}
                 return Stem(StemConfig.preset(self.base.removeprefix(_STEM), **fields))
             if self.base == "uniform":
                 # Everything but the schedule is the official method's, so that the schedule alone is compared.
-                official = StemConfig.preset("official", block_size=fields.pop("block_size"))
-                return baselines.make("uniform", config=official, **fields)
-            return baselines.make(self.base, **fields)
+                fields = {"config": StemConfig.preset("official", block_size=fields.pop("block_size")), **fields}
+            method = baselines.make(self.base, **fields)
+            if not self.tail:
+                return method
+            return WithTail(method=cast(Baseline, method), config=StemConfig(block_size=method.block_size))
         except (ValueError, TypeError) as error:
             raise InputError(f"method {self.name}: {error}") from error
 
@@ -89,7 +98,8 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[MethodSpec]:
     """Read `--methods NAME,NAME,...` and `--variant NAME=BASE,FIELD=VALUE,...`.
 
     Args:
-        names: Known methods or names of variants, separated by commas. Variants need not be named again.
+        names: Known methods, with `+tail` or without, or names of variants, separated by commas. Variants need not be
+            named again.
         variants: Each gives a name to a known method with changed fields; a value is JSON, or else a plain string.
             `config:FILE` stands for Stem with the fields of a config file.
 
@@ -106,7 +116,7 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[MethodSpec]:
             raise InputError(f"--variant {text!r}: the name {spec.name} is taken")
         defined[spec.name] = spec
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    specs = [defined[name] if name in defined else MethodSpec(name, _known(name)) for name in chosen]
+    specs = [defined[name] if name in defined else _spec(name, name) for name in chosen]
     return list({spec.name: spec for spec in (*specs, *defined.values())}.values())
 
 
@@ -124,10 +134,15 @@ def _variant(text: str) -> MethodSpec:
             fields[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             fields[key.strip()] = value.strip()
-    return MethodSpec(name.strip(), _known(base), fields)
+    return dataclasses.replace(_spec(name.strip(), base), fields=fields)
 
 
-def _known(name: str) -> str:
-    if name not in known_methods():
-        raise InputError(f"unknown method {name!r}; known: {', '.join(known_methods())}")
-    return name
+def _spec(name: str, method: str) -> MethodSpec:
+    base, tail = method.removesuffix(_TAIL), method.endswith(_TAIL)
+    if base not in known_methods():
+        raise InputError(
+            f"unknown method {method!r}; known: {', '.join(known_methods())}, each but dense also with {_TAIL}"
+        )
+    if tail and base == "dense":
+        raise InputError(f"method {name}: dense attention keeps everything, its tail too; leave {_TAIL} out")
+    return MethodSpec(name, base, tail=tail)

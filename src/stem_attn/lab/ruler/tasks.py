@@ -1,34 +1,27 @@
-"""The tasks by name."""
+"""RULER's tasks by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from stem_attn.lab.prompts import public_text
 from stem_attn.lab.ruler import common_words, frequent_words, niah, tracking
-from stem_attn.lab.ruler.samples import Request, Sample
+from stem_attn.lab.ruler.scoring import score
 from stem_attn.lab.ruler.templates import COMMON_WORDS, FREQUENT_WORDS, NIAH, VARIABLE_TRACKING
+from stem_attn.lab.tasks.task import Task
+
+FAMILY = "RULER"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One task.
-
-    Args:
-        samples: Yields its samples, without end.
-        new_tokens: Most tokens of an answer.
-        essays: Whether its haystack is essays, for which another public text stands here.
-    """
-
-    samples: Callable[[Request], Iterator[Sample]]
-    new_tokens: int
-    essays: bool = False
+def essays() -> list[str]:
+    """Return the name of the text that stands for NVIDIA's essays."""
+    return [f"{public_text()[1]}, not NVIDIA's essays"]
 
 
 def _niah(**settings: Any) -> Task:
-    return Task(partial(niah.samples, **settings), NIAH.new_tokens, essays=settings["haystack"] == "essay")
+    sources = essays if settings["haystack"] == "essay" else None
+    return Task(FAMILY, partial(niah.samples, **settings), NIAH.new_tokens, score, sources=sources)
 
 
 # scripts/synthetic.yaml of NVIDIA/RULER has the same; its two question-answering tasks need data that no package has.
@@ -41,8 +34,8 @@ TASKS: dict[str, Task] = {
     "niah_multikey_3": _niah(haystack="needle", keys="uuids", values="uuids"),
     "niah_multivalue": _niah(haystack="essay", num_values=4),
     "niah_multiquery": _niah(haystack="essay", num_queries=4),
-    "vt": Task(tracking.samples, VARIABLE_TRACKING.new_tokens),
-    "cwe": Task(common_words.samples, COMMON_WORDS.new_tokens),
-    "fwe": Task(frequent_words.samples, FREQUENT_WORDS.new_tokens),
+    "vt": Task(FAMILY, tracking.samples, VARIABLE_TRACKING.new_tokens, score),
+    "cwe": Task(FAMILY, common_words.samples, COMMON_WORDS.new_tokens, score),
+    "fwe": Task(FAMILY, frequent_words.samples, FREQUENT_WORDS.new_tokens, score),
 }
-EXACT = tuple(name for name, task in TASKS.items() if not task.essays)
+EXACT = tuple(name for name, task in TASKS.items() if task.sources is None)

@@ -1,0 +1,304 @@
+"""Run tasks: the same prompts under every method, one prefill each, answers decoded densely."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stem_attn.lab import machine
+from stem_attn.lab.equal_density import UnreachableDensityError
+from stem_attn.lab.errors import InputError
+from stem_attn.lab.models import LoadedModel
+from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.tasks.generate import Prefilled, decode, end_tokens, log_probability, prefill, together
+from stem_attn.lab.tasks.registry import TASKS
+from stem_attn.lab.tasks.samples import Frame, Request, Sample
+from stem_attn.lab.tasks.sparse import Kept, running
+from stem_attn.lab.tasks.store import Store
+from stem_attn.lab.tasks.task import Task
+from stem_attn.methods import Stem
+
+_CPU_CACHE_BYTES = 2**30  # of the methods' caches that are continued together
+_CUDA_CACHE_SHARE = 1 / 16  # of the device's memory, so that several processes fit
+_MARK = "\N{REPLACEMENT CHARACTER}"  # where a chat template puts the user's words
+_RECORD_VERSION = 2  # of what a record holds
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run.
+
+    Args:
+        tasks: Names.
+        lengths: Tokens of prompt and answer together.
+        samples: Which prompts of each task and length, in the order to run.
+        methods: Each runs every prompt. The first is dense attention, to which the others are compared.
+        block_size: Tokens a block, unless a method says otherwise.
+        density: Kept over causal blocks that every method is brought to in every layer; None: each method's own budget.
+        chat: Whether prompts are put into the model's chat format, where their task lets them.
+        seed: Of the prompts.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: tuple[int, ...]
+    methods: tuple[MethodSpec, ...]
+    block_size: int
+    density: float | None
+    chat: bool
+    seed: int
+
+
+@dataclass(slots=True)
+class Results:
+    """What a run found.
+
+    Args:
+        records: One of every task, length, method and sample.
+        left_out: By method and length, why it could not run.
+        stopped: Whether the run was told to stop before its end.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[tuple[str, int], str] = field(default_factory=dict)
+    stopped: bool = False
+
+
+OnPrompt = Callable[[str], None]
+"""Told what is done, once for every prompt and method."""
+
+
+def evaluate(
+    loaded: LoadedModel, plan: Plan, store: Store, on_prompt: OnPrompt, stop: Callable[[], bool] = lambda: False
+) -> Results:
+    """Answer and score every prompt whose answer the store does not have yet.
+
+    A sample of every task is finished before the next one is begun, so that a run that stops has about as many of each.
+
+    Args:
+        loaded: The model.
+        plan: What to run.
+        store: Where answers are kept.
+        on_prompt: Told what is done.
+        stop: Asked before every prompt whether to stop there.
+
+    Raises:
+        InputError: A task does not fit a length, the model's attention cannot be routed, or a stored answer is one to
+            another prompt.
+    """
+    shared = {
+        "record": _RECORD_VERSION,
+        "model": loaded.name,
+        "weights": fingerprint(loaded.model),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": loaded.model.device.type,
+        "seed": plan.seed,
+    }
+    prompts = {(length, task): _Prompts(loaded, plan, task, length) for length in plan.lengths for task in plan.tasks}
+    results = Results()
+    for index in plan.samples:
+        for (length, task), made in prompts.items():
+            if stop():
+                results.stopped = True
+                break
+            key = {**shared, "chat": made.chat, "task": task, "length": length, "index": index}
+            results.records += _answered(loaded, plan, key, made, store, results.left_out, on_prompt)
+    results.records = [r for r in results.records if (r["method"], r["length"]) not in results.left_out]
+    return results
+
+
+def chat_frame(tokenizer: Any) -> Frame:
+    """Return what a tokenizer's chat template puts around a user's words."""
+    messages = [{"role": "user", "content": _MARK}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, _, after = chat.partition(_MARK)
+    return Frame(before, after)
+
+
+def fingerprint(model: Any) -> str:
+    """Return a short hash of a model's configuration and of the first numbers of every weight."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Prompts:
+    """The prompts of one task and length, made when first needed; the same ones for every method."""
+
+    def __init__(self, loaded: LoadedModel, plan: Plan, task: str, length: int) -> None:
+        self.task = TASKS[task]
+        self.length = length
+        self.name = f"{task} at {length}"
+        self.chat = plan.chat and self.task.chat
+        self.sources = self.task.sources() if self.task.sources is not None else []
+        self._tokenizer = loaded.tokenizer
+        self._device = loaded.model.device
+        frame = chat_frame(self._tokenizer) if self.chat else Frame()
+        self._request = Request(length, plan.seed, frame, self._count)
+        self._coming: Iterator[Sample] | None = None
+        self._made = 0
+
+    def sample(self, index: int) -> Sample:
+        """Return a sample; one after an earlier one costs no more than those between them."""
+        if self._coming is None or index < self._made:
+            self._coming, self._made = self.task.samples(self._request), 0
+        while self._made < index:
+            next(self._coming)
+            self._made += 1
+        self._made += 1
+        return next(self._coming)
+
+    def ids(self, sample: Sample) -> Tensor:
+        """Return a prompt's tokens, int64 [1, T]; a chat format brings its own special tokens."""
+        ids = self._tokenizer(sample.prompt, add_special_tokens=not self.chat).input_ids
+        return torch.tensor([ids], device=self._device)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A prompt as one method read it.
+
+    Args:
+        place: The method's place in the plan.
+        prefilled: The model's cache and first logits.
+        kept: What was attended to.
+    """
+
+    place: int
+    prefilled: Prefilled
+    kept: Kept
+
+
+def _settings(spec: MethodSpec, plan: Plan) -> dict[str, Any]:
+    """Return everything that a method's answers depend on, its name aside."""
+    if spec.base == "dense":
+        return {"base": "dense"}
+    method = spec.build(plan.block_size)
+    fields = json.loads(method.config.to_json()) if isinstance(method, Stem) else asdict(cast(Any, method))
+    return {"base": spec.base, "density": plan.density, **fields}
+
+
+def _answered(
+    loaded: LoadedModel,
+    plan: Plan,
+    key: dict[str, Any],
+    prompts: _Prompts,
+    store: Store,
+    left_out: dict[tuple[str, int], str],
+    on_prompt: OnPrompt,
+) -> list[dict[str, Any]]:
+    """Return every method's record of one prompt; those that were missing are stored as they come."""
+    keys = [{**key, "method": _settings(spec, plan)} for spec in plan.methods]
+    found = {place: record for place, one in enumerate(keys) if (record := store.get(one)) is not None}
+    missing = [place for place in range(len(keys)) if place not in found]
+    hashes = {record["prompt_sha256"] for record in found.values()}
+    sample = prompts.sample(key["index"]) if missing else None
+    if sample is not None:
+        hashes.add(sample.sha256)
+    if len(hashes) > 1:
+        raise InputError(
+            f"the --out file has an answer to another prompt of {prompts.name}, sample {key['index']}: the tokenizer, "
+            f"a text that prompts are made of, or this package has changed; use another file"
+        )
+    for place in found:
+        on_prompt(f"{prompts.name} {plan.methods[place].name}")
+    if sample is not None:
+        for group in _readings(loaded, plan, missing, prompts.ids(sample), prompts, left_out, on_prompt):
+            dense = found[0]["answer_ids"] if 0 in found else None
+            answers = _answers(loaded, prompts.task, group, dense)
+            for reading, answer in zip(group, answers, strict=True):
+                found[reading.place] = {
+                    "key": keys[reading.place],
+                    "name": plan.methods[reading.place].name,
+                    "machine": machine.brief(loaded.model.device),
+                    **_scored(prompts, sample, answer["answer"]),
+                    **answer,
+                }
+            store.add(found[reading.place] for reading in group)
+    return [{**record, **record["key"], "method": plan.methods[place].name} for place, record in sorted(found.items())]
+
+
+def _readings(
+    loaded: LoadedModel,
+    plan: Plan,
+    places: list[int],
+    ids: Tensor,
+    prompts: _Prompts,
+    left_out: dict[tuple[str, int], str],
+    on_prompt: OnPrompt,
+) -> Iterator[list[_Reading]]:
+    """Prefill one prompt under methods, and yield as many readings as may be continued together."""
+    room = _cache_bytes(loaded.model.device)
+    group: list[_Reading] = []
+    for place in places:
+        spec = plan.methods[place]
+        if (spec.name, prompts.length) in left_out:
+            continue
+        try:
+            with running(loaded.model, spec, plan.block_size, plan.density) as kept:
+                group.append(_Reading(place, prefill(loaded.model, ids), kept()))
+        except UnreachableDensityError as error:
+            left_out[spec.name, prompts.length] = str(error)
+            continue
+        on_prompt(f"{prompts.name} {spec.name}")
+        used = sum(reading.prefilled.cache_bytes() for reading in group)
+        if used * (len(group) + 1) / len(group) > room:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _answers(loaded: LoadedModel, task: Task, group: list[_Reading], dense: list[int] | None) -> list[dict[str, Any]]:
+    """Return what the readings of one prompt say, and how likely they make dense attention's answer.
+
+    Args:
+        loaded: The model.
+        task: The prompt's.
+        group: The readings; their caches are used up.
+        dense: Dense attention's answer; None: the first reading is dense.
+    """
+    batches = together([reading.prefilled for reading in group], task.new_tokens)
+    written = [ids for batch in batches for ids in decode(loaded.model, batch, task.new_tokens)]
+    forced = written[0] if dense is None else dense
+    likely = [value for batch in batches for value in log_probability(loaded.model, batch, forced)]
+    ends = end_tokens(loaded.model)
+    return [
+        {
+            "answer": loaded.tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True),
+            "answer_ids": ids,
+            "dense_answer_log_probability": value,
+            "budget": reading.kept.budget,
+            "layers": reading.kept.layers,
+        }
+        for reading, ids, value in zip(group, written, likely, strict=True)
+    ]
+
+
+def _scored(prompts: _Prompts, sample: Sample, answer: str) -> dict[str, Any]:
+    """Return what a record says of a prompt, and of an answer to it."""
+    measures = {"score": prompts.task.score, **prompts.task.also}
+    return {
+        "sources": prompts.sources,
+        "prompt_sha256": sample.sha256,
+        "prompt_tokens": sample.prompt_tokens,
+        "references": sample.references,
+        **{name: measure(answer, sample.references) for name, measure in measures.items()},
+    }
+
+
+def _cache_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] * _CUDA_CACHE_SHARE
+    return _CPU_CACHE_BYTES
