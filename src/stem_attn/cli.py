@@ -57,9 +57,11 @@ def _app() -> "typer.Typer":
     import typer
 
     from stem_attn.lab.bench.command import bench
+    from stem_attn.lab.density.command import density
     from stem_attn.lab.fidelity.command import fidelity
     from stem_attn.lab.prefill.command import prefill
     from stem_attn.lab.ruler.command import ruler
+    from stem_attn.lab.serving.command import serving
     from stem_attn.lab.tune.command import tune
 
     app = typer.Typer(
@@ -83,6 +85,8 @@ def _app() -> "typer.Typer":
 
     app.command()(prefill)
     app.command()(bench)
+    app.command()(density)
+    app.command()(serving)
     app.command()(tune)
     accuracy = typer.Typer(help="Measure accuracy against dense attention.")
     accuracy.command()(fidelity)

@@ -13,19 +13,19 @@ import tiny_model
 from stem_attn import cli
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
-from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.lab.ruler import run
-from stem_attn.lab.ruler.generate import decode, prefill
+from stem_attn.lab.ruler.generate import decode, read_prompt
 from stem_attn.lab.ruler.report import render
-from stem_attn.lab.ruler.run import Plan, chat_frame, evaluate, fingerprint
+from stem_attn.lab.ruler.run import Settings, chat_frame, evaluate, fingerprint
 from stem_attn.lab.ruler.samples import Frame
 from stem_attn.lab.ruler.store import Store
 
 LENGTH = 1536  # bytes; the tiny model's context is 2048
-DENSE = MethodSpec("dense", "dense")
-EVERYTHING = MethodSpec("all", "stem-default", {"min_seq_len": 0, "budget_ratio": 1.0})
-SPARSE = MethodSpec("sparse", "stem-default", {"min_seq_len": 0, "budget_ratio": 0.2, "budget_bias": 0})
-PLAN = Plan(
+DENSE = NamedMethod("dense", "dense")
+EVERYTHING = NamedMethod("all", "stem-default", {"min_seq_len": 0, "budget_ratio": 1.0})
+SPARSE = NamedMethod("sparse", "stem-default", {"min_seq_len": 0, "budget_ratio": 0.2, "budget_bias": 0})
+SETTINGS = Settings(
     tasks=("fwe",),  # the fewest new tokens of the tasks that fit
     lengths=(LENGTH,),
     samples=2,
@@ -44,7 +44,7 @@ def loaded():
 
 def ruler(loaded, store=None, **changes):
     seen = []
-    results = evaluate(loaded, dataclasses.replace(PLAN, **changes), store or Store(None), seen.append)
+    results = evaluate(loaded, dataclasses.replace(SETTINGS, **changes), store or Store(None), seen.append)
     return results, seen
 
 
@@ -58,27 +58,27 @@ def test_answers_decoded_together_are_those_of_generate(model_type):
     # Shorter, as long as and longer than the window of 512; two are equally long.
     prompts = [hf_models.tokens(1, length, seed=length) for length in (300, 512, 700, 701)]
     prompts.append(hf_models.tokens(1, 700, seed=5))
-    together = decode(model, [prefill(model, ids) for ids in prompts], 12)
+    together = decode(model, [read_prompt(model, ids) for ids in prompts], 12)
     with torch.no_grad():
         for ids, answer in zip(prompts, together, strict=True):
             expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
             assert answer == expected
-            assert decode(model, [prefill(model, ids)], 12) == [expected]
+            assert decode(model, [read_prompt(model, ids)], 12) == [expected]
 
 
 def test_an_answer_stops_before_its_end_token_and_the_others_go_on():
     model = hf_models.tiny_model("llama")
     model.generation_config.eos_token_id = None
     prompts = [hf_models.tokens(1, 100 + 7 * seed, seed=seed) for seed in range(3)]
-    full = decode(model, [prefill(model, ids) for ids in prompts], 10)
+    full = decode(model, [read_prompt(model, ids) for ids in prompts], 10)
     end = full[0][4]
     model.generation_config.eos_token_id = [end, 1]
-    answers = decode(model, [prefill(model, ids) for ids in prompts], 10)
+    answers = decode(model, [read_prompt(model, ids) for ids in prompts], 10)
     ends = {end, 1}
     cut = [row[: next((i for i, token in enumerate(row) if token in ends), 10)] for row in full]
     assert answers == cut
     assert len(answers[0]) < 5
-    assert decode(model, [prefill(model, prompts[0])], 1) == [full[0][:1]]
+    assert decode(model, [read_prompt(model, prompts[0])], 1) == [full[0][:1]]
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
@@ -141,13 +141,13 @@ def test_the_budget_counts_dense_layers(loaded):
     records = ruler(loaded, methods=(SPARSE, half), samples=1)[0].records
     assert records[1]["layers"] == {"sparse": 1, "dense layer": 1}
     assert records[1]["budget"] == pytest.approx((1 + records[0]["budget"]) / 2, abs=0.03)
-    short = MethodSpec("short", "stem-default", {"min_seq_len": 4096})
+    short = NamedMethod("short", "stem-default", {"min_seq_len": 4096})
     (record,) = ruler(loaded, methods=(short,), samples=1)[0].records
     assert (record["budget"], record["layers"]) == (1.0, {"short prompt": 2})
 
 
 def test_baselines_run_with_their_own_budget_or_at_a_density(loaded):
-    methods = (MethodSpec("x", "xattention", {"threshold": 0.5}), MethodSpec("stem-official", "stem-official"))
+    methods = (NamedMethod("x", "xattention", {"threshold": 0.5}), NamedMethod("stem-official", "stem-official"))
     own = ruler(loaded, methods=methods, samples=1)[0].records
     assert 0 < own[0]["budget"] < 1
     assert own[1]["layers"] == {"dense layer": 2}  # it leaves its first two layers dense
@@ -158,7 +158,7 @@ def test_baselines_run_with_their_own_budget_or_at_a_density(loaded):
 
 
 def test_a_method_that_cannot_keep_so_little_is_left_out(loaded):
-    results, _ = ruler(loaded, methods=(DENSE, MethodSpec("stem-official", "stem-official")), density=0.001)
+    results, _ = ruler(loaded, methods=(DENSE, NamedMethod("stem-official", "stem-official")), density=0.001)
     assert [record["method"] for record in results.records] == ["dense"] * 2
     (reason,) = results.left_out.values()
     assert "stem-official keeps at least 0." in reason
@@ -180,7 +180,7 @@ def test_a_second_run_only_does_what_is_missing(loaded, tmp_path, monkeypatch):
     assert len(lines) == 4
 
     read = []
-    monkeypatch.setattr(run, "prefill", lambda model, ids: read.append(ids) or prefill(model, ids))
+    monkeypatch.setattr(run, "read_prompt", lambda model, ids: read.append(ids) or read_prompt(model, ids))
     again, seen = ruler(loaded, Store(file))
     assert (read, len(seen)) == ([], 4)
     assert json.dumps(again.records) == json.dumps(first)
@@ -233,7 +233,7 @@ def test_the_chat_format_goes_around_the_question(loaded, monkeypatch):
     )
     assert chat_frame(tokenizer) == Frame("<user>", "</user><assistant>")
     read = []
-    monkeypatch.setattr(run, "prefill", lambda model, ids: read.append(ids) or prefill(model, ids))
+    monkeypatch.setattr(run, "read_prompt", lambda model, ids: read.append(ids) or read_prompt(model, ids))
     chatting = LoadedModel(loaded.model, tokenizer, "tiny")
     ruler(chatting, methods=(DENSE,), samples=1, chat=True, tasks=("niah_single_1",))
     prompt = tokenizer.decode(read[0][0])
@@ -286,8 +286,8 @@ def test_the_command_writes_tables_and_json(folder, tmp_path, capsys):
         (["--tasks", "niah"], "unknown task 'niah'; known: exact, all, niah_single_1"),
         (["--tasks", "qa_1"], "task qa_1 is not offered"),
         (["--tasks", ","], "--tasks names no task"),
-        (["--lengths", "4K"], "--lengths takes numbers of tokens"),
-        (["--lengths", "0"], "--lengths takes numbers of tokens"),
+        (["--lengths", "4K"], "--lengths takes positive whole numbers"),
+        (["--lengths", "0"], "--lengths takes positive whole numbers"),
         (["--lengths", "4096"], "--lengths 4096 is more than the model's context of 2048"),
         (["--template", "llama"], "--template must be one of auto, base, chat"),
         (["--template", "chat", "--lengths", "1024"], "has no chat template"),

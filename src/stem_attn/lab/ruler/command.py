@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.errors import InputError, check_writable, require
-from stem_attn.lab.model_options import DeviceOption, DtypeOption, GgufOption, ModelOption, check_dtype, load_model
+from stem_attn.lab.devices import check_dtype, name_of
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import (
+    METHOD,
+    OUTPUT,
+    PROMPT,
+    DeviceOption,
+    DtypeOption,
+    GgufOption,
+    JsonOption,
+    ModelOption,
+    VariantOption,
+    listed,
+    load_model,
+    whole_numbers,
+)
+from stem_attn.lab.results import Record, check_json, deliver, new_record
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
-    from stem_attn.lab.ruler.run import Plan, Results
+    from stem_attn.lab.ruler.run import Results, Settings
 
-_PROMPTS, _METHODS, _OUTPUT = "Prompts", "Methods", "Output"
 _TEMPLATES = ("auto", "base", "chat")
 
 
@@ -32,22 +44,22 @@ def ruler(
         typer.Option(
             metavar="NAME,...",
             help="Task names; or exact: those whose prompts are NVIDIA's; or all, with essay tasks on another text.",
-            rich_help_panel=_PROMPTS,
+            rich_help_panel=PROMPT,
         ),
     ] = "exact",
     lengths: Annotated[
         str,
-        typer.Option(metavar="N,...", help="Tokens of prompt and answer together.", rich_help_panel=_PROMPTS),
+        typer.Option(metavar="N,...", help="Tokens of prompt and answer together.", rich_help_panel=PROMPT),
     ] = "4096",
     samples: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Prompts of each task and length.", rich_help_panel=_PROMPTS)
+        int, typer.Option(min=1, metavar="N", help="Prompts of each task and length.", rich_help_panel=PROMPT)
     ] = 10,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts.", rich_help_panel=_PROMPTS)] = 42,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts.", rich_help_panel=PROMPT)] = 42,
     template: Annotated[
         str,
         typer.Option(
             help="base: plain text; chat: the model's chat format; auto: chat if the model has one.",
-            rich_help_panel=_PROMPTS,
+            rich_help_panel=PROMPT,
         ),
     ] = "auto",
     methods: Annotated[
@@ -55,20 +67,12 @@ def ruler(
         typer.Option(
             metavar="NAME,...",
             help="dense, stem-PRESET, a baseline's name, or a variant's.",
-            rich_help_panel=_METHODS,
+            rich_help_panel=METHOD,
         ),
     ] = "dense,stem-default",
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=METHOD,FIELD=VALUE,...",
-            help="A method with changed settings, under a name of your own; a value is JSON. May be repeated: "
-            "--variant small=stem-default,block_size=32,min_seq_len=0. With config:FILE the settings of a file.",
-            rich_help_panel=_METHODS,
-        ),
-    ] = None,
+    variant: VariantOption = None,
     block_size: Annotated[
-        int, typer.Option(metavar="N", help="Tokens a block, of methods that do not set it.", rich_help_panel=_METHODS)
+        int, typer.Option(metavar="N", help="Tokens a block, of methods that do not set it.", rich_help_panel=METHOD)
     ] = 128,
     density: Annotated[
         float | None,
@@ -78,7 +82,7 @@ def ruler(
             metavar="D",
             help="Bring every method, in every layer, to this share of the causal blocks; Stem, whose budget is whole "
             "blocks, just below it. Default: each method's own budget.",
-            rich_help_panel=_METHODS,
+            rich_help_panel=METHOD,
         ),
     ] = None,
     out: Annotated[
@@ -87,18 +91,10 @@ def ruler(
             metavar="FILE",
             help="Keep every answer here, one JSON line each. A run finds there what is done already, so it can be "
             "interrupted, and extended by samples, lengths, tasks and methods.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    json_path: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Write scores and settings as JSON; with - to stdout, and the tables to stderr.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Score RULER's long-context tasks with dense attention and with sparse prefill, on the same prompts.
 
@@ -107,16 +103,17 @@ def ruler(
     """
     require("transformers", "gguf", "wonderwords", extra="eval")
     from stem_attn.lab.named_methods import parse_methods
-    from stem_attn.lab.ruler.run import Plan, evaluate
+    from stem_attn.lab.ruler.report import render
+    from stem_attn.lab.ruler.run import Settings, evaluate
     from stem_attn.lab.ruler.store import Store
 
     # Everything that can be refused without the model is refused before it loads.
     check_dtype(dtype)
     if template not in _TEMPLATES:
         raise InputError(f"--template must be one of {', '.join(_TEMPLATES)}; got {template!r}")
-    plan = Plan(
+    settings = Settings(
         tasks=_tasks(tasks),
-        lengths=_lengths(lengths),
+        lengths=tuple(sorted(set(whole_numbers("--lengths", lengths)))),
         samples=samples,
         methods=tuple(parse_methods(methods, variant or [])),
         block_size=block_size,
@@ -124,41 +121,41 @@ def ruler(
         chat=template == "chat",
         seed=seed,
     )
-    for spec in plan.methods:
-        spec.build(block_size)
-        if density is not None and spec.fields.get("layer_budgets"):
-            raise InputError(f"method {spec.name}: budgets by layer have no one --density; leave it out")
-    if json_path not in (None, "-"):
-        check_writable(Path(json_path))
+    for named in settings.methods:
+        named.build(block_size)
+        if density is not None and named.fields.get("layer_budgets"):
+            raise InputError(f"method {named.name}: budgets by layer have no one --density; leave it out")
+    check_json(json_path)
     store = Store(out)
     loaded = load_model(model, gguf, device, dtype)
-    if max(plan.lengths) > loaded.context_tokens:
+    if max(settings.lengths) > loaded.context_tokens:
         raise InputError(
-            f"--lengths {max(plan.lengths)} is more than the model's context of {loaded.context_tokens} tokens"
+            f"--lengths {max(settings.lengths)} is more than the model's context of {loaded.context_tokens} tokens"
         )
     if template == "auto":
-        plan = dataclasses.replace(plan, chat=loaded.tokenizer.chat_template is not None)
-    elif plan.chat and loaded.tokenizer.chat_template is None:
+        settings = dataclasses.replace(settings, chat=loaded.tokenizer.chat_template is not None)
+    elif settings.chat and loaded.tokenizer.chat_template is None:
         raise InputError(f"--template chat: the tokenizer of {loaded.name} has no chat template")
 
     from transformers.utils import logging
 
-    total = len(plan.tasks) * len(plan.lengths) * len(plan.methods) * plan.samples
+    total = len(settings.tasks) * len(settings.lengths) * len(settings.methods) * settings.samples
     with logging.tqdm(total=total, unit="prompt") as bar:
 
         def on_prompt(done: str) -> None:
             bar.set_description(done, refresh=False)
             bar.update()
 
-        results = evaluate(loaded, plan, store, on_prompt)
-    _show(_record(loaded, plan, results), json_path)
+        results = evaluate(loaded, settings, store, on_prompt)
+    found = _record(loaded, settings, results)
+    deliver(found, render(found), json_path)
 
 
 def _tasks(text: str) -> tuple[str, ...]:
     from stem_attn.lab.ruler.tasks import EXACT, TASKS
 
     groups = {"exact": EXACT, "all": tuple(TASKS)}
-    names = [name for given in _listed(text) for name in groups.get(given, (given,))]
+    names = [name for given in listed(text) for name in groups.get(given, (given,))]
     for name in names:
         if name in ("qa_1", "qa_2"):
             raise InputError(f"task {name} is not offered: its questions are in a data set that must be downloaded")
@@ -169,37 +166,20 @@ def _tasks(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        lengths = sorted({int(length) for length in _listed(text)})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise InputError(f"--lengths takes numbers of tokens such as 4096,8192; got {text!r}")
-    return tuple(lengths)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _record(loaded: LoadedModel, plan: Plan, results: Results) -> dict[str, Any]:
+def _record(loaded: LoadedModel, settings: Settings, results: Results) -> Record:
     """Return every number and setting as plain values."""
-    from stem_attn.lab import machine
     from stem_attn.lab.prompts import public_text
     from stem_attn.lab.ruler.run import fingerprint
     from stem_attn.lab.ruler.summary import summarize
     from stem_attn.lab.ruler.tasks import TASKS
 
     return {
+        **new_record("ruler", dataclasses.asdict(settings), loaded.model.device),
         "model": loaded.name,
         "weights": fingerprint(loaded.model),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "machine": machine.describe(loaded.model.device),
-        "arguments": sys.argv[1:],
-        "settings": dataclasses.asdict(plan),
-        "essays": public_text()[1] if any(TASKS[task].essays for task in plan.tasks) else None,
-        **summarize(results.records, [spec.name for spec in plan.methods]),
+        "dtype": name_of(loaded.model.dtype),
+        "essays": public_text()[1] if any(TASKS[task].essays for task in settings.tasks) else None,
+        **summarize(results.records, [named.name for named in settings.methods]),
         "layers": _layers(results.records),
         "left_out": [
             {"method": method, "length": length, "reason": reason}
@@ -208,7 +188,7 @@ def _record(loaded: LoadedModel, plan: Plan, results: Results) -> dict[str, Any]
     }
 
 
-def _layers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _layers(records: list[Record]) -> list[Record]:
     """Return, for every method and length, a prompt's layers by what they were."""
     found: dict[tuple[str, int], Counter[str]] = {}
     prompts: Counter[tuple[str, int]] = Counter()
@@ -224,15 +204,3 @@ def _layers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for place, counts in found.items()
     ]
-
-
-def _show(found: dict[str, Any], json_path: str | None) -> None:
-    from rich.console import Console
-
-    from stem_attn.lab.ruler.report import render
-
-    if json_path == "-":
-        print(json.dumps(found, indent=2))
-    elif json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=2) + "\n")
-    Console(stderr=json_path == "-").print(render(found))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from stem_attn.lab.results import Record
 
-def render(found: dict[str, Any]) -> Group:
+
+def render(found: Record) -> Group:
     """Return what the terminal shows.
 
     Args:
@@ -19,7 +19,7 @@ def render(found: dict[str, Any]) -> Group:
     return Group(_facts(found), Text(), _methods(found), Text(), _tasks(found), *notes)
 
 
-def _facts(found: dict[str, Any]) -> Table:
+def _facts(found: Record) -> Table:
     machine, settings = found["machine"], found["settings"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
@@ -36,7 +36,7 @@ def _facts(found: dict[str, Any]) -> Table:
     return facts
 
 
-def _methods(found: dict[str, Any]) -> Table:
+def _methods(found: Record) -> Table:
     """One row a method: the score at every length, as in the paper's Table 4."""
     table = Table(title="Score, mean over tasks")
     table.add_column("method")
@@ -51,7 +51,7 @@ def _methods(found: dict[str, Any]) -> Table:
     return table
 
 
-def _tasks(found: dict[str, Any]) -> Table:
+def _tasks(found: Record) -> Table:
     table = Table(title="Score by task; for sparse methods minus dense, points")
     table.add_column("task")
     table.add_column("method")
@@ -67,13 +67,13 @@ def _tasks(found: dict[str, Any]) -> Table:
     return table
 
 
-def _cell(cell: dict[str, Any] | None) -> str:
+def _cell(cell: Record | None) -> str:
     if cell is None:
         return "-"
     return _number(cell["score"]) + (f"  {_difference(cell)}" if cell["minus_dense"] is not None else "")
 
 
-def _difference(row: dict[str, Any]) -> str:
+def _difference(row: Record) -> str:
     if row["minus_dense"] is None:
         return "-"
     interval = row["interval"]
@@ -89,7 +89,7 @@ def _tokens(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
-def _notes(found: dict[str, Any]) -> list[str]:
+def _notes(found: Record) -> list[str]:
     notes = [
         "Budget: kept over causal blocks of the layers with full attention, dense ones included. Differences are "
         "paired by prompt; ± is half of their 95% interval, by the normal approximation.",

@@ -14,11 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stem_attn.lab.devices import name_of
 from stem_attn.lab.equal_density import UnreachableDensityError
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
-from stem_attn.lab.named_methods import MethodSpec
-from stem_attn.lab.ruler.generate import Prefilled, decode, prefill
+from stem_attn.lab.named_methods import NamedMethod
+from stem_attn.lab.ruler.generate import Prefilled, decode, read_prompt
 from stem_attn.lab.ruler.samples import Frame, Request, Sample
 from stem_attn.lab.ruler.scoring import score
 from stem_attn.lab.ruler.sparse import Kept, running
@@ -32,7 +33,7 @@ _MARK = "\N{REPLACEMENT CHARACTER}"  # where a chat template puts the user's wor
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Settings:
     """What to run.
 
     Args:
@@ -49,7 +50,7 @@ class Plan:
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     samples: int
-    methods: tuple[MethodSpec, ...]
+    methods: tuple[NamedMethod, ...]
     block_size: int
     density: float | None
     chat: bool
@@ -73,12 +74,12 @@ OnPrompt = Callable[[str], None]
 """Told what is done, once for every prompt and method."""
 
 
-def evaluate(loaded: LoadedModel, plan: Plan, store: Store, on_prompt: OnPrompt) -> Results:
+def evaluate(loaded: LoadedModel, settings: Settings, store: Store, on_prompt: OnPrompt) -> Results:
     """Answer and score every prompt whose answer the store does not have yet.
 
     Args:
         loaded: The model.
-        plan: What to run.
+        settings: What to run.
         store: Where answers are kept.
         on_prompt: Told what is done.
 
@@ -89,27 +90,27 @@ def evaluate(loaded: LoadedModel, plan: Plan, store: Store, on_prompt: OnPrompt)
     shared = {
         "model": loaded.name,
         "weights": fingerprint(loaded.model),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": name_of(loaded.model.dtype),
         "device": loaded.model.device.type,
-        "chat": plan.chat,
-        "seed": plan.seed,
+        "chat": settings.chat,
+        "seed": settings.seed,
     }
     results = Results([], {})
-    for length in plan.lengths:
-        for task in plan.tasks:
-            prompts = _Prompts(loaded.tokenizer, plan, task, length)
-            for spec in plan.methods:
-                if (spec.name, length) in results.left_out:
+    for length in settings.lengths:
+        for task in settings.tasks:
+            prompts = _Prompts(loaded.tokenizer, settings, task, length)
+            for named in settings.methods:
+                if (named.name, length) in results.left_out:
                     continue
-                place = {"method": _settings(spec, plan), "task": task, "length": length}
-                keys = [{**shared, **place, "index": index} for index in range(plan.samples)]
-                on_done = partial(on_prompt, f"{task} {length} {spec.name}")
+                place = {"method": _method_settings(named, settings), "task": task, "length": length}
+                keys = [{**shared, **place, "index": index} for index in range(settings.samples)]
+                on_done = partial(on_prompt, f"{task} {length} {named.name}")
                 try:
-                    records = _records(loaded, plan, spec, prompts, keys, store, on_done)
+                    records = _records(loaded, settings, named, prompts, keys, store, on_done)
                 except UnreachableDensityError as error:
-                    results.left_out[spec.name, length] = str(error)
+                    results.left_out[named.name, length] = str(error)
                     continue
-                results.records.extend({**record, **record["key"], "method": spec.name} for record in records)
+                results.records.extend({**record, **record["key"], "method": named.name} for record in records)
     return results
 
 
@@ -133,25 +134,25 @@ def fingerprint(model: Any) -> str:
 class _Prompts:
     """The prompts of one task and length, made when first needed; the same ones for every method."""
 
-    def __init__(self, tokenizer: Any, plan: Plan, task: str, length: int) -> None:
+    def __init__(self, tokenizer: Any, settings: Settings, task: str, length: int) -> None:
         self.new_tokens = TASKS[task].new_tokens
         self.name = f"{task} at {length}"
         self._tokenizer = tokenizer
-        self._plan = plan
+        self._settings = settings
         self._task = task
         self._length = length
         self._sha256: dict[int, str] = {}
 
     @cached_property
     def samples(self) -> list[Sample]:
-        frame = chat_frame(self._tokenizer) if self._plan.chat else Frame()
-        request = Request(self._length, self._plan.seed, frame, self._count)
-        return list(islice(TASKS[self._task].samples(request), self._plan.samples))
+        frame = chat_frame(self._tokenizer) if self._settings.chat else Frame()
+        request = Request(self._length, self._settings.seed, frame, self._count)
+        return list(islice(TASKS[self._task].samples(request), self._settings.samples))
 
     def ids(self, index: int) -> Tensor:
         """Return a prompt's tokens, int64 [1, T]; a chat format brings its own special tokens."""
         prompt = self.samples[index].prompt
-        return torch.tensor([self._tokenizer(prompt, add_special_tokens=not self._plan.chat).input_ids])
+        return torch.tensor([self._tokenizer(prompt, add_special_tokens=not self._settings.chat).input_ids])
 
     def sha256(self, index: int) -> str:
         return hashlib.sha256(self.samples[index].prompt.encode()).hexdigest()
@@ -170,19 +171,19 @@ class _Prompts:
         return len(self._tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _settings(spec: MethodSpec, plan: Plan) -> dict[str, Any]:
+def _method_settings(named: NamedMethod, settings: Settings) -> dict[str, Any]:
     """Return everything that a method's answers depend on, its name aside."""
-    if spec.base == "dense":
+    if named.base == "dense":
         return {"base": "dense"}
-    method = spec.build(plan.block_size)
+    method = named.build(settings.block_size)
     fields = json.loads(method.config.to_json()) if isinstance(method, Stem) else asdict(cast(Any, method))
-    return {"base": spec.base, "density": plan.density, **fields}
+    return {"base": named.base, "density": settings.density, **fields}
 
 
 def _records(
     loaded: LoadedModel,
-    plan: Plan,
-    spec: MethodSpec,
+    settings: Settings,
+    named: NamedMethod,
     prompts: _Prompts,
     keys: list[dict[str, Any]],
     store: Store,
@@ -195,9 +196,9 @@ def _records(
     room = _cache_bytes(loaded.model.device)
     while missing:
         batch: list[tuple[int, Prefilled, Kept]] = []
-        with running(loaded.model, spec, plan.block_size, plan.density) as kept:
+        with running(loaded.model, named, settings.block_size, settings.density) as kept:
             while missing and sum(read.cache_bytes() for _, read, _ in batch) < room:
-                read = prefill(loaded.model, prompts.ids(missing[0]).to(loaded.model.device))
+                read = read_prompt(loaded.model, prompts.ids(missing[0]).to(loaded.model.device))
                 batch.append((missing.popleft(), read, kept()))
                 on_done()
         answers = decode(loaded.model, [read for _, read, _ in batch], prompts.new_tokens)
