@@ -1,6 +1,6 @@
 """Run every kernel on odd lengths, for compute-sanitizer to watch.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/memcheck.py
 
 Without the caching allocator every tensor is an allocation of its own, so that an access past its end is seen. Outputs
 are compared with the CPU backend's too.

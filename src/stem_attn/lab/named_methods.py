@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from typing import Any, cast
 from stem_attn import baselines
 from stem_attn.baselines.base import Baseline
 from stem_attn.config import PRESETS, StemConfig
+from stem_attn.lab.configs import fields_from_file, read_changes
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.options import fields_from_file
 from stem_attn.lab.tail import WithTail, tail_fields
 from stem_attn.methods import Method, Stem
 
@@ -26,7 +25,7 @@ _BETWEEN_FIELDS = re.compile(r",(?=\s*\w+\s*=)")
 
 
 @dataclass(frozen=True, slots=True)
-class MethodSpec:
+class NamedMethod:
     """A method before the block size and the density are known.
 
     Args:
@@ -94,7 +93,7 @@ def known_methods() -> tuple[str, ...]:
     return (*presets, *(name for name in baselines.METHODS if name != "stem"))
 
 
-def parse_methods(names: str, variants: Iterable[str] = ()) -> list[MethodSpec]:
+def parse_methods(names: str, variants: Iterable[str] = ()) -> list[NamedMethod]:
     """Read `--methods NAME,NAME,...` and `--variant NAME=BASE,FIELD=VALUE,...`.
 
     Args:
@@ -109,18 +108,18 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[MethodSpec]:
     Raises:
         InputError: A name is unknown or used twice, or a variant is malformed.
     """
-    defined: dict[str, MethodSpec] = {}
+    defined: dict[str, NamedMethod] = {}
     for text in variants:
-        spec = _variant(text)
-        if spec.name in defined or spec.name in known_methods():
-            raise InputError(f"--variant {text!r}: the name {spec.name} is taken")
-        defined[spec.name] = spec
+        named = _variant(text)
+        if named.name in defined or named.name in known_methods():
+            raise InputError(f"--variant {text!r}: the name {named.name} is taken")
+        defined[named.name] = named
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    specs = [defined[name] if name in defined else _spec(name, name) for name in chosen]
-    return list({spec.name: spec for spec in (*specs, *defined.values())}.values())
+    found = [defined[name] if name in defined else _named(name, name) for name in chosen]
+    return list({named.name: named for named in (*found, *defined.values())}.values())
 
 
-def _variant(text: str) -> MethodSpec:
+def _variant(text: str) -> NamedMethod:
     name, equals, rest = text.partition("=")
     base, *pairs = _BETWEEN_FIELDS.split(rest)
     if not equals or not name.strip() or not base.strip():
@@ -128,16 +127,10 @@ def _variant(text: str) -> MethodSpec:
     base, fields = base.strip(), {}
     if base.startswith(_CONFIG):
         base, fields = f"{_STEM}default", fields_from_file(Path(base.removeprefix(_CONFIG)))
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        try:
-            fields[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[key.strip()] = value.strip()
-    return dataclasses.replace(_spec(name.strip(), base), fields=fields)
+    return dataclasses.replace(_named(name.strip(), base), fields={**fields, **read_changes(pairs)})
 
 
-def _spec(name: str, method: str) -> MethodSpec:
+def _named(name: str, method: str) -> NamedMethod:
     base, tail = method.removesuffix(_TAIL), method.endswith(_TAIL)
     if base not in known_methods():
         raise InputError(
@@ -145,4 +138,4 @@ def _spec(name: str, method: str) -> MethodSpec:
         )
     if tail and base == "dense":
         raise InputError(f"method {name}: dense attention keeps everything, its tail too; leave {_TAIL} out")
-    return MethodSpec(name, base, tail=tail)
+    return NamedMethod(name, base, tail=tail)

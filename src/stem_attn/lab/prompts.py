@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,23 @@ def public_text() -> tuple[str, str]:
     return text, f"the Python {platform.python_version()} language reference (pydoc_data.topics)"
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text.
+def read_text(path: Path) -> tuple[str, str]:
+    """Return a file's text and its name; `-` is stdin.
 
     Raises:
         InputError: The file cannot be read, is not UTF-8, or is empty.
     """
+    piped = str(path) == "-"
+    name = "stdin" if piped else str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (sys.stdin.buffer.read() if piped else path.read_bytes()).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     if not text.strip():
-        raise InputError(f"{path} is empty")
-    return text
+        raise InputError(f"{name} is empty")
+    return text, name
 
 
 def make_needle(text: str, seed: int) -> Needle:

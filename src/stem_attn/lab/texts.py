@@ -63,7 +63,7 @@ def excerpts(tokenizer: Any, tokens: int, count: int, files: Sequence[Path] = ()
     Raises:
         InputError: A file cannot be read, or the documents are too short.
     """
-    documents = [(read_text(file), str(file)) for file in files] or [document() for document in DOCUMENTS]
+    documents = [read_text(file) for file in files] or [document() for document in DOCUMENTS]
     start = list(tokenizer("").input_ids)[:1]  # the token that opens every text, where the model has one
     per_document = [_cut(tokenizer, text, source, start, tokens, count) for text, source in documents]
     in_turn = [cuts[i] for i in range(count) for cuts in per_document if i < len(cuts)]

@@ -1,4 +1,4 @@
-"""Timing: methods take turns in every round, so that drift of the clocks meets all of them alike."""
+"""Timing: all that is timed takes turns in every round, so that drift of the clocks meets all of them alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-Run = Callable[[], Any]
+from stem_attn.lab.devices import synchronize
+
+Work = Callable[[], Any]
+"""Something to time."""
 
 # Written before every timed call on a GPU: far more than any L2 holds, and long enough (about 0.2 ms) for the host
 # to queue the call before the device reaches it, so that the events see device time.
@@ -19,7 +22,7 @@ _FLUSH_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Milliseconds of one method, one number a round.
+    """Milliseconds of one piece of work, one number a round.
 
     Args:
         samples: Time on the device.
@@ -44,6 +47,10 @@ class Times:
         """Slowest round."""
         return max(self.samples)
 
+    def describe(self) -> dict[str, float]:
+        """Return median, fastest and slowest round as plain values."""
+        return {"median": self.median, "min": self.low, "max": self.high}
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -54,27 +61,27 @@ class Health:
     power_w: float
 
 
-def first_call(run: Run, device: torch.device) -> tuple[Any, float]:
+def first_call(run: Work, device: torch.device) -> tuple[Any, float]:
     """Run once; return the output and the wall-clock seconds, compilation included."""
     start = time.perf_counter()
     out = run()
-    _synchronize(device)
+    synchronize(device)
     return out, time.perf_counter() - start
 
 
-def peak_extra_mib(run: Run, device: torch.device) -> float | None:
+def peak_extra_mib(run: Work, device: torch.device) -> float | None:
     """Run once; return the most device memory held beyond what was held before, output included. None on a CPU."""
     if device.type != "cuda":
         return None
-    _synchronize(device)
+    synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
-    _synchronize(device)
+    synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def time_rounds(runs: list[Run], device: torch.device, rounds: int) -> tuple[list[Times], list[Health]]:
+def time_rounds(runs: list[Work], device: torch.device, rounds: int) -> tuple[list[Times], list[Health]]:
     """Time every callable once a round, starting each round with the next one.
 
     Args:
@@ -98,7 +105,7 @@ def time_rounds(runs: list[Run], device: torch.device, rounds: int) -> tuple[lis
     return [Times(*zip(*s, strict=True)) for s in samples], states
 
 
-def _cpu_round(runs: list[Run], device: torch.device) -> tuple[list[tuple[float, ...]], Health | None]:
+def _cpu_round(runs: list[Work], device: torch.device) -> tuple[list[tuple[float, ...]], Health | None]:
     times: list[tuple[float, ...]] = []
     for run in runs:
         start = time.perf_counter()
@@ -107,7 +114,7 @@ def _cpu_round(runs: list[Run], device: torch.device) -> tuple[list[tuple[float,
     return times, None
 
 
-def _cuda_round(runs: list[Run], device: torch.device) -> tuple[list[tuple[float, ...]], Health | None]:
+def _cuda_round(runs: list[Work], device: torch.device) -> tuple[list[tuple[float, ...]], Health | None]:
     host = []
     with torch.cuda.device(device):
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -132,11 +139,6 @@ def _health(device: torch.device) -> Health | None:
         )
     except Exception:  # no nvidia-ml-py, or the driver does not answer: the times stand without it
         return None
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _event() -> torch.cuda.Event:

@@ -6,16 +6,16 @@ from stem_attn import StemConfig
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import block_budget
 from stem_attn.integrations import hf
-from stem_attn.lab.equal_density import UnreachableDensityError, choose, enclosing_budgets
+from stem_attn.lab.equal_density import UnreachableDensityError, enclosing_budgets, select_at_density
 from stem_attn.lab.fidelity.layer_numbers import DenseLayer, LayerNumbers, at_density
 from stem_attn.lab.fidelity.paper_tests import PAPER_TESTS
-from stem_attn.lab.fidelity.run import Case, Found, measure_prompt
+from stem_attn.lab.fidelity.run import Candidate, Found, measure_prompt
 from stem_attn.lab.logits import compare_positions, keep_hidden
-from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.named_methods import NamedMethod
 
 BLOCK = 16
-OFFICIAL, DENSE, ORACLE = (MethodSpec(name, name) for name in ("stem-official", "dense", "oracle"))
-UNIFORM, XATTENTION = MethodSpec("uniform", "uniform"), MethodSpec("xattention", "xattention")
+OFFICIAL, DENSE, ORACLE = (NamedMethod(name, name) for name in ("stem-official", "dense", "oracle"))
+UNIFORM, XATTENTION = NamedMethod("uniform", "uniform"), NamedMethod("xattention", "xattention")
 
 
 def qkv(tokens=1024, seed=0):
@@ -29,10 +29,10 @@ def prompt(tokens=512):
     return torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def measure(cases, model=None, ids=None, logit_stride=1):
+def measure(candidates, model=None, ids=None, logit_stride=1):
     found = Found()
     measure_prompt(
-        model or tiny_model.model(), prompt() if ids is None else ids, cases, prompt=0, block_size=BLOCK,
+        model or tiny_model.model(), prompt() if ids is None else ids, candidates, prompt=0, block_size=BLOCK,
         logit_stride=logit_stride, on_step=lambda step: None, found=found,
     )  # fmt: skip
     return found
@@ -42,7 +42,7 @@ def measure(cases, model=None, ids=None, logit_stride=1):
 @pytest.mark.parametrize("density", [0.3, 0.6])
 def test_methods_reach_the_density(name, density):
     q, k, v = qkv()
-    choices = choose(MethodSpec(name, name), BLOCK, density, q, k, v, None)
+    choices = select_at_density(NamedMethod(name, name), BLOCK, density, q, k, v, None)
     reached = [choice.selection.density() for choice in choices]
     if name.startswith("stem") or name == "uniform":
         assert reached[0] <= density <= reached[-1]
@@ -55,7 +55,7 @@ def test_methods_reach_the_density(name, density):
 
 def test_official_keeps_scoring_decay_and_forced_blocks():
     q, k, v = qkv()
-    for choice in choose(OFFICIAL, BLOCK, 0.4, q, k, v, None):
+    for choice in select_at_density(OFFICIAL, BLOCK, 0.4, q, k, v, None):
         config = choice.method.config
         official = StemConfig.preset("official", block_size=BLOCK)
         for name in ("stride", "value_term", "value_weight", "decay", "decay_from", "sink_blocks", "local_blocks",
@@ -72,7 +72,7 @@ def test_bounds_enclose_what_forced_blocks_on_top_give():
     grid = BlockGrid(1024, 1024, BLOCK)
     config = StemConfig.preset("official", block_size=BLOCK)
     low, high = enclosing_budgets(config, grid, 0.4)
-    below, above = choose(OFFICIAL, BLOCK, 0.4, q, k, v, None)
+    below, above = select_at_density(OFFICIAL, BLOCK, 0.4, q, k, v, None)
     assert low <= below.method.config.budget_bias < above.method.config.budget_bias <= high
     assert above.method.config.budget_bias == below.method.config.budget_bias + 1
 
@@ -80,13 +80,13 @@ def test_bounds_enclose_what_forced_blocks_on_top_give():
 def test_too_little_is_said():
     q, k, v = qkv()
     with pytest.raises(UnreachableDensityError, match=r"stem-official keeps at least 0\.25\d\d of .*, not 0.05"):
-        choose(OFFICIAL, BLOCK, 0.05, q, k, v, None)
+        select_at_density(OFFICIAL, BLOCK, 0.05, q, k, v, None)
 
 
 def test_a_method_of_some_rows_keeps_everything_in_the_others():
     q, k, v = qkv()
-    early = MethodSpec("early", "stem-official", rows=(0.0, 0.5))
-    below, above = choose(early, BLOCK, 0.9, q, k, v, None)
+    early = NamedMethod("early", "stem-official", rows=(0.0, 0.5))
+    below, above = select_at_density(early, BLOCK, 0.9, q, k, v, None)
     assert below.selection.density() <= 0.9 <= above.selection.density()
     causal = torch.arange(1, 65)
     assert (below.selection.counts[..., 32:] == causal[32:]).all()
@@ -96,7 +96,7 @@ def test_a_method_of_some_rows_keeps_everything_in_the_others():
 def test_layer_numbers_are_those_of_plain_attention():
     q, k, v = qkv(256)
     layer = DenseLayer(q, k, v, None)
-    (choice,) = choose(MethodSpec("x", "xattention", {"threshold": 0.8}), BLOCK, None, q, k, v, None)
+    (choice,) = select_at_density(NamedMethod("x", "xattention", {"threshold": 0.8}), BLOCK, None, q, k, v, None)
     numbers = layer.measure(choice)
 
     logits = q @ k.repeat_interleave(2, 1).mT * 32**-0.5
@@ -117,7 +117,7 @@ def test_layer_numbers_are_those_of_plain_attention():
 
 
 def test_keeping_everything_loses_nothing():
-    found = measure([Case(DENSE, None), Case(OFFICIAL, 1.0)])
+    found = measure([Candidate(DENSE, None), Candidate(OFFICIAL, 1.0)])
     assert len(found.layers) == 4
     for row in found.layers:
         assert row["error"] < 1e-6
@@ -133,16 +133,16 @@ def test_error_falls_with_density_and_the_oracle_recalls_most():
     q, k, v = qkv()
     layer = DenseLayer(q, k, v, None)
 
-    def numbers(spec, density):
-        return at_density([layer.measure(c) for c in choose(spec, BLOCK, density, q, k, v, None)], density)
+    def numbers(named, density):
+        return at_density([layer.measure(c) for c in select_at_density(named, BLOCK, density, q, k, v, None)], density)
 
     official = [numbers(OFFICIAL, density) for density in (0.3, 0.4, 0.6, 0.8)]
     errors = [one.error for one in official]
     assert errors == sorted(errors, reverse=True)
     assert [one.density for one in official] == pytest.approx([0.3, 0.4, 0.6, 0.8])
     best = numbers(ORACLE, 0.4).recall
-    for spec in (OFFICIAL, UNIFORM, XATTENTION):
-        assert numbers(spec, 0.4).recall < best
+    for named in (OFFICIAL, UNIFORM, XATTENTION):
+        assert numbers(named, 0.4).recall < best
 
 
 def test_interpolation_is_linear_in_density():
@@ -160,7 +160,7 @@ def test_propagated_numbers_are_those_of_the_adapter():
     model, ids = tiny_model.model(), prompt()
     config = StemConfig(block_size=BLOCK, budget_ratio=0.2, budget_bias=0, min_seq_len=0)
     fields = {"budget_ratio": 0.2, "budget_bias": 0, "min_seq_len": 0}
-    (row,) = measure([Case(MethodSpec("mine", "stem-default", fields), None)], model, ids).propagated
+    (row,) = measure([Candidate(NamedMethod("mine", "stem-default", fields), None)], model, ids).propagated
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
@@ -199,7 +199,7 @@ def test_sliding_window_layers_stay_exact_and_are_counted():
         + ["sliding_attention"], max_position_embeddings=1024, initializer_range=0.2, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     model = Gemma3ForCausalLM(config).eval()
-    found = measure([Case(OFFICIAL, 0.5), Case(DENSE, None)], model)
+    found = measure([Candidate(OFFICIAL, 0.5), Candidate(DENSE, None)], model)
     assert {row["layer"] for row in found.layers} == {1}
     assert found.other_calls == {"sliding window or padding": 2}
     assert [row["kl_nats"] > 1e-4 for row in found.propagated] == [True, False]
@@ -211,27 +211,27 @@ def test_sliding_window_layers_stay_exact_and_are_counted():
 
 
 def test_a_case_that_cannot_be_reached_is_left_out_and_named():
-    found = measure([Case(OFFICIAL, 0.05), Case(OFFICIAL, 0.5)])
-    assert list(found.unreachable) == [Case(OFFICIAL, 0.05)]
+    found = measure([Candidate(OFFICIAL, 0.05), Candidate(OFFICIAL, 0.5)])
+    assert list(found.unreachable) == [Candidate(OFFICIAL, 0.05)]
     assert {row["target"] for row in (*found.layers, *found.propagated)} == {0.5}
 
 
 def test_paper_tests_change_what_they_say():
-    uniform, decayed, stem = (spec.build(BLOCK).config for _, spec in PAPER_TESTS["table5"].methods)
+    uniform, decayed, stem = (named.build(BLOCK).config for _, named in PAPER_TESTS["table5"].methods)
     assert (uniform.decay, uniform.value_term) == (1.0, "none")
     assert (decayed.decay, decayed.value_term) == (0.7, "none")
     assert stem == StemConfig.preset("official", block_size=BLOCK)
     for test in PAPER_TESTS.values():
-        names = [spec.name for _, spec in test.methods]
-        builds = {spec.name: (spec.build(BLOCK), spec.rows) for _, spec in test.methods}
+        names = [named.name for _, named in test.methods]
+        builds = {named.name: (named.build(BLOCK), named.rows) for _, named in test.methods}
         assert len({repr(build) for build in builds.values()}) == len(set(names))
 
 
 def test_a_residual_is_part_of_a_methods_output():
     model, ids = tiny_model.model(), prompt()
     fields = {"budget_ratio": 0.2, "budget_bias": 0, "min_seq_len": 0}
-    plain, mean = (MethodSpec(kind, "stem-default", {**fields, "residual": kind}) for kind in ("none", "mean"))
-    found = measure([Case(plain, None), Case(mean, None)], model, ids)
+    plain, mean = (NamedMethod(kind, "stem-default", {**fields, "residual": kind}) for kind in ("none", "mean"))
+    found = measure([Candidate(plain, None), Candidate(mean, None)], model, ids)
     assert found.layers[0]["error"] != found.layers[1]["error"]
     with torch.inference_mode():
         with keep_hidden(model) as hidden:

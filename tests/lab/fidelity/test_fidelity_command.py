@@ -7,7 +7,7 @@ import tiny_model
 from stem_attn import cli
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.fidelity.report import markdown, ratio_to, summarize
-from stem_attn.lab.named_methods import MethodSpec, known_methods, parse_methods
+from stem_attn.lab.named_methods import NamedMethod, known_methods, parse_methods
 from stem_attn.lab.texts import DOCUMENTS, excerpts
 
 
@@ -130,22 +130,22 @@ def test_bad_arguments_are_one_clear_line(folder, tmp_path, capsys, arguments, m
 
 
 def test_methods_and_variants_are_read():
-    specs = parse_methods(
+    named_methods = parse_methods(
         "uniform, mine,stem-default", ["mine=stem-official,budget_ratio=[[160, 0.2], [null, 0.1]],value_term=none"]
     )
-    assert [spec.name for spec in specs] == ["uniform", "mine", "stem-default"]
-    assert specs[1].fields == {"budget_ratio": [[160, 0.2], [None, 0.1]], "value_term": "none"}
-    assert specs[1].build(64).config.value_term == "none"
-    assert specs[1].build(64).block_size == 64
+    assert [named.name for named in named_methods] == ["uniform", "mine", "stem-default"]
+    assert named_methods[1].fields == {"budget_ratio": [[160, 0.2], [None, 0.1]], "value_term": "none"}
+    assert named_methods[1].build(64).config.value_term == "none"
+    assert named_methods[1].build(64).block_size == 64
     assert "stem" not in known_methods()
     for name in known_methods():
-        assert MethodSpec(name, name).build(32).block_size == 32
+        assert NamedMethod(name, name).build(32).block_size == 32
     with pytest.raises(InputError, match="unknown method 'stem'"):
         parse_methods("stem")
 
 
 def test_uniform_is_the_official_method_without_its_decay():
-    uniform = MethodSpec("uniform", "uniform").build(32)
+    uniform = NamedMethod("uniform", "uniform").build(32)
     assert (uniform.config.value_term, uniform.config.forced_blocks) == ("zscore", "on_top")
 
 

@@ -73,7 +73,7 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     assert [left["task"] for left in found["not_in_means"]] == ["key_values", "code_file"]
     text = shown(found)
     assert "key_values at 1536: in no mean, since dense attention itself has 0.0." in text
-    assert "code_file: made of the source of torch" in text
+    assert "code_file: made of the source of numpy" in text
     capsys.readouterr()
 
     assert cli.run(["eval", "report", str(tmp_path / "none.jsonl")]) == 2
@@ -102,8 +102,8 @@ def test_a_run_without_time_begins_nothing(folder, capsys):
         (["--tasks", "niah"], "unknown task 'niah'; known: exact, ruler, retrieval, code, all, niah_single_1"),
         (["--tasks", "qa_1"], "task qa_1 is not offered"),
         (["--tasks", ","], "--tasks names no task"),
-        (["--lengths", "4K"], "--lengths takes numbers of tokens"),
-        (["--lengths", "0"], "--lengths takes numbers of tokens"),
+        (["--lengths", "4K"], "--lengths takes positive whole numbers"),
+        (["--lengths", "0"], "--lengths takes positive whole numbers"),
         (["--lengths", "4096"], "--lengths 4096 is more than the model's context of 2048"),
         (["--template", "llama"], "--template must be one of auto, base, chat"),
         (["--template", "chat", "--lengths", "1024"], "has no chat template"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_models
-from stem_attn.lab.tasks.generate import decode, log_probability, prefill, together
+from stem_attn.lab.tasks.generate import decode, log_probability, read_prompt, together
 
 
 def answers(model, reads, new_tokens):
@@ -23,24 +23,24 @@ def test_answers_decoded_together_are_those_of_generate(model_type, length):
     model.generation_config.eos_token_id = None
     prompts = [hf_models.tokens(1, length, seed=seed) for seed in range(3)]
     expected = [expected_answer(model, ids, 12) for ids in prompts]
-    assert answers(model, [prefill(model, ids) for ids in prompts], 12) == expected
-    assert answers(model, [prefill(model, prompts[0])], 12) == expected[:1]
+    assert answers(model, [read_prompt(model, ids) for ids in prompts], 12) == expected
+    assert answers(model, [read_prompt(model, prompts[0])], 12) == expected[:1]
 
 
 def test_a_cache_of_another_kind_is_continued_alone():
     model = hf_models.tiny_model("llama")
     ids = hf_models.tokens(1, 100)
 
-    class Other(type(prefill(model, ids).cache.layers[0])):
+    class Other(type(read_prompt(model, ids).cache.layers[0])):
         pass
 
-    reads = [prefill(model, ids) for _ in range(2)]
+    reads = [read_prompt(model, ids) for _ in range(2)]
     for read in reads:
         for layer in read.cache.layers:
             layer.__class__ = Other
     alone = together(reads, 5)
     assert len(alone) == 2
-    expected = answers(model, [prefill(model, ids)], 5)
+    expected = answers(model, [read_prompt(model, ids)], 5)
     assert [decode(model, read, 5) for read in alone] == [expected] * 2
     assert decode(model, alone[0], 5) == expected  # the first time left the cache as it was
 
@@ -49,14 +49,14 @@ def test_an_answer_ends_with_its_end_token_and_the_others_go_on():
     model = hf_models.tiny_model("llama")
     model.generation_config.eos_token_id = None
     prompts = [hf_models.tokens(1, 100, seed=seed) for seed in range(3)]
-    full = answers(model, [prefill(model, ids) for ids in prompts], 10)
+    full = answers(model, [read_prompt(model, ids) for ids in prompts], 10)
     end = full[0][4]
     model.generation_config.eos_token_id = [end, 1]
     ends = {end, 1}
     cut = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), 10)] for row in full]
-    assert answers(model, [prefill(model, ids) for ids in prompts], 10) == cut
+    assert answers(model, [read_prompt(model, ids) for ids in prompts], 10) == cut
     assert len(cut[0]) <= 5
-    assert answers(model, [prefill(model, prompts[0])], 1) == [full[0][:1]]
+    assert answers(model, [read_prompt(model, prompts[0])], 1) == [full[0][:1]]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -64,7 +64,7 @@ def test_an_answer_ends_with_its_end_token_and_the_others_go_on():
 def test_the_log_probability_is_that_of_one_forward_over_prompt_and_answer(model_type, answer):
     model = hf_models.tiny_model(model_type)
     prompts = [hf_models.tokens(1, 600, seed=seed) for seed in range(2)]
-    (read,) = together([prefill(model, ids) for ids in prompts], 8)
+    (read,) = together([read_prompt(model, ids) for ids in prompts], 8)
     found = log_probability(model, read, answer)
     for ids, value in zip(prompts, found, strict=True):
         whole = torch.cat([ids, torch.tensor([answer])], 1)

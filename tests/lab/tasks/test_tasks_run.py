@@ -8,19 +8,19 @@ import pytest
 import tiny_model
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
-from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.lab.tasks import run
-from stem_attn.lab.tasks.generate import decode, prefill
-from stem_attn.lab.tasks.run import Plan, chat_frame, evaluate, fingerprint
+from stem_attn.lab.tasks.generate import decode, read_prompt
+from stem_attn.lab.tasks.run import Settings, chat_frame, evaluate, fingerprint
 from stem_attn.lab.tasks.samples import Frame
 from stem_attn.lab.tasks.store import Store
 from stem_attn.lab.tasks.summary import summarize
 
 LENGTH = 1536  # bytes; the tiny model's context is 2048
-DENSE = MethodSpec("dense", "dense")
-EVERYTHING = MethodSpec("all", "stem-default", {"min_seq_len": 0, "budget_ratio": 1.0})
-SPARSE = MethodSpec("sparse", "stem-default", {"min_seq_len": 0, "budget_ratio": 0.2, "budget_bias": 0})
-PLAN = Plan(
+DENSE = NamedMethod("dense", "dense")
+EVERYTHING = NamedMethod("all", "stem-default", {"min_seq_len": 0, "budget_ratio": 1.0})
+SPARSE = NamedMethod("sparse", "stem-default", {"min_seq_len": 0, "budget_ratio": 0.2, "budget_bias": 0})
+SETTINGS = Settings(
     tasks=("fwe",),  # the fewest new tokens of RULER's tasks that fit
     lengths=(LENGTH,),
     samples=(0, 1),
@@ -41,13 +41,13 @@ def loaded():
 def read(monkeypatch):
     """The prompts that were prefilled."""
     prompts = []
-    monkeypatch.setattr(run, "prefill", lambda model, ids: prompts.append(ids) or prefill(model, ids))
+    monkeypatch.setattr(run, "read_prompt", lambda model, ids: prompts.append(ids) or read_prompt(model, ids))
     return prompts
 
 
 def ran(loaded, store=None, stop=lambda: False, **changes):
     seen = []
-    results = evaluate(loaded, dataclasses.replace(PLAN, **changes), store or Store(None), seen.append, stop)
+    results = evaluate(loaded, dataclasses.replace(SETTINGS, **changes), store or Store(None), seen.append, stop)
     return results, seen
 
 
@@ -88,7 +88,7 @@ def test_keeping_everything_is_dense_in_answers_and_drift_and_sparse_attention_i
 
 def test_the_drift_of_dense_against_itself_is_nothing(loaded):
     """The reference goes through the same passes as a method."""
-    results, _ = ran(loaded, methods=(DENSE, MethodSpec("again", "dense")))
+    results, _ = ran(loaded, methods=(DENSE, NamedMethod("again", "dense")))
     cell = summarize(results.records)["cells"][1]
     assert cell["drift"]["mean"] == 0
     assert cell["agreement"]["mean"] == 100
@@ -113,13 +113,13 @@ def test_the_budget_counts_dense_layers(loaded):
     records = ran(loaded, methods=(DENSE, SPARSE, half), samples=(0,))[0].records
     assert records[2]["layers"] == {"sparse": 1, "dense layer": 1}
     assert records[2]["budget"] == pytest.approx((1 + records[1]["budget"]) / 2, abs=0.03)
-    short = MethodSpec("short", "stem-default", {"min_seq_len": 4096})
+    short = NamedMethod("short", "stem-default", {"min_seq_len": 4096})
     record = ran(loaded, methods=(DENSE, short), samples=(0,))[0].records[1]
     assert (record["budget"], record["layers"]) == (1.0, {"short prompt": 2})
 
 
 def test_baselines_run_with_their_own_budget_or_at_a_density(loaded):
-    methods = (DENSE, MethodSpec("x", "xattention", {"threshold": 0.5}), MethodSpec("stem-official", "stem-official"))
+    methods = (DENSE, NamedMethod("x", "xattention", {"threshold": 0.5}), NamedMethod("stem-official", "stem-official"))
     own = ran(loaded, methods=methods, samples=(0,))[0].records[1:]
     assert 0 < own[0]["budget"] < 1
     assert own[1]["layers"] == {"dense layer": 2}  # it leaves its first two layers dense
@@ -130,7 +130,7 @@ def test_baselines_run_with_their_own_budget_or_at_a_density(loaded):
 
 
 def test_a_method_that_cannot_keep_so_little_is_left_out(loaded):
-    methods = (DENSE, MethodSpec("stem-official", "stem-official"), MethodSpec("x", "xattention"))
+    methods = (DENSE, NamedMethod("stem-official", "stem-official"), NamedMethod("x", "xattention"))
     results, _ = ran(loaded, methods=methods, density=0.4)
     assert [record["method"] for record in results.records] == ["dense", "stem-official", "x"] * 2
     results, _ = ran(loaded, methods=methods[:2], density=0.001)

@@ -8,7 +8,7 @@ import torch
 
 import tiny_model
 from stem_attn import StemConfig, cli
-from stem_attn.config import read_fields
+from stem_attn.config import PRESETS, read_fields
 from stem_attn.integrations import hf
 from stem_attn.integrations.vllm import settings
 from stem_attn.lab.errors import InputError
@@ -237,7 +237,7 @@ def test_prefill_reads_the_file(folder, two_files, tmp_path):
         arguments = ["prefill", "--model", folder, "--prompt-file", str(text), "--new-tokens", "1", "--json", str(out)]
         assert cli.run([*arguments, "--config", str(file)]) == 0
         found = json.loads(out.read_text())
-        assert found["config"] == json.loads(file.read_text())
+        assert found["settings"]["config"] == json.loads(file.read_text())
         densities.append(found["density"])
     assert densities[0] < densities[1]
 
@@ -256,10 +256,12 @@ def test_fidelity_reads_the_file(folder, two_files, tmp_path):
 
 
 def test_ruler_reads_the_file(two_files):
-    specs = parse_methods("", [f"tuned=config:{two_files[0]}", f"more=config:{two_files[0]},layer_budgets=[2.0, 2.0]"])
+    named_methods = parse_methods(
+        "", [f"tuned=config:{two_files[0]}", f"more=config:{two_files[0]},layer_budgets=[2.0, 2.0]"]
+    )
     model, budgets = tiny_model.model(), []
-    for spec in specs:
-        with torch.no_grad(), running(model, spec, 16, None) as kept:
+    for named in named_methods:
+        with torch.no_grad(), running(model, named, 16, None) as kept:
             model(prompts(1)[0])
             budgets.append(kept().budget)
     assert budgets[0] < budgets[1] < 1
@@ -280,11 +282,11 @@ def test_vllm_reads_the_file(two_files):
 
 
 def test_a_file_and_overrides_stand_in_their_order(tmp_path):
-    from stem_attn.lab.options import config_from_options
+    from stem_attn.lab.configs import config_from_options
 
     file = tmp_path / "config.json"
     file.write_text('{"block_size": 64, "decay": 0.5}')
-    config = config_from_options("paper", ["decay=0.6"], file, stride=2)
+    config = config_from_options("mine", ["decay=0.6"], file, {"mine": {**PRESETS["paper"], "stride": 2}})
     assert (config.block_size, config.decay, config.stride, config.budget_floor) == (64, 0.6, 2, 54)
     assert read_fields(file) == {"block_size": 64, "decay": 0.5}
 

@@ -1,6 +1,6 @@
-"""The methods: every dense and sparse kernel a user could pick, each ready to run on one problem.
+"""The contenders: every dense and sparse kernel a user could pick, each ready to run on one problem.
 
-A builder returns methods or raises `UnavailableError` with the reason, which the report lists.
+A builder returns contenders or raises `UnavailableError` with the reason, which the report lists.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from stem_attn.api import select_blocks, stem_attention
 from stem_attn.attention import block_sparse_attention
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import StemConfig
-from stem_attn.lab.timing import Run
+from stem_attn.lab.timing import Work
 
 Part = Literal["dense", "attention", "selection", "whole"]
 
 
 class UnavailableError(Exception):
-    """A method cannot run here; the text says why."""
+    """A contender cannot run here; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Contender:
     """Something to check and time.
 
     Args:
@@ -45,13 +45,13 @@ class Method:
 
     name: str
     part: Part
-    run: Run
+    run: Work
     run_with_selection: Callable[[], tuple[Tensor, BlockSelection]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The inputs that all methods of a case share."""
+    """The inputs that all contenders of a case share."""
 
     q: Tensor
     k: Tensor
@@ -61,23 +61,23 @@ class Problem:
 
 
 def names() -> list[str]:
-    """Return the names of all methods, available or not."""
-    return [*_BASELINES, *backends.names()]
+    """Return the names of all contenders, available or not."""
+    return [*_OTHERS, *backends.names()]
 
 
-def build(name: str, problem: Problem) -> list[Method]:
-    """Prepare one named method.
+def build(name: str, problem: Problem) -> list[Contender]:
+    """Prepare one by its name: a kernel alone, or what one of the package's backends does.
 
     Raises:
         UnavailableError: It cannot run this problem on this machine.
     """
-    if name in _BASELINES:
-        part, prepare = _BASELINES[name]
-        return [Method(name, part, prepare(problem))]
+    if name in _OTHERS:
+        part, prepare = _OTHERS[name]
+        return [Contender(name, part, prepare(problem))]
     return _backend(name, problem)
 
 
-def _backend(name: str, p: Problem) -> list[Method]:
+def _backend(name: str, p: Problem) -> list[Contender]:
     """Attention, selection and the whole operation on one of the package's backends."""
     reason = backends.available()[name]
     if reason:
@@ -88,9 +88,9 @@ def _backend(name: str, p: Problem) -> list[Method]:
         raise UnavailableError(str(error)) from error
     whole: dict[str, Any] = {"config": p.config, "backend": name}
     return [
-        Method(name, "attention", lambda: block_sparse_attention(p.q, p.k, p.v, p.selection, backend=name)),
-        Method(name, "selection", lambda: select_blocks(p.q, p.k, p.v, **whole)),
-        Method(
+        Contender(name, "attention", lambda: block_sparse_attention(p.q, p.k, p.v, p.selection, backend=name)),
+        Contender(name, "selection", lambda: select_blocks(p.q, p.k, p.v, **whole)),
+        Contender(
             name,
             "whole",
             lambda: stem_attention(p.q, p.k, p.v, **whole),
@@ -99,7 +99,7 @@ def _backend(name: str, p: Problem) -> list[Method]:
     ]
 
 
-def _sdpa(p: Problem) -> Run:
+def _sdpa(p: Problem) -> Work:
     """Torch's own choice of dense SDPA."""
     if p.q.is_cuda:
         raise UnavailableError("on CUDA the kernels of SDPA are measured by name: fa2, cudnn")
@@ -109,7 +109,7 @@ def _sdpa(p: Problem) -> Run:
     return lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=mask, enable_gqa=True)
 
 
-def _fa2(p: Problem) -> Run:
+def _fa2(p: Problem) -> Work:
     """FlashAttention-2, the copy inside torch."""
     mask = causal_lower_right(p.q.shape[2], p.k.shape[2])
 
@@ -120,7 +120,7 @@ def _fa2(p: Problem) -> Run:
     return _only_on_cuda(p, run)
 
 
-def _cudnn(p: Problem) -> Run:
+def _cudnn(p: Problem) -> Work:
     """CuDNN's attention, through torch."""
     if p.q.shape[2] != p.k.shape[2]:
         raise UnavailableError("SDPA's causal mask for cuDNN starts at the first key: no prefix")
@@ -132,7 +132,7 @@ def _cudnn(p: Problem) -> Run:
     return _only_on_cuda(p, run)
 
 
-def _only_on_cuda(p: Problem, run: Run) -> Run:
+def _only_on_cuda(p: Problem, run: Work) -> Work:
     """Refuse what torch's kernel refuses, with torch's reason."""
     if not p.q.is_cuda:
         raise UnavailableError("needs a CUDA device")
@@ -146,7 +146,7 @@ def _only_on_cuda(p: Problem, run: Run) -> Run:
     return run
 
 
-def _fa4_dense(p: Problem) -> Run:
+def _fa4_dense(p: Problem) -> Work:
     """Dense FlashAttention-4; it takes [B, T, H, D]."""
     if not p.q.is_cuda:
         raise UnavailableError("needs a CUDA device")
@@ -164,7 +164,7 @@ def _fa4_dense(p: Problem) -> Run:
     return run
 
 
-def _flex(p: Problem) -> Run:
+def _flex(p: Problem) -> Work:
     """FlexAttention with the kept blocks as its block mask: full ones unmasked, the diagonal ones causal."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -197,7 +197,7 @@ def _flex(p: Problem) -> Run:
     return lambda: compiled(p.q, p.k, p.v, block_mask=mask, enable_gqa=True)
 
 
-_BASELINES: dict[str, tuple[Part, Callable[[Problem], Run]]] = {
+_OTHERS: dict[str, tuple[Part, Callable[[Problem], Work]]] = {
     "sdpa": ("dense", _sdpa),
     "fa2": ("dense", _fa2),
     "cudnn": ("dense", _cudnn),

@@ -18,7 +18,7 @@ from torch import Tensor
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import block_budget
 from stem_attn.config import StemConfig
-from stem_attn.lab.bench.shapes import Case
+from stem_attn.lab.bench.cases import Case
 from stem_attn.reference import reference_row
 from stem_attn.scoring import block_scores
 
@@ -28,7 +28,7 @@ _HEADS, _ROWS = 4, 16  # sampled heads, and query rows of each
 
 
 class GateError(Exception):
-    """A method's output is wrong."""
+    """A contender's output is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +270,9 @@ def _token_counts(length: int, stride: int, device: torch.device) -> Tensor:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """Add up dimensions j and j + D/2."""
-    half = x.shape[-1] // 2
-    return x[..., :half] + x[..., half:]
+    """Add up dimensions j and j + D/2: [..., D] to [..., ceil(D / 2)]."""
+    half = -(-x.shape[-1] // 2)
+    return x[..., :half] + F.pad(x[..., half:], (0, 2 * half - x.shape[-1]))
 
 
 def _group_means(tokens: Tensor, blocks: int, config: StemConfig) -> Tensor:

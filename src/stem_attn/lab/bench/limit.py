@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stem_attn.lab.timing import Run
+from stem_attn.lab.timing import Work
 
 _SIZE = {"cuda": 8192, "cpu": 2048}
 
 
-def limit(device: torch.device, dtype: torch.dtype) -> tuple[str, Run, int]:
+def limit(device: torch.device, dtype: torch.dtype) -> tuple[str, Work, int]:
     """Prepare the machine's limit: a square matrix product on random data, in float32 on a CPU.
 
     Returns:

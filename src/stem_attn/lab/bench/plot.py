@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any
 
-Record = dict[str, Any]
+from stem_attn.lab.results import Record
 
 # Colour-blind safe; one colour a kernel in every plot.
 _COLORS = {
@@ -21,12 +21,11 @@ _COLORS = {
 _STYLES = {"dense": ("--", "s"), "attention": ("-", "o"), "whole": ("-", "D"), "selection": (":", "^")}
 
 
-def write_plot(report: Record, path: Path) -> None:
-    """Draw a report to a PNG: left milliseconds (log-log), right speed-up with the ideal 1 / density.
+def draw(report: Record) -> bytes:
+    """Draw a report as a PNG: left milliseconds (log-log), right speed-up with the ideal 1 / density.
 
     Args:
         report: Of the attention benchmark or of the whole-model one.
-        path: File to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -38,8 +37,8 @@ def write_plot(report: Record, path: Path) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    draw = _draw_ttft if report["command"] == "ttft" else _draw_attention
-    title = draw(report, left, right)
+    draw_both = _draw_ttft if report["command"] == "ttft" else _draw_attention
+    title = draw_both(report, left, right)
     lengths = sorted({case["k_len"] for case in report["cases"]})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
@@ -61,8 +60,10 @@ def write_plot(report: Record, path: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
     pyplot.close(figure)
+    return image.getvalue()
 
 
 def _draw_attention(report: Record, left: Any, right: Any) -> str:

@@ -1,18 +1,14 @@
-"""What a reader sees: tables for the terminal, JSON with everything, CSV with one line a measurement."""
+"""What a reader sees: tables for the terminal, and rows for a CSV file."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Record = dict[str, Any]
+from stem_attn.lab.results import Record
 
 _LEGEND = (
     "ms: median of the rounds. TFLOP/s: on the kept pairs, dense on the causal ones. x NAME: times faster than that "
@@ -21,11 +17,12 @@ _LEGEND = (
 )
 
 
-def render(report: Record) -> list[RenderableType]:
+def render(report: Record) -> Group:
     """Draw what a terminal shows: the machine, and a table a case or of the whole model."""
     if report["command"] == "ttft":
-        return [_machine_line(report), _ttft_table(report)]
-    return [_machine_line(report), *(part for case in report["cases"] for part in _case(case)), Text(_LEGEND, "dim")]
+        return Group(_machine_line(report), _ttft_table(report))
+    cases = (part for case in report["cases"] for part in _case(case))
+    return Group(_machine_line(report), *cases, Text(_LEGEND, "dim"))
 
 
 def _case(case: Record) -> list[RenderableType]:
@@ -120,27 +117,9 @@ def _ttft_table(report: Record) -> RenderableType:
     return table
 
 
-def write_json(report: Record, path: Path) -> None:
-    """Write everything."""
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def write_csv(report: Record, path: Path) -> None:
-    """Write one line a measurement; an empty field is a number that does not apply."""
-    rows = _ttft_rows(report) if report["command"] == "ttft" else _attention_rows(report)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_text(report: Record, path: Path) -> None:
-    """Write what a terminal shows."""
-    console = Console(file=io.StringIO(), record=True, width=160)
-    for part in render(report):
-        console.print(part)
-    path.write_text(console.export_text())
+def csv_rows(report: Record) -> list[Record]:
+    """Return one row a measurement."""
+    return _ttft_rows(report) if report["command"] == "ttft" else _attention_rows(report)
 
 
 def _attention_rows(report: Record) -> list[Record]:

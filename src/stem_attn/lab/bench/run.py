@@ -1,40 +1,38 @@
-"""Measure one case: build the methods, check them, time what passed, and put the numbers in one record."""
+"""Measure one case: build the contenders, check them, time what passed, and put the numbers in one record."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import block_budget
 from stem_attn.config import StemConfig
-from stem_attn.lab.bench import methods
-from stem_attn.lab.bench.contenders import Method, Problem, UnavailableError
+from stem_attn.lab.bench import contenders
+from stem_attn.lab.bench.cases import Case
+from stem_attn.lab.bench.contenders import Contender, Problem, UnavailableError
 from stem_attn.lab.bench.gate import AttentionGate, Errors, GateError, Sample, check_selection, draw_samples
 from stem_attn.lab.bench.limit import limit
-from stem_attn.lab.bench.shapes import Case
+from stem_attn.lab.results import Record
 from stem_attn.lab.timing import first_call, peak_extra_mib, time_rounds
 from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
-
-Record = dict[str, Any]
 
 
 @torch.inference_mode()
 def run_case(
     case: Case, config: StemConfig, names: list[str], *, rounds: int, seed: int, say: Callable[[str], None]
 ) -> Record:
-    """Measure the named methods on one problem.
+    """Measure the named contenders on one problem.
 
     Args:
         case: The problem.
         config: The method's settings.
-        names: From `methods.names()`.
-        rounds: Measurements of each method.
+        names: From `contenders.names()`.
+        rounds: Measurements of each contender.
         seed: Of the inputs and of the rows that are checked.
         say: Receives a line about what is being done.
 
@@ -53,32 +51,32 @@ def run_case(
     problem = Problem(q, k, v, config, selection)
     gates = _Gates(problem, samples)
 
-    ready: list[Method] = []
+    ready: list[Contender] = []
     entries: list[Record] = []
     skipped: list[Record] = []
     failed: list[Record] = []
     for name in names:
         say(f"{case.k_len} tokens: checking {name}")
         try:
-            built = methods.build(name, problem)
+            built = contenders.build(name, problem)
         except UnavailableError as reason:
             skipped.append({"name": name, "reason": str(reason)})
             continue
-        except Exception as error:  # a baseline that breaks must not take the others' numbers along
+        except Exception as error:  # one that breaks must not take the others' numbers along
             failed.append({"name": name, "part": None, "reason": _one_line(error)})
             continue
-        for method in built:
+        for contender in built:
             try:
-                first_s, errors, allowed = gates.check(method)
-                peak = peak_extra_mib(method.run, case.device)
+                first_s, errors, allowed = gates.check(contender)
+                peak = peak_extra_mib(contender.run, case.device)
             except Exception as error:  # the same; a GateError lands here too
-                failed.append({"name": name, "part": method.part, "reason": _one_line(error)})
+                failed.append({"name": name, "part": contender.part, "reason": _one_line(error)})
                 continue
-            ready.append(method)
+            ready.append(contender)
             entries.append(
                 {
                     "name": name,
-                    "part": method.part,
+                    "part": contender.part,
                     "first_call_s": first_s,
                     "peak_extra_mib": peak,
                     "error": asdict(errors) if errors else None,
@@ -86,18 +84,18 @@ def run_case(
                 }
             )
 
-    say(f"{case.k_len} tokens: timing {len(ready)} methods, {rounds} rounds")
+    say(f"{case.k_len} tokens: timing {len(ready)} contenders, {rounds} rounds")
     limit_name, limit_run, limit_flops = limit(case.device, case.dtype)
     limit_run()
-    times, states = time_rounds([limit_run, *(m.run for m in ready)], case.device, rounds)
+    times, states = time_rounds([limit_run, *(contender.run for contender in ready)], case.device, rounds)
     limit_tflops = limit_flops / times[0].median / 1e9
-    work = {"dense": case.causal_flops(), "attention": case.kept_flops(selection)}
-    work["whole"] = work["attention"]
+    flops = {"dense": case.causal_flops(), "attention": case.kept_flops(selection)}
+    flops["whole"] = flops["attention"]
     for entry, t in zip(entries, times[1:], strict=True):
-        entry["ms"] = {"median": t.median, "min": t.low, "max": t.high, "samples": list(t.samples)}
+        entry["ms"] = {**t.describe(), "samples": list(t.samples)}
         entry["host_ms"] = statistics.median(t.host) if t.host else None
-        if entry["part"] in work:
-            entry["tflops"] = work[entry["part"]] / t.median / 1e9
+        if entry["part"] in flops:
+            entry["tflops"] = flops[entry["part"]] / t.median / 1e9
             entry["limit_share"] = entry["tflops"] / limit_tflops
     _compare(entries)
     return {
@@ -118,7 +116,7 @@ def run_case(
 
 
 def _compare(entries: list[Record]) -> None:
-    """Add ratios of medians: the speed-up over each dense method, and the selection's share of its whole."""
+    """Add ratios of medians: the speed-up over each dense contender, and the selection's share of its whole."""
     medians = {(e["name"], e["part"]): e["ms"]["median"] for e in entries}
     dense = [name for name, part in medians if part == "dense"]
     for e in entries:
@@ -130,7 +128,7 @@ def _compare(entries: list[Record]) -> None:
 
 
 class _Gates:
-    """Check any method of a problem; the exact rows are computed once for each set of kept blocks."""
+    """Check any contender of a problem; the exact rows are computed once for each set of kept blocks."""
 
     def __init__(self, problem: Problem, samples: list[Sample]) -> None:
         self._problem = problem
@@ -138,30 +136,30 @@ class _Gates:
         self._kept = self._gate(problem.selection)
         self._dense: AttentionGate | None = None
 
-    def check(self, method: Method) -> tuple[float, Errors | None, Errors | None]:
-        """Run a method for the first time and check what it gives.
+    def check(self, contender: Contender) -> tuple[float, Errors | None, Errors | None]:
+        """Run a contender for the first time and check what it gives.
 
         Returns:
             Seconds of the first call; the errors found and allowed, None for a selection.
 
         Raises:
-            GateError: The method is wrong.
+            GateError: The contender is wrong.
         """
         p = self._problem
-        if method.part == "selection":
-            selection, seconds = first_call(method.run, p.q.device)
+        if contender.part == "selection":
+            selection, seconds = first_call(contender.run, p.q.device)
             check_selection(p.q, p.k, p.v, selection, p.config, self._samples)
             return seconds, None, None
-        if method.run_with_selection:
-            (out, selection), seconds = first_call(method.run_with_selection, p.q.device)
+        if contender.run_with_selection:
+            (out, selection), seconds = first_call(contender.run_with_selection, p.q.device)
             gate = self._kept
             if not _same(selection, p.selection):
                 check_selection(p.q, p.k, p.v, selection, p.config, self._samples)
                 gate = self._gate(selection)
-            gate.check(method.run())  # what is timed returns no selection
+            gate.check(contender.run())  # what is timed returns no selection
         else:
-            out, seconds = first_call(method.run, p.q.device)
-            gate = self._kept if method.part == "attention" else self._dense_gate()
+            out, seconds = first_call(contender.run, p.q.device)
+            gate = self._kept if contender.part == "attention" else self._dense_gate()
         return seconds, gate.check(out), gate.budget
 
     def _dense_gate(self) -> AttentionGate:

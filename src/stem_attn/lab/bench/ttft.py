@@ -15,47 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stem_attn.config import StemConfig
 from stem_attn.lab.bench.gate import GateError
-from stem_attn.lab.errors import InputError
+from stem_attn.lab.results import Record
+from stem_attn.lab.shapes import MODELS
 
-Record = dict[str, Any]
-
-# The published configurations, weights aside.
-MODELS: dict[str, Record] = {
-    "llama3-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-    "smollm2": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-}
 _CHECK_TOKENS = 1024
 _FACTOR = 2.0  # of the difference between two dense kernels
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class RandomModel:
     """A model with random weights, and what it is called in the report."""
 
     name: str
@@ -67,7 +35,7 @@ class Model:
 
 def build_model(
     shape: str, layers: int | None, longest: int, dtype: torch.dtype, device: torch.device, seed: int
-) -> Model:
+) -> RandomModel:
     """Make a model of a named shape with random weights on the device; nothing is downloaded.
 
     Args:
@@ -77,16 +45,9 @@ def build_model(
         dtype: Of weights and activations.
         device: Where it lives.
         seed: Of the weights.
-
-    Raises:
-        InputError: The shape has no model, or transformers is not installed.
     """
-    if shape not in MODELS:
-        raise InputError(f"--ttft needs a model's shape: {', '.join(MODELS)}; got {shape!r}")
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise InputError('--ttft needs transformers: pip install "stem-attn[hf]"') from error
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     fields = dict(MODELS[shape])
     fields["num_hidden_layers"] = layers or fields["num_hidden_layers"]
     config = AutoConfig.for_model(fields.pop("model_type"), max_position_embeddings=max(longest, 2048), **fields)
@@ -94,11 +55,11 @@ def build_model(
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     count = fields["num_hidden_layers"]
-    return Model(f"{shape} shape, {count} layers, random weights", module, count, fields["vocab_size"], device)
+    return RandomModel(f"{shape} shape, {count} layers, random weights", module, count, fields["vocab_size"], device)
 
 
 @torch.inference_mode()
-def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
+def check_adapter(model: RandomModel, config: StemConfig, seed: int) -> Record:
     """Check that the adapter with every block kept gives the dense logits, before anything is timed.
 
     The last position's logits may differ from the fused dense kernel's by twice what torch's unfused kernel does.
@@ -110,16 +71,16 @@ def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
 
     tokens = _tokens(model, 1, _CHECK_TOKENS, seed)
     with _dense_kernel(model.device):
-        dense = _prefill(model, tokens)
+        dense = _last_logits(model, tokens)
     with sdpa_kernel(SDPBackend.MATH):
-        unfused = _prefill(model, tokens)
+        unfused = _last_logits(model, tokens)
     everything = replace(
         config, budget_ratio=1.0, budget_scale=1.0, dense_below=0, min_seq_len=0, dense_layers=(), layer_budgets=(),
         decay=1.0,
     )  # fmt: skip
     hf.enable(model.module, config=everything, crossover=False)
     try:
-        kept = _prefill(model, tokens)
+        kept = _last_logits(model, tokens)
         sparse = hf.stats(model.module).sparse
     finally:
         hf.disable(model.module)
@@ -134,7 +95,14 @@ def check_adapter(model: Model, config: StemConfig, seed: int) -> Record:
 
 @torch.inference_mode()
 def measure(
-    model: Model, config: StemConfig, length: int, *, batch: int, rounds: int, seed: int, say: Callable[[str], None]
+    model: RandomModel,
+    config: StemConfig,
+    length: int,
+    *,
+    batch: int,
+    rounds: int,
+    seed: int,
+    say: Callable[[str], None],
 ) -> Record:
     """Time one prefill, dense and sparse by turns.
 
@@ -192,27 +160,27 @@ def measure(
     }
 
 
-def _timed(model: Model, tokens: Tensor) -> tuple[float, float | None, Tensor]:
+def _timed(model: RandomModel, tokens: Tensor) -> tuple[float, float | None, Tensor]:
     """Prefill once; return wall-clock seconds, peak device memory in GiB (None on a CPU), and the logits."""
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
     start = time.perf_counter()
-    logits = _prefill(model, tokens)
+    logits = _last_logits(model, tokens)
     if on_gpu:
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - start
     return seconds, torch.cuda.max_memory_allocated(model.device) / 2**30 if on_gpu else None, logits
 
 
-def _prefill(model: Model, tokens: Tensor) -> Tensor:
+def _last_logits(model: RandomModel, tokens: Tensor) -> Tensor:
     """Return the last position's logits; the cache is filled as before decoding."""
     logits: Tensor = model.module(tokens, use_cache=True, logits_to_keep=1).logits
     return logits
 
 
-def _tokens(model: Model, batch: int, length: int, seed: int) -> Tensor:
+def _tokens(model: RandomModel, batch: int, length: int, seed: int) -> Tensor:
     gen = torch.Generator(model.device).manual_seed(seed)
     return torch.randint(model.vocab_size, (batch, length), generator=gen, device=model.device)
 

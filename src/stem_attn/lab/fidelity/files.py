@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from pathlib import Path
 from typing import Any
 
-from stem_attn.lab.fidelity.plots import write_plots
-from stem_attn.lab.fidelity.report import Record, markdown
+from stem_attn.lab.fidelity.plots import draw
+from stem_attn.lab.fidelity.report import markdown
+from stem_attn.lab.results import Record, to_csv
 
 _DIGITS = 6
 
 
-def write_files(record: Record, folder: Path) -> None:
-    """Write fidelity.json, fidelity.md, layers.csv, propagated.csv and the plots.
+def contents(record: Record) -> dict[str, str | bytes]:
+    """Return fidelity.json, fidelity.md, layers.csv, propagated.csv and the plots, by file name.
 
     Args:
         record: Settings, and rows under `"layers"` and `"propagated"`.
-        folder: Where; files that are there are replaced.
     """
-    (folder / "fidelity.json").write_text(_json(record))
-    (folder / "fidelity.md").write_text(markdown(record))
-    for name in ("layers", "propagated"):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            columns = [key for key, value in record[name][0].items() if not isinstance(value, list)]
-            writer.writerow(columns)
-            writer.writerows([_rounded(row[column]) for column in columns] for row in record[name])
-    write_plots(record, folder)
+    tables = {f"{name}.csv": to_csv([_columns(row) for row in record[name]]) for name in ("layers", "propagated")}
+    return {"fidelity.json": _json(record), "fidelity.md": markdown(record), **tables, **draw(record)}
+
+
+def _columns(row: Record) -> Record:
+    return {name: _rounded(value) for name, value in row.items() if not isinstance(value, list)}
 
 
 def _json(record: Record) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from stem_attn.attention import block_sparse_attention
 from stem_attn.baselines.estimates import attention_mass
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.checks import resolve_scale
-from stem_attn.lab.equal_density import Choice
+from stem_attn.lab.equal_density import Choice, mix, share_above
 
 POSITION_BINS = 8
 _DENSE_BLOCK = 128
@@ -99,18 +98,6 @@ def at_density(found: list[LayerNumbers], density: float | None) -> LayerNumbers
     weight = share_above(below.density, above.density, density)
     names = [field.name for field in dataclasses.fields(LayerNumbers)]
     return LayerNumbers(**{name: mix(getattr(below, name), getattr(above, name), weight) for name in names})
-
-
-def share_above(below: float, above: float, wanted: float) -> float:
-    """Return the weight from 0 to 1 of the upper of two densities in a linear interpolation."""
-    return 0.0 if above == below else min(max((wanted - below) / (above - below), 0.0), 1.0)
-
-
-def mix(below: Any, above: Any, weight: float) -> Any:
-    """Interpolate two numbers, or two lists of numbers element by element."""
-    if isinstance(below, float):
-        return below + weight * (above - below)
-    return [mix(low, high, weight) for low, high in zip(below, above, strict=True)]
 
 
 def _by_token(x: Tensor) -> Tensor:

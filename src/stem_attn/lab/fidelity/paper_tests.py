@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stem_attn.config import StemConfig
-from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.named_methods import NamedMethod
 
 _BASE = "stem-official"
 
@@ -28,17 +28,17 @@ class PaperTest:
     """
 
     title: str
-    methods: tuple[tuple[str, MethodSpec], ...]
+    methods: tuple[tuple[str, NamedMethod], ...]
     densities: tuple[float, ...] | None = None
 
 
-def _official(rows: tuple[float, float] = (0.0, 1.0), **fields: Any) -> MethodSpec:
+def _official(rows: tuple[float, float] = (0.0, 1.0), **fields: Any) -> NamedMethod:
     preset = StemConfig.preset("official")
     fields = {name: value for name, value in fields.items() if value != getattr(preset, name)}
     changes = [f"{name}={value}" for name, value in fields.items()]
     if rows != (0.0, 1.0):
         changes.append(f"rows={rows[0]:.0%}-{rows[1]:.0%}")
-    return MethodSpec(" ".join([_BASE, *changes]), _BASE, fields, rows)
+    return NamedMethod(" ".join([_BASE, *changes]), _BASE, fields, rows)
 
 
 _SCORE_ONLY = _official(value_term="none")

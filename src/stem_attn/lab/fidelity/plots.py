@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from stem_attn.lab.fidelity.report import Record, Summary, summarize
+from stem_attn.lab.fidelity.report import Summary, summarize
+from stem_attn.lab.results import Record
 
 Found = dict[tuple[str, float | None], Summary]
 
@@ -16,21 +17,27 @@ _MARKERS = "osD^vP*Xh<"
 _REFERENCES = ("oracle", "dense")  # drawn in black: no method could be used like that
 
 
-def write_plots(record: Record, folder: Path) -> None:
+def draw(record: Record) -> dict[str, bytes]:
     """Draw a record.
 
     Args:
         record: What the command writes as JSON.
-        folder: Where the PNG files go.
+
+    Returns:
+        PNG files by name.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     found = summarize(record)
+    images = {}
     for name, figure in _plots(record, found):
         figure.suptitle(_title(record), fontsize=11)
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=130, format="png")
         _pyplot().close(figure)
+        images[f"{name}.png"] = image.getvalue()
+    return images
 
 
 def _plots(record: Record, found: Found) -> Iterator[tuple[str, Any]]:

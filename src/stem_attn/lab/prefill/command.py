@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.errors import InputError, check_writable, require
-from stem_attn.lab.model_options import (
+from stem_attn.lab.configs import config_from_options
+from stem_attn.lab.devices import check_dtype, name_of
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import (
+    METHOD,
+    PROMPT,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     GgufOption,
+    JsonOption,
     ModelOption,
-    check_dtype,
+    SetOption,
     load_model,
 )
-from stem_attn.lab.options import CONFIG_HELP, config_from_options
+from stem_attn.lab.results import Record, check_json, deliver, new_record
 
 if TYPE_CHECKING:
     from stem_attn.config import StemConfig
@@ -40,8 +45,6 @@ DEMO = {
 }
 DEMO_TOKENS = 6144
 
-_PROMPT, _METHOD, _OUTPUT = "Prompt", "Method", "Output"
-
 
 def prefill(
     model: ModelOption = None,
@@ -51,13 +54,14 @@ def prefill(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Your own text, UTF-8. Default: Python's language reference, with a fact hidden in it to ask for.",
-            rich_help_panel=_PROMPT,
+            metavar="FILE|-",
+            help="Your own text, UTF-8; - is stdin. Default: Python's language reference, with a fact hidden in it to "
+            "ask for.",
+            rich_help_panel=PROMPT,
         ),
     ] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Asked after the text.", rich_help_panel=_PROMPT)
+        str | None, typer.Option(metavar="TEXT", help="Asked after the text.", rich_help_panel=PROMPT)
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -66,45 +70,26 @@ def prefill(
             metavar="N",
             help="Cut the text so that the whole prompt has at most N tokens. Default: your own text is not cut, the "
             f"embedded one fills the model's context up to {DEMO_TOKENS} tokens, answer included.",
-            rich_help_panel=_PROMPT,
+            rich_help_panel=PROMPT,
         ),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.", rich_help_panel=_PROMPT)
+        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.", rich_help_panel=PROMPT)
     ] = 32,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Chooses the hidden fact and its place.", rich_help_panel=_PROMPT)
+        int, typer.Option(metavar="N", help="Chooses the hidden fact and its place.", rich_help_panel=PROMPT)
     ] = 0,
     preset: Annotated[
         str,
         typer.Option(
             metavar="NAME",
             help="demo (small blocks, a budget that fits short prompts too), default, official or paper.",
-            rich_help_panel=_METHOD,
+            rich_help_panel=METHOD,
         ),
     ] = "demo",
-    config_file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP, rich_help_panel=_METHOD)
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change a setting of the preset, named as in StemConfig; the value is JSON. May be repeated: "
-            "--set block_size=64 --set budget_ratio=0.2",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    json_path: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Write every number and setting as JSON; with - to stdout, and the table to stderr.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    config_file: ConfigOption = None,
+    override: SetOption = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Prefill a long prompt with a real model, densely and with Stem, and compare.
 
@@ -116,56 +101,44 @@ def prefill(
 
     require("transformers", "gguf", "psutil", extra="demo")
     # Everything that can be refused without the model is refused before it loads.
-    if preset == "demo":
-        config = config_from_options("default", override or [], config_file, **DEMO)
-    else:
-        config = config_from_options(preset, override or [], config_file)
+    config = config_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
     check_dtype(dtype)
-    if json_path not in (None, "-"):
-        check_writable(Path(json_path))
-    text = read_text(prompt_file) if prompt_file is not None else None
+    check_json(json_path)
+    own = read_text(prompt_file) if prompt_file is not None else None
 
-    from rich.console import Console
-
-    from stem_attn.lab import machine
     from stem_attn.lab.prefill.measure import memory_method
     from stem_attn.lab.prefill.report import render
     from stem_attn.lab.prefill.run import compare
 
     loaded = load_model(model, gguf, device, dtype)
-    prompt = _prompt(loaded, text, prompt_file, question, max_tokens, new_tokens, seed)
+    prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, config, new_tokens)
     result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
 
-    found = dataclasses.asdict(result)
-    found |= {
-        "model": loaded.name,
-        "layers": loaded.model.config.get_text_config().num_hidden_layers,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    settings: Record = {
         "preset": preset,
         "config": json.loads(config.to_json()),
-        "prompt": prompt.describe(),
         "new_tokens": new_tokens,
         "seed": seed,
+    }
+    found: Record = {
+        **new_record("prefill", settings, loaded.model.device),
+        "model": loaded.name,
+        "layers": loaded.model.config.get_text_config().num_hidden_layers,
+        "dtype": name_of(loaded.model.dtype),
+        "prompt": prompt.describe(),
         "memory_method": memory_method(loaded.model.device),
-        "machine": machine.describe(loaded.model.device),
+        **dataclasses.asdict(result),
     }
     for side in ("dense", "stem"):
         right = None if prompt.needle is None else prompt.needle.answer in found[side]["answer"]
         found[side]["answer_right"] = right
-
-    width = None if sys.stdout.isatty() else 120  # piped output has no width of its own
-    Console(stderr=json_path == "-", width=width, highlight=False).print(render(found))
-    if json_path == "-":
-        print(json.dumps(found, indent=2))
-    elif json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=2) + "\n")
+    deliver(found, render(found), json_path)
 
 
 def _prompt(
     loaded: LoadedModel,
-    text: str | None,
-    file: Path | None,
+    own: tuple[str, str] | None,
     question: str | None,
     max_tokens: int | None,
     new_tokens: int,
@@ -173,8 +146,9 @@ def _prompt(
 ) -> Prompt:
     from stem_attn.lab.prompts import build_prompt, make_needle, public_text
 
-    if text is not None:
-        return build_prompt(loaded.tokenizer, text, source=str(file), question=question, max_tokens=max_tokens)
+    if own is not None:
+        text, source = own
+        return build_prompt(loaded.tokenizer, text, source=source, question=question, max_tokens=max_tokens)
     if max_tokens is None:
         max_tokens = max(1, min(loaded.context_tokens, DEMO_TOKENS) - new_tokens)
     text, source = public_text()

@@ -15,13 +15,9 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stem_attn.lab.devices import synchronize
+
 _SAMPLE_SECONDS = 0.005
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queued work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def memory_method(device: torch.device) -> str:

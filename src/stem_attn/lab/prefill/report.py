@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from stem_attn.config import StemConfig
+from stem_attn.lab.results import Record
 
 _MIB = 2**20
 
 
-def render(found: dict[str, Any]) -> Group:
+def render(found: Record) -> Group:
     """Return what the terminal shows.
 
     Args:
@@ -34,8 +35,8 @@ def render(found: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _facts(found: dict[str, Any]) -> Table:
-    prompt, machine = found["prompt"], found["machine"]
+def _facts(found: Record) -> Table:
+    prompt, machine, settings = found["prompt"], found["machine"], found["settings"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -49,7 +50,7 @@ def _facts(found: dict[str, Any]) -> Table:
     if prompt["needle"] is not None:
         needle = prompt["needle"]
         facts.add_row("needle", f'"{needle["sentence"]}" inserted at {needle["depth"]:.0%} of the text')
-    facts.add_row("config", f"preset {found['preset']}; {_differences(found['config'])}")
+    facts.add_row("config", f"preset {settings['preset']}; {_differences(settings['config'])}")
     return facts
 
 
@@ -67,7 +68,7 @@ def _plain(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list) else str(value)
 
 
-def _table(found: dict[str, Any]) -> Table:
+def _table(found: Record) -> Table:
     dense, stem = found["dense"], found["stem"]
     table = Table()
     table.add_column()
@@ -88,7 +89,7 @@ def _table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _notes(found: dict[str, Any]) -> list[str]:
+def _notes(found: Record) -> list[str]:
     rounds = len(found["dense"]["rounds_seconds"])
     notes = [f"Seconds: the faster of {rounds} rounds in turns. Memory: {found['memory_method']}."]
     if found["other_layers"]:

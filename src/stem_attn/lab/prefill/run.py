@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stem_attn.config import StemConfig
 from stem_attn.integrations import hf
+from stem_attn.lab.devices import synchronize
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.logits import compare_positions, keep_hidden
-from stem_attn.lab.prefill.measure import AttentionClock, PeakMemory, synchronize
+from stem_attn.lab.prefill.measure import AttentionClock, PeakMemory
 
 _WARM_UP_TOKENS = 256
 
@@ -109,7 +110,7 @@ def compare(
     ids = ids.to(model.device)
     with _stem(model, config):
         pass  # learn at once whether the model can
-    _prefill(model, ids[:, :_WARM_UP_TOKENS], "warm-up", on_start)
+    _run_prompt(model, ids[:, :_WARM_UP_TOKENS], "warm-up", on_start)
 
     density = 0.0
     passes: dict[str, list[_Pass]] = {"dense": [], "stem": []}
@@ -117,7 +118,7 @@ def compare(
     for number in range(1, rounds + 1):
         for side, attention in (("dense", nullcontext()), ("stem", _stem(model, config))):
             with attention:
-                done = _prefill(model, ids, f"{side} {number}/{rounds}", on_start)
+                done = _run_prompt(model, ids, f"{side} {number}/{rounds}", on_start)
                 if side == "stem":
                     stats = hf.stats(model)
                 if number == 1:
@@ -154,7 +155,7 @@ def _stem(model: Any, config: StemConfig) -> Iterator[None]:
         hf.disable(model)
 
 
-def _prefill(model: Any, ids: Tensor, name: str, on_start: OnStart) -> _Pass:
+def _run_prompt(model: Any, ids: Tensor, name: str, on_start: OnStart) -> _Pass:
     """Run the whole prompt through the model; logits for the last position only."""
     on_call = on_start(name, model.config.get_text_config().num_hidden_layers)
     with keep_hidden(model) as hidden, PeakMemory(model.device) as memory, AttentionClock(model, on_call) as clock:

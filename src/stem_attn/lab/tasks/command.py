@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.errors import InputError, check_writable, require
-from stem_attn.lab.model_options import DeviceOption, DtypeOption, GgufOption, ModelOption, check_dtype, load_model
-from stem_attn.lab.tasks.report_command import JsonOption, show
+from stem_attn.lab.devices import check_dtype
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import (
+    METHOD,
+    OUTPUT,
+    PROMPT,
+    DeviceOption,
+    DtypeOption,
+    GgufOption,
+    JsonOption,
+    ModelOption,
+    VariantOption,
+    listed,
+    load_model,
+    whole_numbers,
+)
+from stem_attn.lab.results import Record, check_json, deliver, new_record
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
-    from stem_attn.lab.tasks.run import Plan, Results
+    from stem_attn.lab.tasks.run import Results, Settings
 
-_PROMPTS, _METHODS, _OUTPUT = "Prompts", "Methods", "Output"
 _TEMPLATES = ("auto", "base", "chat")
 
 TasksOption = Annotated[
@@ -28,7 +40,7 @@ TasksOption = Annotated[
         metavar="NAME,...",
         help="Names of tasks or of groups: exact, RULER's tasks whose prompts are NVIDIA's; ruler, with essay tasks on "
         "another text; retrieval; code; all.",
-        rich_help_panel=_PROMPTS,
+        rich_help_panel=PROMPT,
     ),
 ]
 
@@ -44,17 +56,17 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         tasks: TasksOption = default_tasks,
         lengths: Annotated[
             str,
-            typer.Option(metavar="N,...", help="Tokens of prompt and answer together.", rich_help_panel=_PROMPTS),
+            typer.Option(metavar="N,...", help="Tokens of prompt and answer together.", rich_help_panel=PROMPT),
         ] = "4096",
         samples: Annotated[
-            int, typer.Option(min=1, metavar="N", help="Prompts of each task and length.", rich_help_panel=_PROMPTS)
+            int, typer.Option(min=1, metavar="N", help="Prompts of each task and length.", rich_help_panel=PROMPT)
         ] = 10,
-        seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts.", rich_help_panel=_PROMPTS)] = 42,
+        seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts.", rich_help_panel=PROMPT)] = 42,
         template: Annotated[
             str,
             typer.Option(
                 help="base: plain text; chat: the model's chat format, but for code; auto: chat if the model has one.",
-                rich_help_panel=_PROMPTS,
+                rich_help_panel=PROMPT,
             ),
         ] = "auto",
         methods: Annotated[
@@ -63,21 +75,13 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
                 metavar="NAME,...",
                 help="stem-PRESET, a baseline's name, one of these with +tail (the prompt's last rows then keep what "
                 "the default's tail keeps), or a variant's. Dense attention always runs too.",
-                rich_help_panel=_METHODS,
+                rich_help_panel=METHOD,
             ),
         ] = "stem-default",
-        variant: Annotated[
-            list[str] | None,
-            typer.Option(
-                metavar="NAME=METHOD,FIELD=VALUE,...",
-                help="A method with changed settings, under a name of your own; a value is JSON. May be repeated: "
-                "--variant small=stem-default,block_size=32,min_seq_len=0. With config:FILE the settings of a file.",
-                rich_help_panel=_METHODS,
-            ),
-        ] = None,
+        variant: VariantOption = None,
         block_size: Annotated[
             int,
-            typer.Option(metavar="N", help="Tokens a block, of methods that do not set it.", rich_help_panel=_METHODS),
+            typer.Option(metavar="N", help="Tokens a block, of methods that do not set it.", rich_help_panel=METHOD),
         ] = 128,
         density: Annotated[
             float | None,
@@ -87,7 +91,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
                 metavar="D",
                 help="Bring every method, in every layer, to this share of the causal blocks; Stem, whose budget is "
                 "whole blocks, just below it. Default: each method's own budget.",
-                rich_help_panel=_METHODS,
+                rich_help_panel=METHOD,
             ),
         ] = None,
         part: Annotated[
@@ -96,7 +100,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
                 metavar="I/N",
                 help="Run every N-th sample from the I-th on, so that N processes share the work; each with its own "
                 "--out, and `stem-attn eval report` joins them.",
-                rich_help_panel=_OUTPUT,
+                rich_help_panel=OUTPUT,
             ),
         ] = "1/1",
         minutes: Annotated[
@@ -105,7 +109,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
                 min=0.0,
                 metavar="M",
                 help="Begin no prompt later than this after the start; the tables show what there is.",
-                rich_help_panel=_OUTPUT,
+                rich_help_panel=OUTPUT,
             ),
         ] = None,
         out: Annotated[
@@ -114,47 +118,47 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
                 metavar="FILE",
                 help="Keep every answer here, one JSON line each. A run finds there what is done already, so it can "
                 "be interrupted, and extended by samples, lengths, tasks and methods.",
-                rich_help_panel=_OUTPUT,
+                rich_help_panel=OUTPUT,
             ),
         ] = None,
         json_path: JsonOption = None,
     ) -> None:
         started = time.monotonic()
         require("transformers", "gguf", "wonderwords", extra="eval")
-        from stem_attn.lab.named_methods import MethodSpec, parse_methods
-        from stem_attn.lab.tasks.run import Plan, evaluate
+        from stem_attn.lab.named_methods import NamedMethod, parse_methods
+        from stem_attn.lab.tasks.run import Settings, evaluate
         from stem_attn.lab.tasks.store import Store
+        from stem_attn.lab.tasks.tables import render
 
         # Everything that can be refused without the model is refused before it loads.
         check_dtype(dtype)
         if template not in _TEMPLATES:
             raise InputError(f"--template must be one of {', '.join(_TEMPLATES)}; got {template!r}")
-        sparse = [spec for spec in parse_methods(methods, variant or []) if spec.base != "dense"]
-        plan = Plan(
+        sparse = [named for named in parse_methods(methods, variant or []) if named.base != "dense"]
+        settings = Settings(
             tasks=_tasks(tasks),
-            lengths=_lengths(lengths),
+            lengths=tuple(sorted(set(whole_numbers("--lengths", lengths)))),
             samples=_part(part, samples),
-            methods=(MethodSpec("dense", "dense"), *sparse),
+            methods=(NamedMethod("dense", "dense"), *sparse),
             block_size=block_size,
             density=density,
             chat=template == "chat",
             seed=seed,
         )
-        for spec in plan.methods:
-            spec.build(block_size)
-            if density is not None and spec.fields.get("layer_budgets"):
-                raise InputError(f"method {spec.name}: budgets by layer have no one --density; leave it out")
-        if json_path not in (None, "-"):
-            check_writable(Path(json_path))
+        for named in settings.methods:
+            named.build(block_size)
+            if density is not None and named.fields.get("layer_budgets"):
+                raise InputError(f"method {named.name}: budgets by layer have no one --density; leave it out")
+        check_json(json_path)
         store = Store(out)
         loaded = load_model(model, gguf, device, dtype)
-        if max(plan.lengths) > loaded.context_tokens:
+        if max(settings.lengths) > loaded.context_tokens:
             raise InputError(
-                f"--lengths {max(plan.lengths)} is more than the model's context of {loaded.context_tokens} tokens"
+                f"--lengths {max(settings.lengths)} is more than the model's context of {loaded.context_tokens} tokens"
             )
         if template == "auto":
-            plan = dataclasses.replace(plan, chat=loaded.tokenizer.chat_template is not None)
-        elif plan.chat and loaded.tokenizer.chat_template is None:
+            settings = dataclasses.replace(settings, chat=loaded.tokenizer.chat_template is not None)
+        elif settings.chat and loaded.tokenizer.chat_template is None:
             raise InputError(f"--template chat: the tokenizer of {loaded.name} has no chat template")
 
         from transformers.utils import logging
@@ -162,17 +166,18 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         def stop() -> bool:
             return minutes is not None and time.monotonic() - started > 60 * minutes
 
-        total = len(plan.tasks) * len(plan.lengths) * len(plan.methods) * len(plan.samples)
+        total = len(settings.tasks) * len(settings.lengths) * len(settings.methods) * len(settings.samples)
         with logging.tqdm(total=total, unit="prompt") as bar:
 
             def on_prompt(done: str) -> None:
                 bar.set_description(done, refresh=False)
                 bar.update()
 
-            results = evaluate(loaded, plan, store, on_prompt, stop)
+            results = evaluate(loaded, settings, store, on_prompt, stop)
         if not results.records:
             raise InputError("no prompt was answered: give --minutes more, or fewer --samples a --part")
-        show(_record(loaded, plan, results), json_path)
+        found = _record(name, loaded, settings, results)
+        deliver(found, render(found), json_path)
 
     run.__name__ = name
     run.__doc__ = (
@@ -185,7 +190,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
 def _tasks(text: str) -> tuple[str, ...]:
     from stem_attn.lab.tasks.registry import GROUPS, TASKS
 
-    names = [name for given in _listed(text) for name in GROUPS.get(given, (given,))]
+    names = [name for given in listed(text) for name in GROUPS.get(given, (given,))]
     for name in names:
         if name in ("qa_1", "qa_2"):
             raise InputError(f"task {name} is not offered: its questions are in a data set that must be downloaded")
@@ -196,16 +201,6 @@ def _tasks(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        lengths = sorted({int(length) for length in _listed(text)})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise InputError(f"--lengths takes numbers of tokens such as 4096,8192; got {text!r}")
-    return tuple(lengths)
-
-
 def _part(text: str, samples: int) -> tuple[int, ...]:
     """Return the numbers of the samples that a process runs."""
     first, slash, step = text.partition("/")
@@ -214,20 +209,13 @@ def _part(text: str, samples: int) -> tuple[int, ...]:
     return tuple(range(int(first) - 1, samples, int(step)))
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _record(loaded: LoadedModel, plan: Plan, results: Results) -> dict[str, Any]:
+def _record(command: str, loaded: LoadedModel, settings: Settings, results: Results) -> Record:
     """Return every number and setting as plain values."""
-    from stem_attn.lab import machine
     from stem_attn.lab.tasks.summary import summarize
 
     return {
+        **new_record(command, dataclasses.asdict(settings), loaded.model.device),
         **summarize(results.records),
-        "machine": machine.describe(loaded.model.device),
-        "arguments": sys.argv[1:],
-        "settings": dataclasses.asdict(plan),
         "left_out": [
             {"method": method, "length": length, "reason": reason}
             for (method, length), reason in results.left_out.items()

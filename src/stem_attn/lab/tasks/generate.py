@@ -35,7 +35,7 @@ class Prefilled:
 
 
 @torch.inference_mode()
-def prefill(model: Any, ids: Tensor) -> Prefilled:
+def read_prompt(model: Any, ids: Tensor) -> Prefilled:
     """Read one prompt, int64 [1, T], with whatever attention the model has now."""
     result = model(ids, use_cache=True, logits_to_keep=1)
     return Prefilled(result.past_key_values, result.logits[:, -1].float(), ids.shape[1])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from stem_attn.lab.ruler.scoring import score as share_found
-from stem_attn.lab.ruler.tasks import EXACT
-from stem_attn.lab.ruler.tasks import TASKS as RULER
 from stem_attn.lab.tasks import (
     code_file,
     code_repo,
@@ -18,6 +15,9 @@ from stem_attn.lab.tasks import (
     rounds,
 )
 from stem_attn.lab.tasks.measures import edit_similarity, exact_match, number_match, word_similarity
+from stem_attn.lab.tasks.ruler.scoring import score as share_found
+from stem_attn.lab.tasks.ruler.tasks import EXACT
+from stem_attn.lab.tasks.ruler.tasks import TASKS as RULER
 from stem_attn.lab.tasks.samples import Request, Sample
 from stem_attn.lab.tasks.task import Task
 

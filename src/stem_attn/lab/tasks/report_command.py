@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from stem_attn.lab.errors import InputError, check_writable, require
-
-JsonOption = Annotated[
-    str | None,
-    typer.Option(
-        "--json",
-        metavar="FILE|-",
-        help="Write scores and settings as JSON; with - to stdout, and the tables to stderr.",
-        rich_help_panel="Output",
-    ),
-]
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import JsonOption
+from stem_attn.lab.results import Record, check_json, deliver
 
 
 def report(
@@ -33,12 +25,12 @@ def report(
     require("transformers", "wonderwords", extra="eval")
     from stem_attn.lab.tasks.store import Store
     from stem_attn.lab.tasks.summary import summarize
+    from stem_attn.lab.tasks.tables import render
 
     for file in files:
         if not file.is_file():
             raise InputError(f"no such file: {file}")
-    if json_path not in (None, "-"):
-        check_writable(Path(json_path))
+    check_json(json_path)
     stored = {text: record for file in files for text, record in Store(file).records.items()}
     records = [{**record, **record["key"], "method": record["name"]} for record in stored.values()]
     if not records:
@@ -48,28 +40,11 @@ def report(
         if len(held) > 1:
             raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
     _check_names(records)
-    show(summarize(records), json_path)
+    found = summarize(records)
+    deliver(found, render(found), json_path)
 
 
-def show(found: dict[str, Any], json_path: str | None) -> None:
-    """Print tables, and write what they were made of.
-
-    Args:
-        found: See `tables.render`.
-        json_path: A file, `"-"` for stdout, where the tables go to stderr, or None.
-    """
-    from rich.console import Console
-
-    from stem_attn.lab.tasks.tables import render
-
-    if json_path == "-":
-        print(json.dumps(found, indent=2))
-    elif json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=2) + "\n")
-    Console(stderr=json_path == "-").print(render(found))
-
-
-def _check_names(records: list[dict[str, Any]]) -> None:
+def _check_names(records: list[Record]) -> None:
     """Refuse one name for methods of different settings."""
     settings: dict[str, str] = {}
     for record in records:

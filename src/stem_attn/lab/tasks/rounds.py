@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from stem_attn.lab.ruler.words import adjectives, nouns, verbs
+from stem_attn.lab.tasks.ruler.words import adjectives, nouns, verbs
 from stem_attn.lab.tasks.samples import Request, Sample, draw_fitting, largest_size
 
 NEW_TOKENS = 80

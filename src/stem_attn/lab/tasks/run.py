@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from stem_attn.lab import machine
+from stem_attn.lab.devices import name_of
 from stem_attn.lab.equal_density import UnreachableDensityError
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
-from stem_attn.lab.named_methods import MethodSpec
-from stem_attn.lab.tasks.generate import Prefilled, decode, end_tokens, log_probability, prefill, together
+from stem_attn.lab.named_methods import NamedMethod
+from stem_attn.lab.results import Record
+from stem_attn.lab.tasks.generate import Prefilled, decode, end_tokens, log_probability, read_prompt, together
 from stem_attn.lab.tasks.registry import TASKS
 from stem_attn.lab.tasks.samples import Frame, Request, Sample
 from stem_attn.lab.tasks.sparse import Kept, running
@@ -31,7 +33,7 @@ _RECORD_VERSION = 2  # of what a record holds
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Settings:
     """What to run.
 
     Args:
@@ -48,7 +50,7 @@ class Plan:
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     samples: tuple[int, ...]
-    methods: tuple[MethodSpec, ...]
+    methods: tuple[NamedMethod, ...]
     block_size: int
     density: float | None
     chat: bool
@@ -65,7 +67,7 @@ class Results:
         stopped: Whether the run was told to stop before its end.
     """
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     left_out: dict[tuple[str, int], str] = field(default_factory=dict)
     stopped: bool = False
 
@@ -75,7 +77,7 @@ OnPrompt = Callable[[str], None]
 
 
 def evaluate(
-    loaded: LoadedModel, plan: Plan, store: Store, on_prompt: OnPrompt, stop: Callable[[], bool] = lambda: False
+    loaded: LoadedModel, settings: Settings, store: Store, on_prompt: OnPrompt, stop: Callable[[], bool] = lambda: False
 ) -> Results:
     """Answer and score every prompt whose answer the store does not have yet.
 
@@ -83,7 +85,7 @@ def evaluate(
 
     Args:
         loaded: The model.
-        plan: What to run.
+        settings: What to run.
         store: Where answers are kept.
         on_prompt: Told what is done.
         stop: Asked before every prompt whether to stop there.
@@ -96,19 +98,23 @@ def evaluate(
         "record": _RECORD_VERSION,
         "model": loaded.name,
         "weights": fingerprint(loaded.model),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": name_of(loaded.model.dtype),
         "device": loaded.model.device.type,
-        "seed": plan.seed,
+        "seed": settings.seed,
     }
-    prompts = {(length, task): _Prompts(loaded, plan, task, length) for length in plan.lengths for task in plan.tasks}
+    prompts = {
+        (length, task): _Prompts(loaded, settings, task, length)
+        for length in settings.lengths
+        for task in settings.tasks
+    }
     results = Results()
-    for index in plan.samples:
+    for index in settings.samples:
         for (length, task), made in prompts.items():
             if stop():
                 results.stopped = True
                 break
             key = {**shared, "chat": made.chat, "task": task, "length": length, "index": index}
-            results.records += _answered(loaded, plan, key, made, store, results.left_out, on_prompt)
+            results.records += _answered(loaded, settings, key, made, store, results.left_out, on_prompt)
     results.records = [r for r in results.records if (r["method"], r["length"]) not in results.left_out]
     return results
 
@@ -133,16 +139,16 @@ def fingerprint(model: Any) -> str:
 class _Prompts:
     """The prompts of one task and length, made when first needed; the same ones for every method."""
 
-    def __init__(self, loaded: LoadedModel, plan: Plan, task: str, length: int) -> None:
+    def __init__(self, loaded: LoadedModel, settings: Settings, task: str, length: int) -> None:
         self.task = TASKS[task]
         self.length = length
         self.name = f"{task} at {length}"
-        self.chat = plan.chat and self.task.chat
+        self.chat = settings.chat and self.task.chat
         self.sources = self.task.sources() if self.task.sources is not None else []
         self._tokenizer = loaded.tokenizer
         self._device = loaded.model.device
         frame = chat_frame(self._tokenizer) if self.chat else Frame()
-        self._request = Request(length, plan.seed, frame, self._count)
+        self._request = Request(length, settings.seed, frame, self._count)
         self._coming: Iterator[Sample] | None = None
         self._made = 0
 
@@ -170,7 +176,7 @@ class _Reading:
     """A prompt as one method read it.
 
     Args:
-        place: The method's place in the plan.
+        place: The method's place among the methods.
         prefilled: The model's cache and first logits.
         kept: What was attended to.
     """
@@ -180,26 +186,26 @@ class _Reading:
     kept: Kept
 
 
-def _settings(spec: MethodSpec, plan: Plan) -> dict[str, Any]:
+def _method_settings(named: NamedMethod, settings: Settings) -> Record:
     """Return everything that a method's answers depend on, its name aside."""
-    if spec.base == "dense":
+    if named.base == "dense":
         return {"base": "dense"}
-    method = spec.build(plan.block_size)
+    method = named.build(settings.block_size)
     fields = json.loads(method.config.to_json()) if isinstance(method, Stem) else asdict(cast(Any, method))
-    return {"base": spec.base, "density": plan.density, **fields}
+    return {"base": named.base, "density": settings.density, **fields}
 
 
 def _answered(
     loaded: LoadedModel,
-    plan: Plan,
-    key: dict[str, Any],
+    settings: Settings,
+    key: Record,
     prompts: _Prompts,
     store: Store,
     left_out: dict[tuple[str, int], str],
     on_prompt: OnPrompt,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Return every method's record of one prompt; those that were missing are stored as they come."""
-    keys = [{**key, "method": _settings(spec, plan)} for spec in plan.methods]
+    keys = [{**key, "method": _method_settings(named, settings)} for named in settings.methods]
     found = {place: record for place, one in enumerate(keys) if (record := store.get(one)) is not None}
     missing = [place for place in range(len(keys)) if place not in found]
     hashes = {record["prompt_sha256"] for record in found.values()}
@@ -212,26 +218,28 @@ def _answered(
             f"a text that prompts are made of, or this package has changed; use another file"
         )
     for place in found:
-        on_prompt(f"{prompts.name} {plan.methods[place].name}")
+        on_prompt(f"{prompts.name} {settings.methods[place].name}")
     if sample is not None:
-        for group in _readings(loaded, plan, missing, prompts.ids(sample), prompts, left_out, on_prompt):
+        for group in _readings(loaded, settings, missing, prompts.ids(sample), prompts, left_out, on_prompt):
             dense = found[0]["answer_ids"] if 0 in found else None
             answers = _answers(loaded, prompts.task, group, dense)
             for reading, answer in zip(group, answers, strict=True):
                 found[reading.place] = {
                     "key": keys[reading.place],
-                    "name": plan.methods[reading.place].name,
+                    "name": settings.methods[reading.place].name,
                     "machine": machine.brief(loaded.model.device),
                     **_scored(prompts, sample, answer["answer"]),
                     **answer,
                 }
             store.add(found[reading.place] for reading in group)
-    return [{**record, **record["key"], "method": plan.methods[place].name} for place, record in sorted(found.items())]
+    return [
+        {**record, **record["key"], "method": settings.methods[place].name} for place, record in sorted(found.items())
+    ]
 
 
 def _readings(
     loaded: LoadedModel,
-    plan: Plan,
+    settings: Settings,
     places: list[int],
     ids: Tensor,
     prompts: _Prompts,
@@ -242,16 +250,16 @@ def _readings(
     room = _cache_bytes(loaded.model.device)
     group: list[_Reading] = []
     for place in places:
-        spec = plan.methods[place]
-        if (spec.name, prompts.length) in left_out:
+        named = settings.methods[place]
+        if (named.name, prompts.length) in left_out:
             continue
         try:
-            with running(loaded.model, spec, plan.block_size, plan.density) as kept:
-                group.append(_Reading(place, prefill(loaded.model, ids), kept()))
+            with running(loaded.model, named, settings.block_size, settings.density) as kept:
+                group.append(_Reading(place, read_prompt(loaded.model, ids), kept()))
         except UnreachableDensityError as error:
-            left_out[spec.name, prompts.length] = str(error)
+            left_out[named.name, prompts.length] = str(error)
             continue
-        on_prompt(f"{prompts.name} {spec.name}")
+        on_prompt(f"{prompts.name} {named.name}")
         used = sum(reading.prefilled.cache_bytes() for reading in group)
         if used * (len(group) + 1) / len(group) > room:
             yield group
@@ -260,7 +268,7 @@ def _readings(
         yield group
 
 
-def _answers(loaded: LoadedModel, task: Task, group: list[_Reading], dense: list[int] | None) -> list[dict[str, Any]]:
+def _answers(loaded: LoadedModel, task: Task, group: list[_Reading], dense: list[int] | None) -> list[Record]:
     """Return what the readings of one prompt say, and how likely they make dense attention's answer.
 
     Args:
@@ -286,7 +294,7 @@ def _answers(loaded: LoadedModel, task: Task, group: list[_Reading], dense: list
     ]
 
 
-def _scored(prompts: _Prompts, sample: Sample, answer: str) -> dict[str, Any]:
+def _scored(prompts: _Prompts, sample: Sample, answer: str) -> Record:
     """Return what a record says of a prompt, and of an answer to it."""
     measures = {"score": prompts.task.score, **prompts.task.also}
     return {

@@ -13,10 +13,10 @@ from torch import Tensor
 from stem_attn.attention import block_sparse_attention
 from stem_attn.config import StemConfig
 from stem_attn.integrations import hf
-from stem_attn.lab.equal_density import choose
+from stem_attn.lab.equal_density import select_at_density
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.intercept import intercept
-from stem_attn.lab.named_methods import MethodSpec
+from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.methods import Stem
 
 
@@ -34,7 +34,7 @@ class Kept:
 
 
 @contextmanager
-def running(model: Any, spec: MethodSpec, block_size: int, density: float | None) -> Iterator[Callable[[], Kept]]:
+def running(model: Any, named: NamedMethod, block_size: int, density: float | None) -> Iterator[Callable[[], Kept]]:
     """Run a model's prefill with a method inside a `with` block.
 
     Methods with their own budget run as users run them, through the Hugging Face adapter, but without its crossover;
@@ -42,7 +42,7 @@ def running(model: Any, spec: MethodSpec, block_size: int, density: float | None
 
     Args:
         model: A transformers causal language model.
-        spec: The method.
+        named: The method.
         block_size: Tokens a block, unless the method says otherwise.
         density: Kept over causal blocks that the method is brought to in every layer; None: its own budget.
 
@@ -53,10 +53,10 @@ def running(model: Any, spec: MethodSpec, block_size: int, density: float | None
         InputError: The model's attention cannot be routed.
         UnreachableDensityError: The method cannot keep so little; raised by the model's forward.
     """
-    if spec.base == "dense":
+    if named.base == "dense":
         yield lambda: Kept(1.0, {})
         return
-    method = spec.build(block_size)
+    method = named.build(block_size)
     if density is None:
         # Stem brings its own min_seq_len; the others select whatever the length.
         adapter = StemConfig() if isinstance(method, Stem) else StemConfig(min_seq_len=0)
@@ -73,7 +73,7 @@ def running(model: Any, spec: MethodSpec, block_size: int, density: float | None
     densities: list[Tensor] = []  # of each layer, so that the device is asked once a prompt
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        selection = choose(spec, block_size, density, q, k, v, scale)[0].selection
+        selection = select_at_density(named, block_size, density, q, k, v, scale)[0].selection
         heads = selection.counts.shape[0] * selection.counts.shape[1]
         densities.append(selection.counts.sum() / (heads * selection.grid.causal_blocks))
         return block_sparse_attention(q, k, v, selection, scale=scale)

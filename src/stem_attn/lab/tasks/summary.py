@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, variance
-from typing import Any
 
-from stem_attn.lab.ruler.tasks import FAMILY as RULER
+from stem_attn.lab.results import Record
 from stem_attn.lab.tasks.registry import TASKS
+from stem_attn.lab.tasks.ruler.tasks import FAMILY as RULER
 
 LEAST_DENSE_SCORE = 20.0
 """Points of dense attention below which a task says nothing about methods; RULER's mean is over all, as published."""
@@ -18,7 +18,7 @@ _NORMAL_95 = 1.959964
 _PAIRED = ("minus_dense", "agreement", "drift")
 
 
-def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(records: Sequence[Record]) -> Record:
     """Aggregate records of one model.
 
     Args:
@@ -36,7 +36,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `standard_error` and the 95% `interval` of the normal approximation: too narrow for a few samples, and of no
         width where no sample differs. They are None where dense was not run, the errors also for a single sample.
     """
-    found: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    found: dict[tuple[str, int], dict[str, dict[int, Record]]] = {}
     for record in records:
         place = (record["task"], record["length"])
         found.setdefault(place, {}).setdefault(record["method"], {})[record["index"]] = record
@@ -67,11 +67,11 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _sources(task: str, records: Sequence[dict[str, Any]]) -> list[str]:
+def _sources(task: str, records: Sequence[Record]) -> list[str]:
     return sorted({source for record in records if record["task"] == task for source in record["sources"]})
 
 
-def _layers(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _layers(records: Sequence[Record]) -> list[Record]:
     """Return, for every method and length, a prompt's layers by what they were."""
     found: dict[tuple[str, int], Counter[str]] = {}
     prompts: Counter[tuple[str, int]] = Counter()
@@ -89,9 +89,7 @@ def _layers(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _cell(
-    task: str, length: int, method: str, mine: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]] | None
-) -> dict[str, Any]:
+def _cell(task: str, length: int, method: str, mine: dict[int, Record], dense: dict[int, Record] | None) -> Record:
     pairs = [] if dense is None else [(record, dense[index]) for index, record in mine.items() if index in dense]
     if method == "dense":
         pairs = []
@@ -111,27 +109,27 @@ def _cell(
     }
 
 
-def _log_probability(record: dict[str, Any]) -> float:
+def _log_probability(record: Record) -> float:
     return float(record["dense_answer_log_probability"])
 
 
-def _paired(values: list[float]) -> dict[str, Any] | None:
+def _paired(values: list[float]) -> Record | None:
     if not values:
         return None
     return _estimate(fmean(values), math.sqrt(variance(values) / len(values)) if len(values) > 1 else None)
 
 
-def _estimate(mean: float, error: float | None) -> dict[str, Any]:
+def _estimate(mean: float, error: float | None) -> Record:
     interval = None if error is None else [mean - _NORMAL_95 * error, mean + _NORMAL_95 * error]
     return {"mean": mean, "standard_error": error, "interval": interval}
 
 
-def _means(family: str, method: str, cells: list[dict[str, Any]], counted: list[tuple[str, int]]) -> dict[str, Any]:
+def _means(family: str, method: str, cells: list[Record], counted: list[tuple[str, int]]) -> Record:
     places = [place for place in counted if TASKS[place[0]].family == family]
     mine = {(cell["task"], cell["length"]): cell for cell in cells if cell["method"] == method}
     lengths = sorted({length for _, length in places})
 
-    def of(length: int | None) -> list[dict[str, Any]] | None:
+    def of(length: int | None) -> list[Record] | None:
         """Return the method's cells, if it ran all."""
         wanted = [place for place in places if length in (None, place[1])]
         return [mine[place] for place in wanted] if all(place in mine for place in wanted) else None
@@ -152,7 +150,7 @@ def _means(family: str, method: str, cells: list[dict[str, Any]], counted: list[
     }
 
 
-def _mean_of(estimates: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+def _mean_of(estimates: list[Record | None]) -> Record | None:
     known = [estimate for estimate in estimates if estimate is not None]
     if not known or len(known) < len(estimates):
         return None

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from stem_attn.lab.results import Record
 
 _COMPARISONS = ("minus dense", "same answer", "drift")
 
 
-def render(found: dict[str, Any]) -> Group:
+def render(found: Record) -> Group:
     """Return what the terminal shows.
 
     Args:
         found: The record that `stem-attn eval tasks --json` or `eval report --json` writes.
     """
     notes = [Text(note, style="dim") for note in _notes(found)]
-    means = [_means(found), Text()] if found["means"] else []
+    means = (_means(found), Text()) if found["means"] else ()
     return Group(_facts(found), Text(), *means, _tasks(found), *notes)
 
 
-def _facts(found: dict[str, Any]) -> Table:
+def _facts(found: Record) -> Table:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -34,7 +34,7 @@ def _facts(found: dict[str, Any]) -> Table:
     return facts
 
 
-def _means(found: dict[str, Any]) -> Table:
+def _means(found: Record) -> Table:
     """One row a family and method: the score at every length, as in the paper's Table 4, and the comparisons."""
     lengths = sorted({cell["length"] for cell in found["cells"]})
     table = Table(title="Mean over tasks")
@@ -55,7 +55,7 @@ def _means(found: dict[str, Any]) -> Table:
     return table
 
 
-def _tasks(found: dict[str, Any]) -> Table:
+def _tasks(found: Record) -> Table:
     table = Table(title="By task")
     _add_columns(table, ("task", "method"), ("length", "samples", "score", "budget", *_COMPARISONS))
     cells = sorted(found["cells"], key=lambda cell: list(found["tasks"]).index(cell["task"]))
@@ -82,11 +82,11 @@ def _add_columns(table: Table, words: Sequence[str], numbers: Sequence[str]) -> 
         table.add_column(name, justify="right", overflow="fold")
 
 
-def _comparisons(row: dict[str, Any]) -> tuple[str, str, str]:
+def _comparisons(row: Record) -> tuple[str, str, str]:
     return _estimate(row["minus_dense"], "+.1f"), _estimate(row["agreement"], ".0f"), _estimate(row["drift"], ".3f")
 
 
-def _estimate(estimate: dict[str, Any] | None, form: str) -> str:
+def _estimate(estimate: Record | None, form: str) -> str:
     if estimate is None:
         return "-"
     interval = estimate["interval"]
@@ -102,7 +102,7 @@ def _tokens(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
-def _notes(found: dict[str, Any]) -> list[str]:
+def _notes(found: Record) -> list[str]:
     notes = [
         "Budget: kept over causal blocks of the layers with full attention, dense ones included. Comparisons are with "
         "dense attention on the same prompts: the score's difference in points, the percentage of equal answers, and "

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from stem_attn.lab.errors import InputError, check_writable, require
-from stem_attn.lab.model_options import DeviceOption, DtypeOption, GgufOption, ModelOption, check_dtype, load_model
-from stem_attn.lab.options import CONFIG_HELP, config_from_options
+from stem_attn.lab.configs import config_from_options
+from stem_attn.lab.devices import check_dtype, name_of
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import (
+    OUTPUT,
+    PROMPT,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    GgufOption,
+    LengthOption,
+    LogitStrideOption,
+    ModelOption,
+    PresetOption,
+    SetOption,
+    TextFileOption,
+    load_model,
+)
+from stem_attn.lab.results import Record, check_writable, new_record, show, to_json, write_files
 
-_TEXT, _METHOD = "Text", "Method"
 _SEED = 0
 
 
 def tune(
     out: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="Where the config goes, as JSON; beside it FILE.tune.json with all numbers."),
+        typer.Option(
+            metavar="FILE",
+            help="Where the config goes, as JSON; beside it FILE.tune.json with all numbers.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     target: Annotated[
         str,
@@ -37,42 +53,23 @@ def tune(
     gguf: GgufOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    length: Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of a prompt.", rich_help_panel=_TEXT)] = 4096,
-    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts to tune on.", rich_help_panel=_TEXT)] = 2,
+    length: LengthOption = 4096,
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts to tune on.", rich_help_panel=PROMPT)] = 2,
     held_out: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Further prompts, to check the answer on.", rich_help_panel=_TEXT)
+        int, typer.Option(min=0, metavar="N", help="Further prompts, to check the answer on.", rich_help_panel=PROMPT)
     ] = 2,
-    text_file: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Document of your own, UTF-8; may be repeated. Default: Python's language reference, the source of "
-            "its standard library, and PyTorch's reference pages.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(metavar="NAME", help="default, official or paper.", rich_help_panel=_METHOD)
-    ] = "default",
-    config_file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP, rich_help_panel=_METHOD)
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change a setting; may be repeated.", rich_help_panel=_METHOD
-        ),
-    ] = None,
-    logit_stride: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Compare the predictions of every N-th position.")
-    ] = 1,
+    text_file: TextFileOption = None,
+    preset: PresetOption = "default",
+    config_file: ConfigOption = None,
+    override: SetOption = None,
+    logit_stride: LogitStrideOption = 1,
 ) -> None:
     """Find the budget of every layer that reaches a fidelity target at least cost, and write a config file.
 
     The file is what --config of other commands, config:FILE of --variant, vLLM's config_file and
     StemConfig.from_json read. Budgets scale with the prompt; tune at the length that matters to you.
     """
-    require("transformers", "gguf", extra="dev")
+    require("transformers", "gguf", extra="demo")
     from stem_attn.lab.tune.run import parse_target
 
     # Everything that can be refused without the model is refused before it loads.
@@ -85,13 +82,11 @@ def tune(
         )
     check_dtype(dtype)
     record_path = out.with_suffix(".tune.json")
-    check_writable(out)
-    check_writable(record_path)
+    check_writable(out, record_path)
 
     import torch
-    from rich.console import Console
 
-    from stem_attn.lab import machine
+    from stem_attn.lab.progress import named_steps
     from stem_attn.lab.texts import excerpts
     from stem_attn.lab.tune import run as search
     from stem_attn.lab.tune.report import render
@@ -102,40 +97,31 @@ def tune(
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     texts = excerpts(loaded.tokenizer, length, prompts + held_out, text_file or [])
     ids = [text.ids for text in texts]
-    record: dict[str, Any] = {
-        "command": "tune",
+    settings: Record = {
         "target": str(wanted),
-        "settings": {"length": length, "prompts": prompts, "held_out": held_out, "logit_stride": logit_stride},
-        "seed": _SEED,
+        "length": length,
+        "prompts": prompts,
+        "held_out": held_out,
+        "logit_stride": logit_stride,
         "preset": preset,
-        "model": {"name": loaded.name, "dtype": str(loaded.model.dtype).removeprefix("torch.")},
-        "machine": machine.describe(loaded.model.device),
+        "config": json.loads(config.to_json()),
+        "seed": _SEED,
+    }
+    record: Record = {
+        **new_record("tune", settings, loaded.model.device),
+        "target": str(wanted),
+        "model": {"name": loaded.name, "dtype": name_of(loaded.model.dtype)},
         "texts": [text.describe() for text in texts],
     }
-    with _progress() as on_step:
+    with named_steps("tune", "forward") as on_step:
         start = time.perf_counter()
         found = search.tune(loaded.model, ids[:prompts], config, wanted, logit_stride=logit_stride, on_step=on_step)
         record["seconds"] = round(time.perf_counter() - start, 1)
-        out.write_text(found.config.to_json() + "\n")
         record |= search.describe(found, wanted)
+        write_files({record_path: to_json(record), out: found.config.to_json() + "\n"})
         if held_out:
             record["held_out"] = search.check(
                 loaded.model, ids[prompts:], found, logit_stride=logit_stride, on_step=on_step
             )
-    record_path.write_text(json.dumps(record, indent=2) + "\n")
-    width = None if sys.stdout.isatty() else 120  # piped output has no width of its own
-    Console(width=width, highlight=False).print(render(record, str(out)))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show a bar that names every forward as it starts."""
-    from transformers.utils import logging
-
-    with logging.tqdm(desc="tune", unit="forward", leave=False) as bar:
-
-        def on_step(step: str) -> None:
-            bar.set_description(f"tune, {step}")
-            bar.update()
-
-        yield on_step
+            write_files({record_path: to_json(record)})
+    show(render(record, str(out)))

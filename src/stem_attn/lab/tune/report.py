@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from stem_attn.lab.results import Record
 
-def render(found: dict[str, Any], path: str) -> Group:
+
+def render(found: Record, path: str) -> Group:
     """Return what the terminal shows.
 
     Args:
@@ -19,7 +19,7 @@ def render(found: dict[str, Any], path: str) -> Group:
     return Group(_layers(found["layers"]), Text(), _totals(found), Text(), *map(Text, _notes(found, path)))
 
 
-def _layers(layers: list[dict[str, Any]]) -> Table:
+def _layers(layers: list[Record]) -> Table:
     table = Table(title="Budgets by layer")
     for column in ("layer", "factor", "density", "attention error", "sensitivity, nats"):
         table.add_column(column, justify="right")
@@ -35,7 +35,7 @@ def _layers(layers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _totals(found: dict[str, Any]) -> Table:
+def _totals(found: Record) -> Table:
     table = Table(title=f"All tuned layers together, target {found['target']}")
     for column in ("prompts", "budgets", "density", "KL, nats", "same top-1"):
         table.add_column(column, justify="right" if column not in ("prompts", "budgets") else "left")
@@ -54,7 +54,7 @@ def _totals(found: dict[str, Any]) -> Table:
     return table
 
 
-def _notes(found: dict[str, Any], path: str) -> list[str]:
+def _notes(found: Record, path: str) -> list[str]:
     at = found["density_at_target"]
     notes = []
     if found["only_dense"]:

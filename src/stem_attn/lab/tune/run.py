@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
+from stem_attn.lab.equal_density import mix, share_above
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.fidelity.layer_numbers import mix, share_above
+from stem_attn.lab.progress import OnStep
+from stem_attn.lab.tune.forwards import Outcome, Prompts
 from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
-from stem_attn.lab.tune.trials import OnStep, Outcome, Prompts
 
 _CURVE_LEVELS = 10  # levels at which attention errors are measured
 _BISECTIONS = 6
@@ -85,7 +86,7 @@ def parse_target(text: str) -> Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Trial:
     """Sparse forwards with one choice of budgets.
 
     Args:
@@ -108,8 +109,8 @@ class Bracket:
         reaches: The one of least density found that does.
     """
 
-    fails: Run | None
-    reaches: Run
+    fails: Trial | None
+    reaches: Trial
 
     def density_at(self, target: Target) -> float:
         """Interpolate the density at which the target is just met: both families stop at steps of their own."""
@@ -135,7 +136,7 @@ class Tuned:
         sensitivity: By layer, nats of KL where it alone has the uniform budget; empty where even the least budget
             reaches the target.
         errors: By layer, relative attention error |O_s - O| / |O| of the answer, on the dense forward's q, k, v.
-        runs: Every choice of budgets that was tried, in order.
+        trials: Every choice of budgets that was tried, in order.
     """
 
     config: StemConfig
@@ -145,7 +146,7 @@ class Tuned:
     recipe: tuple[float, float] | None
     sensitivity: dict[int, float]
     errors: dict[int, float]
-    runs: list[Run]
+    trials: list[Trial]
 
     @property
     def is_dense(self) -> bool:
@@ -193,7 +194,7 @@ class _Search:
         self.prompts, self.config, self.steps, self.target = prompts, config, steps, target
         self.layers = prompts.layers
         self.densities = [step.density for step in steps]
-        self.runs: list[Run] = []
+        self.trials: list[Trial] = []
 
     def answer(self, at: list[int]) -> Tuned:
         """Do all of it; `at` are the levels whose attention errors are known."""
@@ -211,13 +212,13 @@ class _Search:
             layer: float(curve[scales.index(by_layer.reaches.scales[layer])]) ** 0.5
             for layer, curve in zip(self.layers, curves, strict=True)
         }
-        return Tuned(config, written, uniform, by_layer, recipe, sensitivity, errors, self.runs)
+        return Tuned(config, written, uniform, by_layer, recipe, sensitivity, errors, self.trials)
 
     def least_uniform(self) -> tuple[Bracket, int]:
         """Bisect one level for all layers."""
 
-        def at(level: int) -> Run:
-            return self.run("uniform", [level] * len(self.layers))
+        def at(level: int) -> Trial:
+            return self.attempt("uniform", [level] * len(self.layers))
 
         low, high = 0, len(self.steps) - 1
         fails, reaches = at(low), at(high)
@@ -238,7 +239,7 @@ class _Search:
         found = {}
         for i, layer in enumerate(self.layers):
             alone = [*dense[:i], level, *dense[i + 1 :]]
-            found[layer] = self.run("sensitivity", alone).outcome.kl_nats
+            found[layer] = self.attempt("sensitivity", alone).outcome.kl_nats
         return found
 
     def by_layer(
@@ -252,29 +253,29 @@ class _Search:
             return toward(chosen, density, share, self.densities)
 
         low, high = self.densities[0], uniform.reaches.outcome.density
-        tried = {recipe: self.run("recipe", at(recipe, high)) for recipe in _RECIPES}
+        tried = {recipe: self.attempt("recipe", at(recipe, high)) for recipe in _RECIPES}
         best = min(tried, key=lambda recipe: self.target.damage(tried[recipe].outcome))
         fails, reaches = None, tried[best]
         if not self.target.met(reaches.outcome):
             return uniform, None
         for _ in range(_BISECTIONS):
             middle = (low * high) ** 0.5
-            run = self.run("tuned", at(best, middle))
-            if self.target.met(run.outcome):
-                high, reaches = middle, run
+            trial = self.attempt("tuned", at(best, middle))
+            if self.target.met(trial.outcome):
+                high, reaches = middle, trial
             else:
-                low, fails = middle, run
+                low, fails = middle, trial
         if reaches.outcome.density >= uniform.reaches.outcome.density:
             return uniform, None
         return Bracket(fails, reaches), best
 
-    def run(self, stage: str, chosen: Sequence[int]) -> Run:
+    def attempt(self, stage: str, chosen: Sequence[int]) -> Trial:
         """Try a level for every layer, or return what that gave before."""
         scales = {layer: self.steps[level].scale for layer, level in zip(self.layers, chosen, strict=True)}
-        known = next((run for run in self.runs if run.scales == scales), None)
+        known = next((trial for trial in self.trials if trial.scales == scales), None)
         if known is None:
-            known = Run(stage, scales, self.prompts.run(scaled(self.config, scales), stage))
-            self.runs.append(known)
+            known = Trial(stage, scales, self.prompts.run(scaled(self.config, scales), stage))
+            self.trials.append(known)
         return known
 
 
@@ -364,7 +365,8 @@ def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
             for layer in tuned.outcome.densities
         ],
         "runs": [
-            {"stage": run.stage, **numbers(run.outcome), "scales": list(run.scales.values())} for run in tuned.runs
+            {"stage": trial.stage, **numbers(trial.outcome), "scales": list(trial.scales.values())}
+            for trial in tuned.trials
         ],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -17,8 +17,7 @@ from stem_attn.config import StemConfig
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.intercept import Attend, intercept
 from stem_attn.lab.logits import compare_positions, keep_hidden
-
-OnStep = Callable[[str], None]
+from stem_attn.lab.progress import OnStep
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 import pytest
 
-from stem_attn.lab.ruler.scoring import clean, score
+from stem_attn.lab.tasks.ruler.scoring import clean, score
 
 
 @pytest.mark.parametrize(

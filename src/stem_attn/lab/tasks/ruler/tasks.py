@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from stem_attn.lab.prompts import public_text
-from stem_attn.lab.ruler import common_words, frequent_words, niah, tracking
-from stem_attn.lab.ruler.scoring import score
-from stem_attn.lab.ruler.templates import COMMON_WORDS, FREQUENT_WORDS, NIAH, VARIABLE_TRACKING
+from stem_attn.lab.tasks.ruler import common_words, frequent_words, niah, tracking
+from stem_attn.lab.tasks.ruler.scoring import score
+from stem_attn.lab.tasks.ruler.templates import COMMON_WORDS, FREQUENT_WORDS, NIAH, VARIABLE_TRACKING
 from stem_attn.lab.tasks.task import Task
 
 FAMILY = "RULER"

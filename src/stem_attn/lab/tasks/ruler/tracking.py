@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stem_attn.lab.ruler.templates import NOISE, VARIABLE_TRACKING
+from stem_attn.lab.tasks.ruler.templates import NOISE, VARIABLE_TRACKING
 from stem_attn.lab.tasks.samples import Request, Sample, draw_fitting, largest_size
 
 _VARIABLES = 5

@@ -1,4 +1,4 @@
-"""The problems that are measured: named attention shapes, lengths, and their random inputs."""
+"""The problems that are measured: heads, lengths, and their random inputs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Heads of one attention layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-SHAPES = {
-    "llama3-8b": Shape(32, 8, 128),
-    "qwen3-8b": Shape(32, 8, 128),
-    "smollm2": Shape(9, 3, 64),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from stem_attn.lab.shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)

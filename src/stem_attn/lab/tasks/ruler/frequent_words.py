@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.ruler.templates import FREQUENT_WORDS
+from stem_attn.lab.tasks.ruler.templates import FREQUENT_WORDS
 from stem_attn.lab.tasks.samples import Request, Sample
 
 _LETTERS = 6
