@@ -16,7 +16,8 @@ from stem_attn.lab.tasks.samples import Request, Sample, too_short
 
 _OWN_SHARE = 1 / 4  # of a prompt, at most: what comes before the line in its own file
 _OTHER_SHARE = 1 / 2  # at most: the file that defines the name
-_TRIES = 5000
+_TRIES = 1000
+_LEAST_ROOM = 200  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ def samples(request: Request) -> Iterator[Sample]:
     """
     rng, count_tokens = random.Random(request.seed), cache(request.count_tokens)
     room = request.length - NEW_TOKENS - count_tokens(request.frame.wrap(QUESTION.format(context=""), ""))
+    if room < _LEAST_ROOM:
+        raise too_short("code_repo", request)
     files = {file.path: file for file in source_files()}
     paths, targets = list(files), cache(lambda path: _targets(files[path], files))
 
@@ -93,16 +96,15 @@ def _others(target: _Target, files: list[SourceFile], rng: random.Random) -> lis
 
 def _targets(file: SourceFile, files: dict[str, SourceFile]) -> list[_Target]:
     """Return the lines of a file that are the first to use a function or class of another file."""
-    tree = ast.parse(file.text)
     origins = {
         alias.asname or alias.name: origin
-        for node in tree.body
+        for node in file.tree.body
         if isinstance(node, ast.ImportFrom) and (origin := _module(node, file, files)) is not None
         for alias in node.names
         if alias.name in origin.defines
     }
     first_use: dict[str, int] = {}
-    for node in ast.walk(tree):
+    for node in ast.walk(file.tree):
         if isinstance(node, ast.Name) and node.id in origins:
             first_use[node.id] = min(node.lineno - 1, first_use.get(node.id, node.lineno - 1))
     imported = tuple(dict.fromkeys(origins.values()))

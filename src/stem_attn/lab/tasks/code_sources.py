@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import io
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -56,8 +56,9 @@ class SourceFile:
     @cached_property
     def statements(self) -> frozenset[int]:
         """Numbers, from 0, of the lines that hold a whole statement worth completing."""
-        found, start, first = [], None, 0
-        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+        found: list[int] = []
+        start, first = None, 0
+        for token in self._tokens():
             if start is None and token.type not in _LAYOUT:
                 start, first = token.start[0], token.start[1]
             if token.type == tokenize.NEWLINE:
@@ -72,21 +73,36 @@ class SourceFile:
                 start = None
         return frozenset(found)
 
+    def _tokens(self) -> Iterator[tokenize.TokenInfo]:
+        """Yield the module's tokens, as far as this Python knows its syntax."""
+        try:
+            yield from tokenize.generate_tokens(io.StringIO(self.text).readline)
+        except (SyntaxError, tokenize.TokenError):
+            return
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """The module's syntax tree; empty where its syntax is newer than this Python's."""
+        try:
+            return ast.parse(self.text)
+        except SyntaxError:
+            return ast.Module([], [])
+
     @cached_property
     def defines(self) -> frozenset[str]:
         """Names of the module's own functions and classes."""
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        return frozenset(node.name for node in ast.parse(self.text).body if isinstance(node, kinds))
+        return frozenset(node.name for node in self.tree.body if isinstance(node, kinds))
 
 
 @cache
-def source_files(packages: tuple[str, ...] = tuple(PACKAGES)) -> tuple[SourceFile, ...]:
-    """Return the modules of packages, in the order of the packages' names and the files' paths.
+def source_files() -> tuple[SourceFile, ...]:
+    """Return the packages' modules, in the order of the packages' names and the files' paths.
 
     Raises:
         InputError: A package is not installed, or came without its source.
     """
-    return tuple(file for package in sorted(packages) for file in _modules(package))
+    return tuple(file for package in sorted(PACKAGES) for file in _modules(package))
 
 
 def sources() -> list[str]:

@@ -16,6 +16,7 @@ NEW_TOKENS = 80
 _ASKED_TIMES = 4
 _LINES = 3
 _STEP = 2
+_ESTIMATE_ROUNDS = 64
 _KINDS = ("poem", "riddle", "song", "speech", "letter", "advertisement", "fairy tale", "prayer")
 _ORDINALS = ("first", "second", "third", "fourth")
 _QUESTION = (
@@ -63,7 +64,7 @@ def samples(request: Request) -> Iterator[Sample]:
         return request.sample(request.frame.wrap(question, _ANSWER_PREFIX), [answer])
 
     most = request.length - NEW_TOKENS
-    tokens_each = prompt(_STEP).prompt_tokens / _STEP
+    tokens_each = prompt(_ESTIMATE_ROUNDS).prompt_tokens / _ESTIMATE_ROUNDS
     size = largest_size(
         lambda n: prompt(n).prompt_tokens, most_tokens=most, step=_STEP, upper=int(request.length / tokens_each * 2)
     )
