@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stem_attn.lab import devices
-from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.errors import InputError
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
@@ -38,6 +38,9 @@ DtypeOption = Annotated[
     typer.Option(
         help="float32, bfloat16, float16 or auto: float32 on the CPU, bfloat16 elsewhere.", rich_help_panel=MODEL
     ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of everything random.", rich_help_panel=PROMPT)
 ]
 LengthOption = Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of a prompt.", rich_help_panel=PROMPT)]
 TextFileOption = Annotated[
@@ -139,7 +142,6 @@ def load_model(model: str | None, gguf: Path | None, device: str, dtype: str) ->
     Raises:
         InputError: See `models.load`.
     """
-    require("transformers", "gguf", extra="demo")
     from transformers.utils import logging
 
     from stem_attn.lab import models

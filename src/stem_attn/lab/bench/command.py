@@ -22,6 +22,7 @@ from stem_attn.lab.options import (
     DtypeOption,
     JsonOption,
     PresetOption,
+    SeedOption,
     SetOption,
     listed,
     whole_numbers,
@@ -76,10 +77,7 @@ def bench(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.", rich_help_panel=_PROBLEM)] = 1,
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the random inputs and of the rows that are checked.", rich_help_panel=_PROBLEM),
-    ] = 0,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     preset: PresetOption = "default",
@@ -131,6 +129,11 @@ def bench(
         raise InputError(
             "the config has budgets by layer, and without --ttft one layer is measured: give it a budget with "
             "--set layer_budgets=[] --set budget_scale=FACTOR"
+        )
+    if config.residual != "none" and not ttft:
+        raise InputError(
+            f"the benchmark checks and times attention over the kept blocks: take --set residual=none, not "
+            f"{config.residual}"
         )
     where = pick_device(device)
     if where.type not in ("cpu", "cuda"):

@@ -22,6 +22,7 @@ from stem_attn.lab.options import (
     GgufOption,
     JsonOption,
     ModelOption,
+    SeedOption,
     SetOption,
     load_model,
 )
@@ -76,9 +77,7 @@ def prefill(
     new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.", rich_help_panel=PROMPT)
     ] = 32,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Chooses the hidden fact and its place.", rich_help_panel=PROMPT)
-    ] = 0,
+    seed: SeedOption = 0,
     preset: Annotated[
         str,
         typer.Option(
