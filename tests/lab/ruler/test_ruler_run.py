@@ -291,6 +291,7 @@ def test_the_command_writes_tables_and_json(folder, tmp_path, capsys):
         (["--lengths", "4096"], "--lengths 4096 is more than the model's context of 2048"),
         (["--template", "llama"], "--template must be one of auto, base, chat"),
         (["--template", "chat", "--lengths", "1024"], "has no chat template"),
+        (["--methods", ","], "nothing to measure"),
         (["--methods", "dense,flash"], "unknown method 'flash'"),
         (["--variant", "a=stem-default,strides=3"], "unknown config field strides"),
         (["--lengths", "200"], "does not fit"),

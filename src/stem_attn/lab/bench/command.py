@@ -146,6 +146,7 @@ def bench(
         if value is not None:
             raise InputError(f"{option} has no meaning {'with' if ttft else 'without'} --ttft")
     settings: Record = {
+        "kind": kind,
         "shape": shape,
         "lengths": whole_numbers("--lengths", lengths),
         "batch": batch,
@@ -170,7 +171,7 @@ def bench(
             if not 1 <= (q_len or length) <= length:
                 raise InputError(f"--q-len must be from 1 to the length {length}, got {q_len}")
     files = _files(out, json_path, csv_path, plot)
-    report = {**new_record(kind, settings, where), "cases": []}
+    report = {**new_record("bench", settings, where), "cases": []}
     cases = _ttft_cases(report, config, where, layers) if ttft else _attention_cases(report, config, where)
     try:
         for case in cases:

@@ -122,6 +122,8 @@ def ruler(
         chat=template == "chat",
         seed=seed,
     )
+    if not settings.methods:
+        raise InputError("nothing to measure: name some --methods or a --variant")
     for named in settings.methods:
         named.build(block_size)
         if density is not None and named.fields.get("layer_budgets"):
