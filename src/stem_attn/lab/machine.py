@@ -46,19 +46,18 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def brief(device: torch.device) -> str:
-    """Return a line that says what a number was measured on."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{_cpu_model()}, {torch.get_num_threads()} threads"
-    )
-    return ", ".join(
-        [
-            name,
-            *(f"{package} {_version(package)}" for package in ("torch", "triton", "transformers") if _version(package)),
-        ]
-    )
+def name(machine: dict[str, Any]) -> str:
+    """Return in a few words what a described machine computes with: its GPU, or else its processor."""
+    return str(machine["device"] if "compute_capability" in machine else machine["cpu"])
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    """Return what numbers of a described machine depend on most, in a line."""
+    if "compute_capability" in machine:
+        of = [f"driver {machine['driver']}", f"CUDA {machine['cuda']}"]
+    else:
+        of = [f"{machine['threads']} threads", machine["instruction_set"]]
+    return ", ".join([name(machine), *of, f"torch {machine['torch_build']}"])
 
 
 def _version(package: str) -> str | None:

@@ -73,6 +73,15 @@ def test_the_gate_lets_correct_methods_through(q_len, k_len, dtype):
 
 
 @pytest.mark.parametrize("preset", ["default", "official", "paper"])
+@pytest.mark.parametrize("head_dim", [2, 3, 33, 80])
+def test_the_gate_knows_every_head_dim(head_dim, preset):
+    case = Case(Shape(4, 2, head_dim), 1, 700, 700, torch.float32, CPU)
+    record = run(case, StemConfig.preset(preset, block_size=16, min_seq_len=0))
+    assert record["failed"] == []
+    assert len(record["methods"]) == 4
+
+
+@pytest.mark.parametrize("preset", ["default", "official", "paper"])
 def test_the_gate_knows_every_preset(preset):
     config = StemConfig.preset(preset, block_size=16, min_seq_len=0)
     record = run(make_case(1500, 1500), config, ("cpu",))
@@ -244,6 +253,9 @@ def test_the_command_writes_table_json_csv_and_plot(tmp_path):
         (("--layers", "2"), "--layers has no meaning without --ttft"),
         (("--ttft", "--q-len", "8"), "--q-len has no meaning with --ttft"),
         (("--json", "no/such/folder/a.json"), "cannot write"),
+        (("--seed", str(2**64)), "Invalid value for '--seed'"),
+        (("--set", "residual=mean"), "take --set residual=none"),
+        (("--methods", ","), "unknown method (none)"),
         (("--repeats", "0"), "Invalid value for '--repeats'"),
     ],
 )

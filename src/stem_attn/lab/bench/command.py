@@ -22,6 +22,7 @@ from stem_attn.lab.options import (
     DtypeOption,
     JsonOption,
     PresetOption,
+    SeedOption,
     SetOption,
     listed,
     whole_numbers,
@@ -76,10 +77,7 @@ def bench(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.", rich_help_panel=_PROBLEM)] = 1,
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the random inputs and of the rows that are checked.", rich_help_panel=_PROBLEM),
-    ] = 0,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     preset: PresetOption = "default",
@@ -132,6 +130,11 @@ def bench(
             "the config has budgets by layer, and without --ttft one layer is measured: give it a budget with "
             "--set layer_budgets=[] --set budget_scale=FACTOR"
         )
+    if config.residual != "none" and not ttft:
+        raise InputError(
+            f"the benchmark checks and times attention over the kept blocks: take --set residual=none, not "
+            f"{config.residual}"
+        )
     where = pick_device(device)
     if where.type not in ("cpu", "cuda"):
         raise InputError(f"--device: the benchmark runs on cpu and cuda, got {device!r}")
@@ -143,6 +146,7 @@ def bench(
         if value is not None:
             raise InputError(f"{option} has no meaning {'with' if ttft else 'without'} --ttft")
     settings: Record = {
+        "kind": kind,
         "shape": shape,
         "lengths": whole_numbers("--lengths", lengths),
         "batch": batch,
@@ -167,7 +171,7 @@ def bench(
             if not 1 <= (q_len or length) <= length:
                 raise InputError(f"--q-len must be from 1 to the length {length}, got {q_len}")
     files = _files(out, json_path, csv_path, plot)
-    report = {**new_record(kind, settings, where), "cases": []}
+    report = {**new_record("bench", settings, where), "cases": []}
     cases = _ttft_cases(report, config, where, layers) if ttft else _attention_cases(report, config, where)
     try:
         for case in cases:

@@ -22,6 +22,7 @@ from stem_attn.lab.options import (
     GgufOption,
     JsonOption,
     ModelOption,
+    SeedOption,
     SetOption,
     load_model,
 )
@@ -76,9 +77,7 @@ def prefill(
     new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.", rich_help_panel=PROMPT)
     ] = 32,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Chooses the hidden fact and its place.", rich_help_panel=PROMPT)
-    ] = 0,
+    seed: SeedOption = 0,
     preset: Annotated[
         str,
         typer.Option(
@@ -111,6 +110,8 @@ def prefill(
     from stem_attn.lab.prefill.run import compare
 
     loaded = load_model(model, gguf, device, dtype)
+    if new_tokens >= loaded.context_tokens:
+        raise InputError(f"--new-tokens {new_tokens} leaves no room in the model's context of {loaded.context_tokens}")
     prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, config, new_tokens)
     result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
@@ -160,7 +161,7 @@ def _check_length(prompt: Prompt, loaded: LoadedModel, config: StemConfig, new_t
     if prompt.tokens + new_tokens > loaded.context_tokens:
         raise InputError(
             f"the prompt has {prompt.tokens} tokens and the answer up to {new_tokens}, but the model's context holds "
-            f"{loaded.context_tokens}; cut the text with --max-tokens {max(1, loaded.context_tokens - new_tokens)}"
+            f"{loaded.context_tokens}; cut the text with --max-tokens {loaded.context_tokens - new_tokens}"
         )
     if prompt.tokens < config.min_seq_len:
         raise InputError(

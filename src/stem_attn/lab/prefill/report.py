@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stem_attn.config import StemConfig
+from stem_attn.lab import machine
 from stem_attn.lab.results import Record
 
 _MIB = 2**20
@@ -36,15 +37,12 @@ def render(found: Record) -> Group:
 
 
 def _facts(found: Record) -> Table:
-    prompt, machine, settings = found["prompt"], found["machine"], found["settings"]
+    prompt, settings = found["prompt"], found["settings"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     facts.add_row("model", f"{found['model']}, {found['dtype']}, {found['layers']} layers")
-    threads = f", {machine['threads']} threads, {machine['instruction_set']}" if "threads" in machine else ""
-    facts.add_row(
-        "machine", f"{machine['cpu'] if threads else machine['device']}{threads}, torch {machine['torch_build']}"
-    )
+    facts.add_row("machine", machine.in_words(found["machine"]))
     cut = ", cut to fit" if prompt["cut"] else ""
     facts.add_row("prompt", f"{prompt['tokens']} tokens of {prompt['source']}{cut}")
     if prompt["needle"] is not None:

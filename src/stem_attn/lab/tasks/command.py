@@ -21,6 +21,7 @@ from stem_attn.lab.options import (
     GgufOption,
     JsonOption,
     ModelOption,
+    SeedOption,
     VariantOption,
     listed,
     load_model,
@@ -61,7 +62,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         samples: Annotated[
             int, typer.Option(min=1, metavar="N", help="Prompts of each task and length.", rich_help_panel=PROMPT)
         ] = 10,
-        seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts.", rich_help_panel=PROMPT)] = 42,
+        seed: SeedOption = 42,
         template: Annotated[
             str,
             typer.Option(

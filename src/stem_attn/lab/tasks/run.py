@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor
 
 from stem_attn.lab import machine
@@ -94,27 +95,15 @@ def evaluate(
         InputError: A task does not fit a length, the model's attention cannot be routed, or a stored answer is one to
             another prompt.
     """
-    shared = {
-        "record": _RECORD_VERSION,
-        "model": loaded.name,
-        "weights": fingerprint(loaded.model),
-        "dtype": name_of(loaded.model.dtype),
-        "device": loaded.model.device.type,
-        "seed": settings.seed,
-    }
-    prompts = {
-        (length, task): _Prompts(loaded, settings, task, length)
-        for length in settings.lengths
-        for task in settings.tasks
-    }
-    results = Results()
+    runner = _Runner(loaded, settings, store, on_prompt)
+    prompts = [_Prompts(loaded, settings, task, length) for length in settings.lengths for task in settings.tasks]
     for index in settings.samples:
-        for (length, task), made in prompts.items():
+        for made in prompts:
             if stop():
-                results.stopped = True
+                runner.results.stopped = True
                 break
-            key = {**shared, "chat": made.chat, "task": task, "length": length, "index": index}
-            results.records += _answered(loaded, settings, key, made, store, results.left_out, on_prompt)
+            runner.answer(made, index)
+    results = runner.results
     results.records = [r for r in results.records if (r["method"], r["length"]) not in results.left_out]
     return results
 
@@ -141,6 +130,7 @@ class _Prompts:
 
     def __init__(self, loaded: LoadedModel, settings: Settings, task: str, length: int) -> None:
         self.task = TASKS[task]
+        self.task_name = task
         self.length = length
         self.name = f"{task} at {length}"
         self.chat = settings.chat and self.task.chat
@@ -186,6 +176,106 @@ class _Reading:
     kept: Kept
 
 
+class _Runner:
+    """Answers prompts under every method, and keeps what they say.
+
+    Attributes:
+        results: What was found so far.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: Settings, store: Store, on_prompt: OnPrompt) -> None:
+        self.results = Results()
+        self._loaded = loaded
+        self._settings = settings
+        self._store = store
+        self._on_prompt = on_prompt
+        where = machine.in_words(machine.describe(loaded.model.device))
+        self._machine = f"{where}, transformers {transformers.__version__}"
+        self._key = {
+            "record": _RECORD_VERSION,
+            "model": loaded.name,
+            "weights": fingerprint(loaded.model),
+            "dtype": name_of(loaded.model.dtype),
+            "device": loaded.model.device.type,
+            "seed": settings.seed,
+        }
+
+    def answer(self, prompts: _Prompts, index: int) -> None:
+        """Find every method's record of one prompt; those that are missing are made, and stored as they come."""
+        methods = self._settings.methods
+        place = {"chat": prompts.chat, "task": prompts.task_name, "length": prompts.length, "index": index}
+        keys = [{**self._key, **place, "method": _method_settings(named, self._settings)} for named in methods]
+        found = {i: record for i, key in enumerate(keys) if (record := self._store.get(key)) is not None}
+        missing = [i for i in range(len(keys)) if i not in found]
+        sample = prompts.sample(index) if missing else None
+        _check_same_prompt(prompts, index, sample, found.values())
+        for i in found:
+            self._on_prompt(f"{prompts.name} {methods[i].name}")
+        if sample is not None:
+            for group in self._readings(prompts, sample, missing):
+                dense = found[0]["answer_ids"] if 0 in found else None
+                for reading, answer in zip(group, self._answers(prompts.task, group, dense), strict=True):
+                    found[reading.place] = {
+                        "key": keys[reading.place],
+                        "name": methods[reading.place].name,
+                        "machine": self._machine,
+                        **_scored(prompts, sample, answer["answer"]),
+                        **answer,
+                    }
+                self._store.add(found[reading.place] for reading in group)
+        self.results.records += [
+            {**record, **record["key"], "method": methods[i].name} for i, record in sorted(found.items())
+        ]
+
+    def _readings(self, prompts: _Prompts, sample: Sample, places: list[int]) -> Iterator[list[_Reading]]:
+        """Prefill one prompt under methods, and yield as many readings as may be continued together."""
+        model, left_out = self._loaded.model, self.results.left_out
+        ids, room = prompts.ids(sample), _cache_bytes(model.device)
+        group: list[_Reading] = []
+        for place in places:
+            named = self._settings.methods[place]
+            if (named.name, prompts.length) in left_out:
+                continue
+            try:
+                with running(model, named, self._settings.block_size, self._settings.density) as kept:
+                    group.append(_Reading(place, read_prompt(model, ids), kept()))
+            except UnreachableDensityError as error:
+                left_out[named.name, prompts.length] = str(error)
+                continue
+            self._on_prompt(f"{prompts.name} {named.name}")
+            used = sum(reading.prefilled.cache_bytes() for reading in group)
+            if used * (len(group) + 1) / len(group) > room:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _answers(self, task: Task, group: list[_Reading], dense: list[int] | None) -> list[Record]:
+        """Return what the readings of one prompt say, and how likely they make dense attention's answer.
+
+        Args:
+            task: The prompt's.
+            group: The readings; their caches are used up.
+            dense: Dense attention's answer; None: the first reading is dense.
+        """
+        model, tokenizer = self._loaded.model, self._loaded.tokenizer
+        batches = together([reading.prefilled for reading in group], task.new_tokens)
+        written = [ids for batch in batches for ids in decode(model, batch, task.new_tokens)]
+        forced = written[0] if dense is None else dense
+        likely = [value for batch in batches for value in log_probability(model, batch, forced)]
+        ends = end_tokens(model)
+        return [
+            {
+                "answer": tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True),
+                "answer_ids": ids,
+                "dense_answer_log_probability": value,
+                "budget": reading.kept.budget,
+                "layers": reading.kept.layers,
+            }
+            for reading, ids, value in zip(group, written, likely, strict=True)
+        ]
+
+
 def _method_settings(named: NamedMethod, settings: Settings) -> Record:
     """Return everything that a method's answers depend on, its name aside."""
     if named.base == "dense":
@@ -195,103 +285,14 @@ def _method_settings(named: NamedMethod, settings: Settings) -> Record:
     return {"base": named.base, "density": settings.density, **fields}
 
 
-def _answered(
-    loaded: LoadedModel,
-    settings: Settings,
-    key: Record,
-    prompts: _Prompts,
-    store: Store,
-    left_out: dict[tuple[str, int], str],
-    on_prompt: OnPrompt,
-) -> list[Record]:
-    """Return every method's record of one prompt; those that were missing are stored as they come."""
-    keys = [{**key, "method": _method_settings(named, settings)} for named in settings.methods]
-    found = {place: record for place, one in enumerate(keys) if (record := store.get(one)) is not None}
-    missing = [place for place in range(len(keys)) if place not in found]
-    hashes = {record["prompt_sha256"] for record in found.values()}
-    sample = prompts.sample(key["index"]) if missing else None
-    if sample is not None:
-        hashes.add(sample.sha256)
+def _check_same_prompt(prompts: _Prompts, index: int, sample: Sample | None, stored: Iterable[Record]) -> None:
+    """Refuse answers to another prompt than what the other methods had, or what is made now."""
+    hashes = {record["prompt_sha256"] for record in stored} | ({sample.sha256} if sample is not None else set())
     if len(hashes) > 1:
         raise InputError(
-            f"the --out file has an answer to another prompt of {prompts.name}, sample {key['index']}: the tokenizer, "
-            f"a text that prompts are made of, or this package has changed; use another file"
+            f"the --out file has an answer to another prompt of {prompts.name}, sample {index}: the tokenizer, a text "
+            f"that prompts are made of, or this package has changed; use another file"
         )
-    for place in found:
-        on_prompt(f"{prompts.name} {settings.methods[place].name}")
-    if sample is not None:
-        for group in _readings(loaded, settings, missing, prompts.ids(sample), prompts, left_out, on_prompt):
-            dense = found[0]["answer_ids"] if 0 in found else None
-            answers = _answers(loaded, prompts.task, group, dense)
-            for reading, answer in zip(group, answers, strict=True):
-                found[reading.place] = {
-                    "key": keys[reading.place],
-                    "name": settings.methods[reading.place].name,
-                    "machine": machine.brief(loaded.model.device),
-                    **_scored(prompts, sample, answer["answer"]),
-                    **answer,
-                }
-            store.add(found[reading.place] for reading in group)
-    return [
-        {**record, **record["key"], "method": settings.methods[place].name} for place, record in sorted(found.items())
-    ]
-
-
-def _readings(
-    loaded: LoadedModel,
-    settings: Settings,
-    places: list[int],
-    ids: Tensor,
-    prompts: _Prompts,
-    left_out: dict[tuple[str, int], str],
-    on_prompt: OnPrompt,
-) -> Iterator[list[_Reading]]:
-    """Prefill one prompt under methods, and yield as many readings as may be continued together."""
-    room = _cache_bytes(loaded.model.device)
-    group: list[_Reading] = []
-    for place in places:
-        named = settings.methods[place]
-        if (named.name, prompts.length) in left_out:
-            continue
-        try:
-            with running(loaded.model, named, settings.block_size, settings.density) as kept:
-                group.append(_Reading(place, read_prompt(loaded.model, ids), kept()))
-        except UnreachableDensityError as error:
-            left_out[named.name, prompts.length] = str(error)
-            continue
-        on_prompt(f"{prompts.name} {named.name}")
-        used = sum(reading.prefilled.cache_bytes() for reading in group)
-        if used * (len(group) + 1) / len(group) > room:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _answers(loaded: LoadedModel, task: Task, group: list[_Reading], dense: list[int] | None) -> list[Record]:
-    """Return what the readings of one prompt say, and how likely they make dense attention's answer.
-
-    Args:
-        loaded: The model.
-        task: The prompt's.
-        group: The readings; their caches are used up.
-        dense: Dense attention's answer; None: the first reading is dense.
-    """
-    batches = together([reading.prefilled for reading in group], task.new_tokens)
-    written = [ids for batch in batches for ids in decode(loaded.model, batch, task.new_tokens)]
-    forced = written[0] if dense is None else dense
-    likely = [value for batch in batches for value in log_probability(loaded.model, batch, forced)]
-    ends = end_tokens(loaded.model)
-    return [
-        {
-            "answer": loaded.tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True),
-            "answer_ids": ids,
-            "dense_answer_log_probability": value,
-            "budget": reading.kept.budget,
-            "layers": reading.kept.layers,
-        }
-        for reading, ids, value in zip(group, written, likely, strict=True)
-    ]
 
 
 def _scored(prompts: _Prompts, sample: Sample, answer: str) -> Record:

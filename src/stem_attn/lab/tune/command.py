@@ -109,7 +109,6 @@ def tune(
     }
     record: Record = {
         **new_record("tune", settings, loaded.model.device),
-        "target": str(wanted),
         "model": {"name": loaded.name, "dtype": name_of(loaded.model.dtype)},
         "texts": [text.describe() for text in texts],
     }
