@@ -107,6 +107,7 @@ def test_a_run_without_time_begins_nothing(folder, capsys):
         (["--lengths", "4096"], "--lengths 4096 is more than the model's context of 2048"),
         (["--template", "llama"], "--template must be one of auto, base, chat"),
         (["--template", "chat", "--lengths", "1024"], "has no chat template"),
+        (["--methods", ","], "nothing to measure"),
         (["--methods", "dense,flash"], "unknown method 'flash'"),
         (["--methods", "dense+tail"], "dense attention keeps everything"),
         (["--variant", "a=stem-default,strides=3"], "unknown config field strides"),

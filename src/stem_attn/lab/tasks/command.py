@@ -135,7 +135,10 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         check_dtype(dtype)
         if template not in _TEMPLATES:
             raise InputError(f"--template must be one of {', '.join(_TEMPLATES)}; got {template!r}")
-        sparse = [named for named in parse_methods(methods, variant or []) if named.base != "dense"]
+        given = parse_methods(methods, variant or [])
+        if not given:
+            raise InputError("nothing to measure: name some --methods or a --variant")
+        sparse = [named for named in given if named.base != "dense"]
         settings = Settings(
             tasks=_tasks(tasks),
             lengths=tuple(sorted(set(whole_numbers("--lengths", lengths)))),

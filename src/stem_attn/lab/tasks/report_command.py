@@ -10,7 +10,7 @@ import typer
 
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import JsonOption
-from stem_attn.lab.results import Record, check_json, deliver
+from stem_attn.lab.results import Record, check_json, deliver, new_record
 
 
 def report(
@@ -23,6 +23,8 @@ def report(
     one seed.
     """
     require("transformers", "wonderwords", extra="eval")
+    import torch
+
     from stem_attn.lab.tasks.store import Store
     from stem_attn.lab.tasks.summary import summarize
     from stem_attn.lab.tasks.tables import render
@@ -40,7 +42,8 @@ def report(
         if len(held) > 1:
             raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
     _check_names(records)
-    found = summarize(records)
+    settings = {"files": [str(file) for file in files]}
+    found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
     deliver(found, render(found), json_path)
 
 

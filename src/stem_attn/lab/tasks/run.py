@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -97,12 +98,11 @@ def evaluate(
     """
     runner = _Runner(loaded, settings, store, on_prompt)
     prompts = [_Prompts(loaded, settings, task, length) for length in settings.lengths for task in settings.tasks]
-    for index in settings.samples:
-        for made in prompts:
-            if stop():
-                runner.results.stopped = True
-                break
-            runner.answer(made, index)
+    for index, made in product(settings.samples, prompts):
+        if stop():
+            runner.results.stopped = True
+            break
+        runner.answer(made, index)
     results = runner.results
     results.records = [r for r in results.records if (r["method"], r["length"]) not in results.left_out]
     return results
