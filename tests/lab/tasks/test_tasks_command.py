@@ -86,8 +86,21 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     assert command(folder, *common[:-3], "1", "--seed", "7", "--out", str(other), name="tasks") == 0
     assert cli.run(["eval", "report", str(parts[0]), str(other)]) == 2
     assert "answers of more than one seed: 42, 7" in capsys.readouterr().err
-    assert command(folder, *common, "--density", "0.5", "--out", str(other.with_name("dense.jsonl")), name="tasks") == 0
-    assert cli.run(["eval", "report", str(parts[0]), str(other.with_name("dense.jsonl"))]) == 2
+
+
+def test_the_report_tells_densities_apart_and_refuses_other_settings_under_one_name(folder, tmp_path, capsys):
+    common = ("--tasks", "fwe", "--lengths", "1536", "--samples", "1", "--methods", "xattention+tail")
+    files = [tmp_path / f"{name}.jsonl" for name in ("own", "half", "larger")]
+    for file, more in zip(files, ([], ["--density", "0.5"], ["--block-size", "32"]), strict=True):
+        assert command(folder, *common, *more, "--out", str(file), name="tasks") == 0
+    record = tmp_path / "report.json"
+    assert cli.run(["eval", "report", *map(str, files[:2]), "--json", str(record)]) == 0
+    found = json.loads(record.read_text())
+    names = ["dense", "xattention+tail with its own budget", "xattention+tail at 0.5"]
+    assert [cell["method"] for cell in found["cells"]] == names
+    assert found["cells"][2]["budget"] == pytest.approx(0.5, abs=0.01)
+    capsys.readouterr()
+    assert cli.run(["eval", "report", str(files[0]), str(files[2])]) == 2
     assert "two methods called xattention+tail" in capsys.readouterr().err
 
 

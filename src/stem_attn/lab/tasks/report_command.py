@@ -41,16 +41,22 @@ def report(
         held = {record.get(name) for record in records}
         if len(held) > 1:
             raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
-    _check_names(records)
+    _tell_apart(records)
     settings = {"files": [str(file) for file in files]}
     found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
     deliver(found, render(found), json_path)
 
 
-def _check_names(records: list[Record]) -> None:
-    """Refuse one name for methods of different settings."""
+def _tell_apart(records: list[Record]) -> None:
+    """Add the density to the names of methods that ran at several; refuse one name for other settings that differ."""
+    densities: dict[str, set[float | None]] = {}
+    for record in records:
+        densities.setdefault(record["method"], set()).add(record["key"]["method"].get("density"))
     settings: dict[str, str] = {}
     for record in records:
+        if len(densities[record["method"]]) > 1:
+            density = record["key"]["method"]["density"]
+            record["method"] += " with its own budget" if density is None else f" at {density:g}"
         text = json.dumps(record["key"]["method"], sort_keys=True)
         if settings.setdefault(record["method"], text) != text:
             raise InputError(
