@@ -7,7 +7,7 @@ import pytest
 
 import tiny_model
 from stem_attn import __version__, cli
-from stem_attn.evals import models
+from stem_attn.lab import models
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def test_prefill_of_own_text(folder, prompt_file, tmp_path):
     assert found["prompt"]["tokens"] == 1800 + len("\n\nWhat jumps?\n")
     assert found["prompt"]["needle"] is None
     assert found["dense"]["answer_right"] is None
-    assert found["config"]["block_size"] == 16
-    assert found["config"]["budget_ratio"] == [[None, 0.1]]
+    assert found["settings"]["config"]["block_size"] == 16
+    assert found["settings"]["config"]["budget_ratio"] == [[None, 0.1]]
     assert found["sparse_layers"] == 2
     assert 0 < found["density"] < 0.25
     assert f"{found['density']:.3f}" in out

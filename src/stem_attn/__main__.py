@@ -2,4 +2,5 @@
 
 from stem_attn.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a command starts import this file too
+    main()

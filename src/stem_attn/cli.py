@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from stem_attn import __version__
-from stem_attn.errors import InputError, require
+from stem_attn.lab.errors import InputError, require
 
 if TYPE_CHECKING:
     import typer
@@ -56,10 +56,13 @@ def _fail(message: str) -> int:
 def _app() -> "typer.Typer":
     import typer
 
-    from stem_attn.bench.command import bench
-    from stem_attn.evals.eval_command import eval_app
-    from stem_attn.evals.prefill_command import prefill
-    from stem_attn.evals.tune_command import tune
+    from stem_attn.lab.bench.command import bench
+    from stem_attn.lab.density.command import density
+    from stem_attn.lab.fidelity.command import fidelity
+    from stem_attn.lab.prefill.command import prefill
+    from stem_attn.lab.ruler.command import ruler
+    from stem_attn.lab.serving.command import serving
+    from stem_attn.lab.tune.command import tune
 
     app = typer.Typer(
         help="Stem: training-free sparse attention for the prefill of long prompts (arXiv 2603.06274).",
@@ -82,6 +85,11 @@ def _app() -> "typer.Typer":
 
     app.command()(prefill)
     app.command()(bench)
+    app.command()(density)
+    app.command()(serving)
     app.command()(tune)
-    app.add_typer(eval_app(), name="eval")
+    accuracy = typer.Typer(help="Measure accuracy against dense attention.")
+    accuracy.command()(fidelity)
+    accuracy.command()(ruler)
+    app.add_typer(accuracy, name="eval")
     return app

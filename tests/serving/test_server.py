@@ -24,7 +24,7 @@ def running(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def needle_and_text():
-    from stem_attn.evals.prompts import make_needle, public_text
+    from stem_attn.lab.prompts import make_needle, public_text
 
     text, _ = public_text()
     text = text[:12_000]  # about 3000 tokens

@@ -27,7 +27,7 @@ def llm():
 def ids():
     from transformers import AutoTokenizer
 
-    from stem_attn.evals.prompts import public_text
+    from stem_attn.lab.prompts import public_text
 
     tokenizer = AutoTokenizer.from_pretrained(os.environ["STEM_TEST_MODEL"])
     return tokenizer(public_text()[0][:60_000]).input_ids[:LENGTH]

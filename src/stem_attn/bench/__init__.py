@@ -1,1 +1,0 @@
-"""The benchmark command: correctness first, then medians of every kernel a user could pick, in one run."""

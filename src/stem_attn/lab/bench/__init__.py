@@ -1,0 +1,1 @@
+"""Speed of attention kernels and of a whole model's prefill."""

@@ -1,0 +1,183 @@
+"""Measure one case: build the contenders, check them, time what passed, and put the numbers in one record."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.budget import block_budget
+from stem_attn.config import StemConfig
+from stem_attn.lab.bench import contenders
+from stem_attn.lab.bench.cases import Case
+from stem_attn.lab.bench.contenders import Contender, Problem, UnavailableError
+from stem_attn.lab.bench.gate import AttentionGate, Errors, GateError, Sample, check_selection, draw_samples
+from stem_attn.lab.bench.limit import limit
+from stem_attn.lab.results import Record
+from stem_attn.lab.timing import first_call, peak_extra_mib, time_rounds
+from stem_attn.scoring import block_scores
+from stem_attn.selection import select_top_blocks
+
+
+@torch.inference_mode()
+def run_case(
+    case: Case, config: StemConfig, names: list[str], *, rounds: int, seed: int, say: Callable[[str], None]
+) -> Record:
+    """Measure the named contenders on one problem.
+
+    Args:
+        case: The problem.
+        config: The method's settings.
+        names: From `contenders.names()`.
+        rounds: Measurements of each contender.
+        seed: Of the inputs and of the rows that are checked.
+        say: Receives a line about what is being done.
+
+    Returns:
+        A record of plain values: the case, `density`, `methods` that were timed, and those `skipped` or `failed`
+        with the reason.
+    """
+    q, k, v = case.inputs(seed)
+    samples = draw_samples(case, seed)
+    # The selection that all attention kernels are given comes from plain torch, whatever the backends do.
+    grid = BlockGrid(case.q_len, case.k_len, config.block_size)
+    scores = block_scores(q, k, v, config, case.shape.head_dim**-0.5)
+    selection = select_top_blocks(scores, block_budget(config, case.k_len, grid), grid, config, k.shape[1])
+    del scores
+    check_selection(q, k, v, selection, config, samples)
+    problem = Problem(q, k, v, config, selection)
+    gates = _Gates(problem, samples)
+
+    ready: list[Contender] = []
+    entries: list[Record] = []
+    skipped: list[Record] = []
+    failed: list[Record] = []
+    for name in names:
+        say(f"{case.k_len} tokens: checking {name}")
+        try:
+            built = contenders.build(name, problem)
+        except UnavailableError as reason:
+            skipped.append({"name": name, "reason": str(reason)})
+            continue
+        except Exception as error:  # one that breaks must not take the others' numbers along
+            failed.append({"name": name, "part": None, "reason": _one_line(error)})
+            continue
+        for contender in built:
+            try:
+                first_s, errors, allowed = gates.check(contender)
+                peak = peak_extra_mib(contender.run, case.device)
+            except Exception as error:  # the same; a GateError lands here too
+                failed.append({"name": name, "part": contender.part, "reason": _one_line(error)})
+                continue
+            ready.append(contender)
+            entries.append(
+                {
+                    "name": name,
+                    "part": contender.part,
+                    "first_call_s": first_s,
+                    "peak_extra_mib": peak,
+                    "error": asdict(errors) if errors else None,
+                    "error_allowed": asdict(allowed) if allowed else None,
+                }
+            )
+
+    say(f"{case.k_len} tokens: timing {len(ready)} contenders, {rounds} rounds")
+    limit_name, limit_run, limit_flops = limit(case.device, case.dtype)
+    limit_run()
+    times, states = time_rounds([limit_run, *(contender.run for contender in ready)], case.device, rounds)
+    limit_tflops = limit_flops / times[0].median / 1e9
+    flops = {"dense": case.causal_flops(), "attention": case.kept_flops(selection)}
+    flops["whole"] = flops["attention"]
+    for entry, t in zip(entries, times[1:], strict=True):
+        entry["ms"] = {**t.describe(), "samples": list(t.samples)}
+        entry["host_ms"] = statistics.median(t.host) if t.host else None
+        if entry["part"] in flops:
+            entry["tflops"] = flops[entry["part"]] / t.median / 1e9
+            entry["limit_share"] = entry["tflops"] / limit_tflops
+    _compare(entries)
+    return {
+        "batch": case.batch,
+        **asdict(case.shape),
+        "q_len": case.q_len,
+        "k_len": case.k_len,
+        "density": selection.density(),
+        "ideal_speedup": 1 / selection.density(),
+        "causal_tflop": case.causal_flops() / 1e12,
+        "kept_tflop": case.kept_flops(selection) / 1e12,
+        "limit": {"name": limit_name, "tflops": limit_tflops},
+        "gpu_state": [asdict(s) for s in states],
+        "methods": entries,
+        "skipped": skipped,
+        "failed": failed,
+    }
+
+
+def _compare(entries: list[Record]) -> None:
+    """Add ratios of medians: the speed-up over each dense contender, and the selection's share of its whole."""
+    medians = {(e["name"], e["part"]): e["ms"]["median"] for e in entries}
+    dense = [name for name, part in medians if part == "dense"]
+    for e in entries:
+        if e["part"] in ("attention", "whole"):
+            e["speedup"] = {name: medians[name, "dense"] / e["ms"]["median"] for name in dense}
+        whole = medians.get((e["name"], "whole"))
+        if e["part"] == "selection" and whole:
+            e["share_of_whole"] = e["ms"]["median"] / whole
+
+
+class _Gates:
+    """Check any contender of a problem; the exact rows are computed once for each set of kept blocks."""
+
+    def __init__(self, problem: Problem, samples: list[Sample]) -> None:
+        self._problem = problem
+        self._samples = samples
+        self._kept = self._gate(problem.selection)
+        self._dense: AttentionGate | None = None
+
+    def check(self, contender: Contender) -> tuple[float, Errors | None, Errors | None]:
+        """Run a contender for the first time and check what it gives.
+
+        Returns:
+            Seconds of the first call; the errors found and allowed, None for a selection.
+
+        Raises:
+            GateError: The contender is wrong.
+        """
+        p = self._problem
+        if contender.part == "selection":
+            selection, seconds = first_call(contender.run, p.q.device)
+            check_selection(p.q, p.k, p.v, selection, p.config, self._samples)
+            return seconds, None, None
+        if contender.run_with_selection:
+            (out, selection), seconds = first_call(contender.run_with_selection, p.q.device)
+            gate = self._kept
+            if not _same(selection, p.selection):
+                check_selection(p.q, p.k, p.v, selection, p.config, self._samples)
+                gate = self._gate(selection)
+            gate.check(contender.run())  # what is timed returns no selection
+        else:
+            out, seconds = first_call(contender.run, p.q.device)
+            gate = self._kept if contender.part == "attention" else self._dense_gate()
+        return seconds, gate.check(out), gate.budget
+
+    def _dense_gate(self) -> AttentionGate:
+        if self._dense is None:
+            self._dense = self._gate(None)
+        return self._dense
+
+    def _gate(self, selection: BlockSelection | None) -> AttentionGate:
+        p = self._problem
+        return AttentionGate(p.q, p.k, p.v, selection, self._samples)
+
+
+def _same(a: BlockSelection, b: BlockSelection) -> bool:
+    """Whether two selections of a problem keep the same blocks."""
+    width = min(a.indices.shape[-1], b.indices.shape[-1])  # the rest is padding if the counts agree
+    return torch.equal(a.counts, b.counts) and torch.equal(a.indices[..., :width], b.indices[..., :width])
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if not isinstance(error, GateError) else text

@@ -1,0 +1,1 @@
+"""Speed of presets that keep the same share of blocks."""

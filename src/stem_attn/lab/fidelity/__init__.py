@@ -1,0 +1,1 @@
+"""What methods of sparse attention cost in fidelity, on real text."""

@@ -1,0 +1,1 @@
+"""One long prompt, dense attention beside Stem."""

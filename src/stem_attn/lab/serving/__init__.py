@@ -1,0 +1,1 @@
+"""Prompts in vLLM: its own attention backend against Stem."""

@@ -1,0 +1,1 @@
+"""Budgets by layer for a fidelity target."""

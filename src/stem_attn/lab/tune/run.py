@@ -1,0 +1,380 @@
+"""Choose budgets by layer for a fidelity target at least cost.
+
+1. A dense forward a prompt; as it goes, the attention error of every layer at some budgets.
+2. The least budget, the same in every layer, whose sparse forward reaches the target.
+3. How much each layer matters: the KL where that layer alone has this budget and all others are dense.
+4. A layer's damage at another budget is that, times the ratio of its squared attention errors (the KL of a small
+   perturbation is quadratic in it). Budgets that minimise the total damage at a total density are one Lagrange
+   multiplier away. Layers are not independent, so this is a direction more than an answer: sparse forwards at equal
+   density choose how far to trust the layers' weights and how far to go from the uniform budget.
+5. The density is bisected with sparse forwards until the target holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stem_attn.config import StemConfig
+from stem_attn.lab.equal_density import mix, share_above
+from stem_attn.lab.errors import InputError
+from stem_attn.lab.progress import OnStep
+from stem_attn.lab.tune.forwards import Outcome, Prompts
+from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
+
+_CURVE_LEVELS = 10  # levels at which attention errors are measured
+_BISECTIONS = 6
+_TINY = 1e-30
+# (power of the layers' sensitivities, share of the way from the uniform budget to the allocation).
+_RECIPES = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.5, 0.5), (0.0, 1.0), (0.0, 0.5))
+_LEAST_SHARE = 0.02  # of the mean: no layer counts for less, however little it seems to matter
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the sparse model must reach, mean over positions and prompts.
+
+    Args:
+        kind: `"kl"`: KL(dense || sparse) of at most `value` nats; `"top1"`: at least a share `value` of positions where
+            both predict the same token.
+        value: The bound.
+    """
+
+    kind: Literal["kl", "top1"]
+    value: float
+
+    def met(self, outcome: Outcome) -> bool:
+        """Tell whether a run reaches the target."""
+        return self.damage(outcome) <= self.limit
+
+    def damage(self, outcome: Outcome) -> float:
+        """Return what the target bounds from above: nats, or the share of positions that disagree."""
+        return outcome.kl_nats if self.kind == "kl" else 1 - outcome.top1_agreement
+
+    @property
+    def limit(self) -> float:
+        """The most damage."""
+        return self.value if self.kind == "kl" else 1 - self.value
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+
+def parse_target(text: str) -> Target:
+    """Read `kl=NATS` or `top1=SHARE`.
+
+    Raises:
+        InputError: It is something else, or out of range.
+    """
+    kind, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if kind.strip() == "kl" and 0 < number < math.inf:
+        return Target("kl", number)
+    if kind.strip() == "top1" and 0 < number <= 1:
+        return Target("top1", number)
+    raise InputError(f"--target takes kl=NATS above 0 or top1=SHARE from 0 to 1, such as kl=0.01; got {text!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Sparse forwards with one choice of budgets.
+
+    Args:
+        stage: `"uniform"`, `"sensitivity"`, `"recipe"` (allocations of equal density) or `"tuned"`.
+        scales: By layer, factor on the config's budget.
+        outcome: What they gave.
+    """
+
+    stage: str
+    scales: dict[int, float]
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """The two choices between which the target is crossed, of one family of budgets.
+
+    Args:
+        fails: The one of most density found that does not reach the target; None: even the least budget reaches it.
+        reaches: The one of least density found that does.
+    """
+
+    fails: Trial | None
+    reaches: Trial
+
+    def density_at(self, target: Target) -> float:
+        """Interpolate the density at which the target is just met: both families stop at steps of their own."""
+        if self.fails is None:
+            return self.reaches.outcome.density
+        low, high = self.fails.outcome, self.reaches.outcome
+        above, below = target.damage(low), target.damage(high)
+        share = (above - target.limit) / (above - below)
+        return low.density + share * (high.density - low.density)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The answer, and what it was found by.
+
+    Args:
+        config: With `layer_budgets`.
+        outcome: Its own, on the calibration prompts, run as written.
+        uniform: The same budget in every layer.
+        by_layer: Budgets by layer.
+        recipe: Power of the sensitivities, and share of the way from the uniform budget to the allocation; None where
+            the uniform budget was not bettered.
+        sensitivity: By layer, nats of KL where it alone has the uniform budget; empty where even the least budget
+            reaches the target.
+        errors: By layer, relative attention error |O_s - O| / |O| of the answer, on the dense forward's q, k, v.
+        trials: Every choice of budgets that was tried, in order.
+    """
+
+    config: StemConfig
+    outcome: Outcome
+    uniform: Bracket
+    by_layer: Bracket
+    recipe: tuple[float, float] | None
+    sensitivity: dict[int, float]
+    errors: dict[int, float]
+    trials: list[Trial]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing sparse reaches the target."""
+        return self.outcome.density == 1
+
+
+def tune(
+    model: Any, ids: Sequence[Tensor], config: StemConfig, target: Target, *, logit_stride: int, on_step: OnStep
+) -> Tuned:
+    """Find budgets by layer that reach a target on some prompts at least density.
+
+    Args:
+        model: A transformers causal language model.
+        ids: int64 [1, T] each, all of one length: the calibration prompts.
+        config: The method; its schedule is scaled by layer. Its own `budget_scale` and `layer_budgets` are replaced.
+        target: To reach, mean over prompts.
+        logit_stride: Compare the predictions of every so many positions.
+        on_step: Told what each forward is for.
+
+    Raises:
+        InputError: The model has no layer to tune, or the prompts are too short for budgets to differ.
+    """
+    config = dataclasses.replace(config, budget_scale=1.0, layer_budgets=())
+    steps = levels(config, ids[0].shape[1])
+    if len(steps) < 3:
+        raise InputError(
+            f"at {ids[0].shape[1]} tokens this config has no budgets to choose from: take a longer --length, or "
+            f"--set a smaller block_size, budget_floor, dense_below or min_seq_len"
+        )
+    at = spread(len(steps), _CURVE_LEVELS)
+    prompts = Prompts(
+        model,
+        ids,
+        config,
+        logit_stride=logit_stride,
+        curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at],
+        on_step=on_step,
+    )
+    return _Search(prompts, config, steps, target).answer(at)
+
+
+class _Search:
+    def __init__(self, prompts: Prompts, config: StemConfig, steps: list[Level], target: Target) -> None:
+        self.prompts, self.config, self.steps, self.target = prompts, config, steps, target
+        self.layers = prompts.layers
+        self.densities = [step.density for step in steps]
+        self.trials: list[Trial] = []
+
+    def answer(self, at: list[int]) -> Tuned:
+        """Do all of it; `at` are the levels whose attention errors are known."""
+        uniform, level = self.least_uniform()
+        curves = [interpolate(self.prompts.errors[layer], at, self.densities) for layer in self.layers]
+        by_layer, recipe, sensitivity = uniform, None, {}
+        if uniform.fails is not None:
+            level = min(level, len(self.steps) - 2)  # dense is at no one's expense
+            sensitivity = self.sensitivity(level)
+            by_layer, recipe = self.by_layer(uniform, curves, list(sensitivity.values()), level)
+        config = with_layer_budgets(self.config, by_layer.reaches.scales, self.prompts.layer_count)
+        written = self.prompts.run({layer: config.for_layer(layer) for layer in self.layers}, "as written")
+        scales = [step.scale for step in self.steps]
+        errors = {
+            layer: float(curve[scales.index(by_layer.reaches.scales[layer])]) ** 0.5
+            for layer, curve in zip(self.layers, curves, strict=True)
+        }
+        return Tuned(config, written, uniform, by_layer, recipe, sensitivity, errors, self.trials)
+
+    def least_uniform(self) -> tuple[Bracket, int]:
+        """Bisect one level for all layers."""
+
+        def at(level: int) -> Trial:
+            return self.attempt("uniform", [level] * len(self.layers))
+
+        low, high = 0, len(self.steps) - 1
+        fails, reaches = at(low), at(high)
+        if self.target.met(fails.outcome):
+            return Bracket(None, fails), low
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = at(middle)
+            if self.target.met(tried.outcome):
+                high, reaches = middle, tried
+            else:
+                low, fails = middle, tried
+        return Bracket(fails, reaches), high
+
+    def sensitivity(self, level: int) -> dict[int, float]:
+        """Return the KL where one layer has a level and all others are dense."""
+        dense = [len(self.steps) - 1] * len(self.layers)
+        found = {}
+        for i, layer in enumerate(self.layers):
+            alone = [*dense[:i], level, *dense[i + 1 :]]
+            found[layer] = self.attempt("sensitivity", alone).outcome.kl_nats
+        return found
+
+    def by_layer(
+        self, uniform: Bracket, curves: Sequence[Tensor], sensitivity: Sequence[float], level: int
+    ) -> tuple[Bracket, tuple[float, float] | None]:
+        """Choose a recipe and bisect its density; where no recipe betters the uniform budget, that stays."""
+
+        def at(recipe: tuple[float, float], density: float) -> list[int]:
+            power, share = recipe
+            chosen = allocate(damage(curves, sensitivity, level, power), self.densities, density)
+            return toward(chosen, density, share, self.densities)
+
+        low, high = self.densities[0], uniform.reaches.outcome.density
+        tried = {recipe: self.attempt("recipe", at(recipe, high)) for recipe in _RECIPES}
+        best = min(tried, key=lambda recipe: self.target.damage(tried[recipe].outcome))
+        fails, reaches = None, tried[best]
+        if not self.target.met(reaches.outcome):
+            return uniform, None
+        for _ in range(_BISECTIONS):
+            middle = (low * high) ** 0.5
+            trial = self.attempt("tuned", at(best, middle))
+            if self.target.met(trial.outcome):
+                high, reaches = middle, trial
+            else:
+                low, fails = middle, trial
+        if reaches.outcome.density >= uniform.reaches.outcome.density:
+            return uniform, None
+        return Bracket(fails, reaches), best
+
+    def attempt(self, stage: str, chosen: Sequence[int]) -> Trial:
+        """Try a level for every layer, or return what that gave before."""
+        scales = {layer: self.steps[level].scale for layer, level in zip(self.layers, chosen, strict=True)}
+        known = next((trial for trial in self.trials if trial.scales == scales), None)
+        if known is None:
+            known = Trial(stage, scales, self.prompts.run(scaled(self.config, scales), stage))
+            self.trials.append(known)
+        return known
+
+
+def damage(curves: Sequence[Tensor], sensitivity: Sequence[float], level: int, power: float) -> Tensor:
+    """Return what every layer's levels cost, float64 [layers, levels]; the unit has no meaning.
+
+    Args:
+        curves: Squared attention errors of a layer at every level.
+        sensitivity: What each layer costs at one level.
+        level: That level.
+        power: Of the sensitivities: 1 believes them, 0 takes all layers as equally sensitive there.
+    """
+    mean = max(sum(sensitivity) / len(sensitivity), _TINY)
+    weights = [max(nats / mean, _LEAST_SHARE) ** power for nats in sensitivity]
+    return torch.stack(
+        [curve / max(float(curve[level]), _TINY) * weight for curve, weight in zip(curves, weights, strict=True)]
+    )
+
+
+def scaled(config: StemConfig, scales: Mapping[int, float]) -> dict[int, StemConfig]:
+    """Return the configs of layers whose budgets are scaled."""
+    return {layer: dataclasses.replace(config, budget_scale=scale) for layer, scale in scales.items()}
+
+
+def with_layer_budgets(config: StemConfig, scales: Mapping[int, float], layers: int) -> StemConfig:
+    """Write scales into a config: their mean as `budget_scale`, the rest as `layer_budgets`.
+
+    Args:
+        config: Its own `budget_scale` and `layer_budgets` are replaced.
+        scales: By layer; layers without one get the mean.
+        layers: Of the model.
+    """
+    mean = round(sum(scales.values()) / len(scales), 4)
+    factors = tuple(round(scales.get(layer, mean) / mean, 4) for layer in range(layers))
+    return dataclasses.replace(config, budget_scale=mean, layer_budgets=factors)
+
+
+def check(model: Any, ids: Sequence[Tensor], tuned: Tuned, *, logit_stride: int, on_step: OnStep) -> dict[str, Any]:
+    """Try an answer on other prompts, beside the same budget in every layer, at its own density and at equal density.
+
+    Args:
+        model: The model that it was tuned for.
+        ids: int64 [1, T] each, all of one length, that of the calibration prompts.
+        tuned: The answer.
+        logit_stride: Compare the predictions of every so many positions.
+        on_step: Told what each forward is for.
+    """
+    config = dataclasses.replace(tuned.config, budget_scale=1.0, layer_budgets=())
+    prompts = Prompts(model, ids, config, logit_stride=logit_stride, curve=[], on_step=on_step)
+    own = prompts.run({layer: tuned.config.for_layer(layer) for layer in prompts.layers}, "held out, tuned")
+    uniform = prompts.run(scaled(config, tuned.uniform.reaches.scales), "held out, uniform")
+    steps = levels(config, ids[0].shape[1])
+    above = next((i for i, step in enumerate(steps) if step.density >= own.density), len(steps) - 1)
+    pair = [steps[max(above - 1, 0)], steps[above]]
+    low, high = (
+        prompts.run(scaled(config, dict.fromkeys(prompts.layers, step.scale)), "held out, uniform") for step in pair
+    )
+    weight = share_above(low.density, high.density, own.density)
+    equal = {name: mix(getattr(low, name), getattr(high, name), weight) for name in ("kl_nats", "top1_agreement")}
+    return {
+        "tuned": numbers(own),
+        "uniform": numbers(uniform),
+        "uniform_at_equal_density": {"density": own.density, **equal},
+    }
+
+
+def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
+    """Return an answer as plain values: its config, its layers, and every run."""
+    return {
+        "config": json.loads(tuned.config.to_json()),
+        "only_dense": tuned.is_dense,
+        "recipe": tuned.recipe,
+        "tuned": numbers(tuned.outcome),
+        "uniform": numbers(tuned.uniform.reaches.outcome),
+        "density_at_target": {
+            "tuned": tuned.by_layer.density_at(target),
+            "uniform": tuned.uniform.density_at(target),
+        },
+        "layers": [
+            {
+                "layer": layer,
+                "factor": tuned.config.layer_budgets[layer],
+                "density": tuned.outcome.densities[layer],
+                "error": tuned.errors[layer],
+                "sensitivity_nats": tuned.sensitivity.get(layer),
+            }
+            for layer in tuned.outcome.densities
+        ],
+        "runs": [
+            {"stage": trial.stage, **numbers(trial.outcome), "scales": list(trial.scales.values())}
+            for trial in tuned.trials
+        ],
+    }
+
+
+def numbers(outcome: Outcome) -> dict[str, float]:
+    """Return an outcome's totals."""
+    return {
+        "density": outcome.density,
+        "kl_nats": outcome.kl_nats,
+        "top1_agreement": outcome.top1_agreement,
+    }

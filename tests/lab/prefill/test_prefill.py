@@ -1,0 +1,202 @@
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GraniteConfig, GraniteForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import tiny_model
+from stem_attn import StemConfig
+from stem_attn.integrations import hf
+from stem_attn.lab.errors import InputError
+from stem_attn.lab.prefill.measure import AttentionClock, PeakMemory
+from stem_attn.lab.prefill.run import compare
+from stem_attn.lab.prompts import build_prompt, make_needle, public_text
+
+SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0, min_seq_len=64)
+EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0, min_seq_len=64)
+
+
+def ids(tokens: int = 400) -> torch.Tensor:
+    return torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, config, prompt=None, **kwargs):
+    seen = []
+
+    def on_start(name, calls):
+        seen.append((name, calls))
+        return lambda: seen.append(name)
+
+    prompt = ids() if prompt is None else prompt
+    kwargs = {"new_tokens": 8, "rounds": 1, **kwargs}
+    return compare(model, tiny_model.tokenizer(), prompt, config, on_start=on_start, **kwargs), seen
+
+
+@torch.no_grad()
+def log_probs(model, prompt):
+    return model(prompt).logits[0].double().log_softmax(-1)
+
+
+def test_keeping_everything_agrees_in_everything():
+    found, _ = run(tiny_model.model(), EVERYTHING)
+    assert found.density == 1.0
+    assert found.top1_agreement == 1.0
+    assert found.mean_kl_nats == pytest.approx(0, abs=1e-6)
+    assert found.stem.perplexity == pytest.approx(found.dense.perplexity, rel=1e-5)
+    assert found.stem.answer == found.dense.answer
+
+
+def test_fidelity_is_that_of_the_full_logits(monkeypatch):
+    # Few rows at a time, so that chunks and their seams are exercised.
+    monkeypatch.setattr("stem_attn.lab.logits._LOGITS_BYTES", 4 * 257 * 7)
+    model, prompt = tiny_model.model(), ids()
+    found, _ = run(model, SPARSE, prompt)
+    dense = log_probs(model, prompt)
+    hf.enable(model, SPARSE)
+    stem = log_probs(model, prompt)
+    stats = hf.stats(model)
+    hf.disable(model)
+
+    assert found.density == stats.density < 0.5
+    assert found.sparse_layers == 2
+    kl = F.kl_div(stem, dense, log_target=True, reduction="none").sum(-1).mean().item()
+    assert kl > 1e-3
+    assert found.mean_kl_nats == pytest.approx(kl, rel=1e-3)
+    assert found.top1_agreement == (dense.argmax(-1) == stem.argmax(-1)).double().mean().item()
+    for side, logs in ((found.dense, dense), (found.stem, stem)):
+        nll = F.nll_loss(logs[:-1], prompt[0, 1:]).exp().item()
+        assert side.perplexity == pytest.approx(nll, rel=1e-4)
+
+
+def test_fidelity_counts_what_a_model_does_to_its_logits():
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, logits_scaling=5.0,
+        bos_token_id=None, eos_token_id=256,
+    )  # fmt: skip
+    model, prompt = GraniteForCausalLM(config).eval(), ids()
+    found, _ = run(model, SPARSE, prompt)
+    nll = F.nll_loss(log_probs(model, prompt)[:-1], prompt[0, 1:]).exp().item()
+    assert found.dense.perplexity == pytest.approx(nll, rel=1e-4)
+
+
+def test_answers_are_the_greedy_continuations():
+    model, prompt = tiny_model.model(), ids()
+    found, _ = run(model, SPARSE, prompt)
+
+    def greedy():
+        tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+        return tiny_model.tokenizer().decode(tokens, skip_special_tokens=True)
+
+    assert found.dense.answer == greedy()
+    hf.enable(model, SPARSE)
+    assert found.stem.answer == greedy()
+    hf.disable(model)
+    assert found.dense.answer
+
+
+def test_measurements_hang_together_and_the_model_is_restored():
+    model = tiny_model.model()
+    found, seen = run(model, SPARSE, rounds=3)
+    for side in (found.dense, found.stem):
+        assert len(side.rounds_seconds) == 3
+        assert side.prefill_seconds == min(side.rounds_seconds)
+        assert 0 < side.attention_seconds < side.prefill_seconds
+        assert side.peak_bytes >= 0
+    starts = [event for event in seen if isinstance(event, tuple)]
+    assert starts == [("warm-up", 2)] + [(f"{s} {n}/3", 2) for n in (1, 2, 3) for s in ("dense", "stem")]
+    assert seen.count("stem 2/3") == 2  # one tick a layer
+    assert model.config._attn_implementation == "sdpa"
+    assert "forward" not in model.model.__dict__
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+    assert "stem" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_nothing_sparse_is_an_error():
+    with pytest.raises(InputError, match="no layer ran sparse"):
+        run(tiny_model.model(), StemConfig(dense_layers=(0, 1), min_seq_len=64))
+
+
+def test_attention_clock_sees_only_attention():
+    model = tiny_model.model()
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return before(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", slow)
+    try:
+        with AttentionClock(model, lambda: None) as clock, torch.no_grad():
+            time.sleep(0.2)
+            model(ids(32))
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", before)
+    assert 0.1 <= clock.seconds < 0.2
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    size = 200 * 2**20
+    with PeakMemory(torch.device("cpu")) as memory:
+        held = torch.ones(size // 4)
+        time.sleep(0.05)
+        del held
+    assert 0.9 * size < memory.bytes < 1.2 * size
+
+
+def test_public_text_is_long_and_plain():
+    text, name = public_text()
+    assert len(text) > 200_000
+    assert "Python" in name
+    assert "compound statement" in text
+
+
+def test_needle_follows_from_the_seed_and_is_new_to_the_text():
+    text, _ = public_text()
+    needle = make_needle(text, 3)
+    assert make_needle(text, 3) == needle
+    assert make_needle(text, 4) != needle
+    assert needle.answer in needle.sentence
+    assert needle.answer not in needle.question
+    assert needle.answer not in text
+    assert make_needle(f"{text} {needle.answer}", 3).answer != needle.answer
+
+
+@pytest.mark.parametrize("max_tokens", [300, 1000, 1999])
+def test_embedded_prompt_fits_and_holds_its_needle(max_tokens):
+    tokenizer = tiny_model.tokenizer()
+    text, source = public_text()
+    needle = make_needle(text, 0)
+    prompt = build_prompt(tokenizer, text, source=source, needle=needle, max_tokens=max_tokens)
+    assert max_tokens - 16 <= prompt.tokens <= max_tokens
+    assert prompt.cut
+    said = tokenizer.decode(prompt.ids[0])
+    assert said.count(needle.answer) == 1
+    assert said.index(needle.sentence) < said.index(needle.question)
+    assert prompt.question == needle.question
+
+
+def test_own_text_is_whole_unless_cut():
+    tokenizer = tiny_model.tokenizer()
+    prompt = build_prompt(tokenizer, "abc " * 50, source="mine", question="Why?")
+    assert tokenizer.decode(prompt.ids[0]) == "abc " * 50 + "\n\nWhy?\n"
+    assert not prompt.cut
+    cut = build_prompt(tokenizer, "abc " * 50, source="mine", question="Why?", max_tokens=100)
+    assert cut.tokens <= 100
+    assert cut.cut
+    assert tokenizer.decode(cut.ids[0]).endswith("\n\nWhy?\n")
+
+
+def test_chat_template_is_used():
+    tokenizer = tiny_model.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    prompt = build_prompt(tokenizer, "text", source="mine", question="Why?")
+    assert tokenizer.decode(prompt.ids[0]) == "[user]text\n\nWhy?[assistant]"
+
+
+def test_no_room_for_text_is_an_error():
+    with pytest.raises(InputError, match="--max-tokens 10 leaves no room"):
+        build_prompt(tiny_model.tokenizer(), "text", source="mine", question="Why though?", max_tokens=10)

@@ -1,0 +1,97 @@
+"""The vLLM benchmark without vLLM: a stand-in for its module answers, in processes of their own as ever."""
+
+import json
+import sys
+
+import pytest
+
+from stem_attn import cli
+from stem_attn.lab.shapes import MODELS
+
+STAND_IN = '''
+"""As much of vLLM as the benchmark asks."""
+from types import SimpleNamespace
+
+__version__ = "0.32.1"
+
+
+def SamplingParams(**kwargs):
+    return SimpleNamespace(**kwargs)
+
+
+class LLM:
+    def __init__(self, **options):
+        self.stem = options.get("additional_config")
+        self.chunk = options["max_num_batched_tokens"]
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+    def collective_rpc(self, name):
+        assert self.stem is not None
+        return [{"config": self.stem["stem"], "chunk": self.chunk}]
+
+    def generate(self, prompts, asked, use_tqdm):
+        tokens = len(prompts[0]["prompt_token_ids"])
+        first = tokens / (2000 if self.stem else 1000)
+        return [SimpleNamespace(metrics=SimpleNamespace(
+            first_token_latency=first, first_token_ts=1.0, last_token_ts=1.0 + asked.max_tokens - 1
+        ))]
+'''
+
+
+def forget():
+    """Let the next import of vLLM, and of what looks at its version, find what is there then."""
+    for name in list(sys.modules):
+        if name.split(".")[0] == "vllm" or name == "stem_attn.integrations.vllm.compat":
+            del sys.modules[name]
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text(STAND_IN)
+    (package / "version.py").write_text('__version__ = "0.32.1"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield
+    forget()
+
+
+def test_engines_take_turns_and_every_number_is_written(vllm, tmp_path, capfd):
+    out = tmp_path / "out"
+    arguments = ["--shape", "smollm2", "--lengths", "600,300", "--chunks", "128,256", "--max-tokens", "3"]
+    arguments += ["--rounds", "2", "--stem", '{"preset": "official"}', "--out", str(out)]
+    assert cli.run(["serving", *arguments]) == 0, capfd.readouterr().err
+    found = json.loads((out / "vllm_prefill.json").read_text())
+    assert found["command"] == "serving"
+    assert found["vllm"] == "0.32.1"
+    assert found["settings"]["stem"] == {"preset": "official"}
+    assert [(r["chunk"], r["length"]) for r in found["records"]] == [(128, 600), (128, 300), (256, 600), (256, 300)]
+    for record in found["records"]:
+        assert record["first_token_seconds"] == {"dense": record["length"] / 1000, "stem": record["length"] / 2000}
+        assert record["next_token_seconds"] == {"dense": 1.0, "stem": 1.0}
+        assert [len(runs) for runs in record["runs"].values()] == [2, 2]
+        assert {run["stats"]["chunk"] for run in record["runs"]["stem"]} == {record["chunk"]}
+        assert all(run["stats"] is None for run in record["runs"]["dense"])
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert "first token dense 0.600 s, Stem 0.300 s, ratio 2.00" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give --model or --shape"),
+        (["--model", "m", "--shape", "smollm2"], "give --model or --shape"),
+        (["--shape", "gpt"], f"--shape must be one of {', '.join(MODELS)}"),
+        (["--shape", "smollm2", "--execution", "fast"], "--execution must be one of eager, graphs, compiled"),
+        (["--shape", "smollm2", "--stem", "{"], "--stem takes a JSON object"),
+        (["--shape", "smollm2", "--stem", "[]"], "--stem takes a JSON object"),
+        (["--shape", "smollm2", "--chunks", "1k"], "--chunks takes positive whole numbers"),
+    ],
+)
+def test_wrong_options_end_in_one_line(vllm, arguments, said, tmp_path, capsys):
+    assert cli.run(["serving", "--out", str(tmp_path), *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]

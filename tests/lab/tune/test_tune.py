@@ -1,0 +1,296 @@
+"""stem-attn tune: the search, its config file, and who reads it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import tiny_model
+from stem_attn import StemConfig, cli
+from stem_attn.config import PRESETS, read_fields
+from stem_attn.integrations import hf
+from stem_attn.integrations.vllm import settings
+from stem_attn.lab.errors import InputError
+from stem_attn.lab.named_methods import parse_methods
+from stem_attn.lab.ruler.sparse import running
+from stem_attn.lab.tune.levels import allocate, interpolate, levels, spread, toward
+from stem_attn.lab.tune.run import check, parse_target, tune, with_layer_budgets
+
+LENGTH = 384
+CONFIG = StemConfig(block_size=16, stride=4, min_seq_len=0)
+
+
+def prompts(count):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (1, LENGTH), generator=generator) for _ in range(count)]
+
+
+def silent(step):
+    pass
+
+
+def search(model, target, ids):
+    return tune(model, ids, CONFIG, parse_target(target), logit_stride=1, on_step=silent)
+
+
+def test_levels_rise_to_everything_and_scales_give_them():
+    found = levels(CONFIG, LENGTH)
+    densities = [level.density for level in found]
+    assert densities == sorted(set(densities))
+    assert densities[-1] == 1.0
+    for preset in ("official", "paper"):
+        config = StemConfig.preset(preset, block_size=16, budget_floor=1, min_seq_len=0)
+        assert levels(config, 2048)[-1].density == 1.0
+        assert len(levels(config, 2048)) > 50
+    assert levels(dataclasses.replace(CONFIG, budget_bias=0, budget_ratio=0.0), LENGTH) == []
+
+
+def test_spread_holds_both_ends():
+    assert spread(3, 10) == [0, 1, 2]
+    found = spread(100, 10)
+    assert (found[0], found[-1]) == (0, 99)
+    assert found[1] - found[0] < found[-1] - found[-2]
+
+
+def test_interpolation_passes_through_what_was_measured_and_never_rises():
+    densities = [0.1, 0.2, 0.3, 0.5, 1.0]
+    filled = interpolate([0.4, 0.5, 0.1, 0.0], [0, 1, 3, 4], densities)
+    assert filled.tolist() == pytest.approx([0.4, 0.4, (0.4**2 * 0.1) ** (1 / 3), 0.1, 0.0])
+
+
+def test_allocation_is_the_best_of_all():
+    densities = [0.1, 0.2, 0.4, 1.0]
+    curve = torch.tensor([0.5, 0.3, 0.1, 0.0], dtype=torch.float64)
+    damage = torch.stack([curve, 10 * curve, 0.1 * curve])
+    for mean_density in (0.1, 0.2, 0.3, 0.5, 1.0):
+        chosen = allocate(damage, densities, mean_density)
+        used = sum(densities[level] for level in chosen) / 3
+        assert used <= mean_density + 1e-12
+        cost = sum(float(row[level]) for row, level in zip(damage, chosen, strict=True))
+        every = torch.cartesian_prod(*[torch.arange(4)] * 3)
+        for other in every.tolist():
+            if sum(densities[level] for level in other) / 3 <= used + 1e-12:
+                assert sum(float(row[level]) for row, level in zip(damage, other, strict=True)) >= cost - 1e-12
+    assert allocate(damage, densities, 1.0) == [3, 3, 3]
+    assert allocate(damage, densities, 0.0) == [0, 0, 0]
+
+
+def test_part_of_the_way_to_an_allocation():
+    densities = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert toward([0, 4], 0.3, 1.0, densities) == [0, 4]
+    assert toward([0, 4], 0.3, 0.5, densities) == [1, 3]
+    assert toward([0, 4], 0.3, 0.0, densities) == [2, 2]
+
+
+@pytest.mark.parametrize("text", ["kl", "kl=x", "kl=0", "kl=inf", "top1=0", "top1=1.5", "ppl=3"])
+def test_targets_that_make_no_sense(text):
+    with pytest.raises(InputError, match="--target takes kl=NATS above 0 or top1=SHARE"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("target", ["kl=0.02", "top1=0.9"])
+def test_the_target_is_reached_and_the_file_gives_what_was_measured(target):
+    model, ids = tiny_model.model(), prompts(2)
+    found = search(model, target, ids)
+    kind = parse_target(target)
+    assert kind.met(found.outcome)
+    assert not found.is_dense
+    assert found.outcome.density <= found.uniform.reaches.outcome.density
+    assert found.outcome == found.by_layer.reaches.outcome
+    # Through the adapter: the same density, and the same predictions.
+    expected = [model(one).logits for one in ids]
+    hf.enable(model, StemConfig.from_json(found.config.to_json()), crossover=False)
+    agree, kl = [], []
+    with torch.no_grad():
+        for one, dense in zip(ids, expected, strict=True):
+            sparse = model(one).logits[0].log_softmax(-1)
+            dense = dense[0].log_softmax(-1)
+            kl.append(float((dense.exp() * (dense - sparse)).sum(-1).mean()))
+            agree.append(float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()))
+    assert hf.stats(model).density == pytest.approx(found.outcome.density)
+    assert sum(kl) / 2 == pytest.approx(found.outcome.kl_nats, rel=1e-3)
+    assert sum(agree) / 2 == pytest.approx(found.outcome.top1_agreement, abs=0.01)
+
+
+@pytest.mark.parametrize("sensitive", [0, 1])
+def test_a_layer_that_matters_gets_more(sensitive):
+    model = tiny_model.model()
+    with torch.no_grad():
+        model.model.layers[1 - sensitive].self_attn.o_proj.weight *= 0.01
+    found = search(model, "kl=0.1", prompts(1))
+    factors = found.config.layer_budgets
+    assert factors[sensitive] > 1.2 * factors[1 - sensitive]
+    assert found.sensitivity[sensitive] > 10 * found.sensitivity[1 - sensitive]
+    assert found.outcome.density < found.uniform.reaches.outcome.density
+
+
+def test_an_impossible_target_gives_dense_and_an_easy_one_the_least():
+    model, ids = tiny_model.model(), prompts(1)
+    dense = search(model, "kl=1e-13", ids)
+    assert dense.is_dense
+    assert dense.outcome.density == 1
+    hf.enable(model, dense.config, crossover=False)
+    model(ids[0])
+    assert hf.stats(model).density is None or hf.stats(model).density == 1
+    hf.disable(model)
+    easy = search(model, "kl=1000", ids)
+    assert easy.outcome.density == pytest.approx(levels(CONFIG, LENGTH)[0].density)
+    assert easy.sensitivity == {}
+
+
+def test_dense_layers_stay_dense_and_are_not_counted():
+    model, ids = tiny_model.model(), prompts(1)
+    config = dataclasses.replace(CONFIG, dense_layers=(-1,))
+    found = tune(model, ids, config, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
+    assert list(found.outcome.densities) == [0]
+    assert found.config.layer_budgets[1] == 1.0
+    config = dataclasses.replace(CONFIG, dense_layers=(0, 1))
+    with pytest.raises(InputError, match="or all are in dense_layers"):
+        tune(model, ids, config, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
+
+
+def test_too_short_prompts_leave_nothing_to_choose():
+    model, config = tiny_model.model(), dataclasses.replace(CONFIG, min_seq_len=4096)
+    with pytest.raises(InputError, match="at 384 tokens this config has no budgets to choose from"):
+        tune(model, prompts(1), config, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
+
+
+def test_held_out_numbers_are_those_of_other_prompts():
+    model, ids = tiny_model.model(), prompts(2)
+    found = search(model, "kl=0.02", ids[:1])
+    same, other = (check(model, [one], found, logit_stride=1, on_step=silent) for one in ids)
+    assert same["tuned"]["kl_nats"] == pytest.approx(found.outcome.kl_nats)
+    assert same["uniform"]["kl_nats"] == pytest.approx(found.uniform.reaches.outcome.kl_nats)
+    assert other["tuned"]["kl_nats"] != pytest.approx(found.outcome.kl_nats)
+    assert other["uniform_at_equal_density"]["density"] == pytest.approx(other["tuned"]["density"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.save(str(tmp_path_factory.mktemp("tiny")))
+
+
+BASIC = ["--length", str(LENGTH), "--prompts", "1", "--set", "block_size=16", "--set", "min_seq_len=0"]
+
+
+def test_command_writes_a_config_and_a_record(folder, tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    arguments = ["tune", "--model", folder, "--out", str(out), "--target", "kl=0.02", "--held-out", "1", *BASIC]
+    assert cli.run(arguments) == 0
+    config = StemConfig.from_json(out.read_text())
+    assert (len(config.layer_budgets), config.block_size) == (2, 16)
+    record = json.loads((tmp_path / "tuned.tune.json").read_text())
+    assert record["config"] == json.loads(out.read_text())
+    assert record["tuned"]["kl_nats"] <= 0.02
+    assert [row["factor"] for row in record["layers"]] == list(config.layer_budgets)
+    assert [text["sha256"] for text in record["texts"]] == list({text["sha256"]: 0 for text in record["texts"]})
+    assert {run["stage"] for run in record["runs"]} == {"uniform", "sensitivity", "recipe", "tuned"}
+    assert record["held_out"]["tuned"]["kl_nats"] > 0
+    printed = capsys.readouterr().out
+    assert "Budgets by layer" in printed
+    assert "uniform, equal density" in printed
+    assert f"{record['density_at_target']['tuned']:.4f} by layer" in printed
+
+
+def test_command_says_so_where_only_dense_reaches_the_target(folder, tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    arguments = ["tune", "--model", folder, "--out", str(out), "--target", "kl=1e-13", "--held-out", "0", *BASIC]
+    assert cli.run(arguments) == 0
+    assert "No sparse budget reaches kl=1e-13" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tuned.tune.json").read_text())["only_dense"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "kl=none"], "--target takes kl=NATS"),
+        (["--set", "min_seq_len=4096"], "below this config's min_seq_len of 4096"),
+        (["--config", "nowhere.json"], "cannot read config file nowhere.json: No such file"),
+        (["--out", "nowhere/tuned.json"], "cannot write nowhere/tuned.json"),
+        (["--length", "4096"], "--length 4096 is more than the model's context of 2048 tokens"),
+        (["--set", "block_size=20"], "block_size must be a multiple of 16"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(folder, tmp_path, capsys, arguments, message):
+    code = cli.run(["tune", "--model", folder, "--out", str(tmp_path / "tuned.json"), *BASIC, *arguments])
+    assert code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """Two configs that differ in their layers' budgets, and the densities they give."""
+    files = []
+    for name, scales in (("few", {0: 0.4, 1: 0.6}), ("many", {0: 1.2, 1: 0.6})):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(with_layer_budgets(CONFIG, scales, 2).to_json())
+    return files
+
+
+def test_prefill_reads_the_file(folder, two_files, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
+    densities = []
+    for file in two_files:
+        out = tmp_path / "found.json"
+        arguments = ["prefill", "--model", folder, "--prompt-file", str(text), "--new-tokens", "1", "--json", str(out)]
+        assert cli.run([*arguments, "--config", str(file)]) == 0
+        found = json.loads(out.read_text())
+        assert found["settings"]["config"] == json.loads(file.read_text())
+        densities.append(found["density"])
+    assert densities[0] < densities[1]
+
+
+def test_fidelity_reads_the_file(folder, two_files, tmp_path):
+    few, many = two_files
+    arguments = [
+        "eval", "fidelity", "--model", folder, "--out", str(tmp_path), "--length", "512", "--prompts", "1",
+        "--block-size", "16", "--methods", "", "--variant", f"few=config:{few}", "--variant", f"many=config:{many}",
+    ]  # fmt: skip
+    assert cli.run(arguments) == 0
+    rows = json.loads((tmp_path / "fidelity.json").read_text())["layers"]
+    density = {(row["method"], row["layer"]): row["density"] for row in rows}
+    assert {row["target"] for row in rows} == {None}
+    assert density["few", 0] < density["few", 1] == density["many", 1] < density["many", 0]
+
+
+def test_ruler_reads_the_file(two_files):
+    named_methods = parse_methods(
+        "", [f"tuned=config:{two_files[0]}", f"more=config:{two_files[0]},layer_budgets=[2.0, 2.0]"]
+    )
+    model, budgets = tiny_model.model(), []
+    for named in named_methods:
+        with torch.no_grad(), running(model, named, 16, None) as kept:
+            model(prompts(1)[0])
+            budgets.append(kept().budget)
+    assert budgets[0] < budgets[1] < 1
+
+
+def test_bench_reads_the_file(two_files, capsys):
+    few = str(two_files[0])
+    assert cli.run(["bench", "--config", few]) == 2
+    assert "without --ttft one layer is measured" in capsys.readouterr().err
+    arguments = ["bench", "--ttft", "--shape", "smollm2", "--layers", "1", "--lengths", "512", "--config", few]
+    assert cli.run(arguments) == 2
+    assert "layer_budgets has 2 factors, and the model has 1 layers" in capsys.readouterr().err
+
+
+def test_vllm_reads_the_file(two_files):
+    read = settings.parse({"config_file": str(two_files[0]), "decay": 0.5})
+    assert read.config == dataclasses.replace(StemConfig.from_json(two_files[0].read_text()), decay=0.5)
+
+
+def test_a_file_and_overrides_stand_in_their_order(tmp_path):
+    from stem_attn.lab.configs import config_from_options
+
+    file = tmp_path / "config.json"
+    file.write_text('{"block_size": 64, "decay": 0.5}')
+    config = config_from_options("mine", ["decay=0.6"], file, {"mine": {**PRESETS["paper"], "stride": 2}})
+    assert (config.block_size, config.decay, config.stride, config.budget_floor) == (64, 0.6, 2, 54)
+    assert read_fields(file) == {"block_size": 64, "decay": 0.5}
+
+
+def test_variants_from_a_file_that_is_wrong(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read config file nowhere\.json"):
+        parse_methods("", ["tuned=config:nowhere.json"])
