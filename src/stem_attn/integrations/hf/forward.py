@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
-from stem_attn.integrations.hf import compiled, dense
-from stem_attn.integrations.hf.prefill import prefill
+from stem_attn.integrations.hf import dense
+from stem_attn.integrations.hf.compiled import route_op
+from stem_attn.integrations.hf.masks import is_compact, last_queries_mask
+from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 
 # For models loaded with attn_implementation="stem" and never given to enable().
@@ -53,6 +55,10 @@ def stem_attention_forward(
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
     """
     state: State = getattr(module, ATTRIBUTE, _unmanaged)
+    if attention_mask is None and key.shape[2] > query.shape[2] > 1 and dense.is_causal(module, kwargs):
+        # The mask function gave None for as many keys as queries. Since then the model has cut the queries to the last
+        # ones (Gemma 4), or made the mask for another layer (MiniMax). SDPA would take the first keys only.
+        attention_mask = last_queries_mask(query.shape[0], key.shape[2], query.device)
     reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
@@ -62,7 +68,7 @@ def stem_attention_forward(
         )
     layer = getattr(module, "layer_idx", None)
     dense_layer = _is_dense_layer(layer, module, state.config)
-    run = compiled.prefill_op if torch.compiler.is_compiling() else prefill
+    run = route_op if torch.compiler.is_compiling() else route
     out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
     return out, None
 
@@ -80,8 +86,7 @@ def why_dense(
     for name, (reason, eager) in _SPECIAL.items():
         if kwargs.get(name) is not None:
             return reason, eager
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if not dense.is_causal(module, kwargs):
         return "not causal", False
     if module.training or dropout:
         return "training", False
@@ -91,7 +96,7 @@ def why_dense(
         return "output_attentions", False
     if query.shape[2] == 1:
         return "decode", False
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and not is_compact(mask):
         return "4-D mask", False
     return None, False
 

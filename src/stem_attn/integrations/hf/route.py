@@ -11,11 +11,12 @@ from stem_attn.attention import block_sparse_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
 from stem_attn.integrations.crossover import sparse_is_faster
-from stem_attn.integrations.hf import dense, masks
+from stem_attn.integrations.hf import dense
+from stem_attn.integrations.hf.masks import Layout, layout
 from stem_attn.integrations.hf.state import State
 
 
-def prefill(
+def route(
     state: State,
     module: Any,
     query: Tensor,
@@ -33,7 +34,7 @@ def prefill(
         state: The model's settings and counters.
         module: The attention module, for the dense fallback.
         query: [B, Hq, L, D], L > 1.
-        key: [B, Hkv, n, D]; places that the mask does not cover are ignored.
+        key: [B, Hkv, n, D]; places of tokens not yet seen are ignored.
         value: [B, Hkv, n, Dv].
         mask: None (the queries are the first tokens), or a compact mask.
         scale: Factor of the logits, or None for 1 / sqrt(D).
@@ -44,23 +45,24 @@ def prefill(
         [B, L, Hq, Dv]; zeros at padded queries of sparse and banded calls.
 
     Raises:
-        ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size.
+        ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size; or the cache
+            holds other keys than those that the mask is for.
     """
     batch, _, q_len, _ = query.shape
+    dense.check_keys(module, query, key, mask)
     if mask is None and state.prompt_len is None and q_len < state.config.min_seq_len:
         # Nothing else can matter, and in short prompts the host's time shows.
         return _dense(state, module, query, key, value, mask, scale, "short prompt")
     config = state.config if layer is None else state.config.for_layer(layer)
-    seen = q_len if mask is None else mask.shape[1]
-    padding = masks.Padding(((0, seen),) * batch, None, True) if mask is None else masks.read(mask)
+    tokens = layout(mask, batch, q_len)
+    seen, keys = tokens.seen, tokens.present
     told_lens = state.prompt_lens(batch)
-    reason = _why_dense(state, padding, told_lens, q_len, seen)
-    rows = padding.rows or ()
+    reason = _why_dense(state, tokens, told_lens, q_len)
+    rows = tokens.rows or ()
     lens = told_lens or [end - first for first, end in rows]
-    window = padding.window if padding.window is not None and padding.window < max(lens, default=0) else None
+    window = tokens.window if tokens.window is not None and tokens.window < max(lens, default=0) else None
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
         reason = "dense layer"
-    keys = q_len if mask is None else masks.present_keys(mask, key)
     if reason is None and window is None and state.crossover and state.method is None:
         calls = _calls(state, rows, lens, q_len, keys, seen)
         told = None if told_lens is None else tuple(told_lens)
@@ -134,12 +136,12 @@ def _present(first: int, end: int, seen: int, last: int) -> slice:
     return slice(max(first - seen + last, 0), end - seen + last)
 
 
-def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None, q_len: int, seen: int) -> str | None:
+def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len: int) -> str | None:
     """Say why this call is not for sparse or banded attention, or return None."""
-    few = seen > q_len and q_len < state.block_size  # a prompt's last short chunk, or a decode step of several
-    if padding.rows is None:
+    few = tokens.seen > q_len and q_len < state.block_size  # a prompt's last short chunk, or a decode step of several
+    if tokens.rows is None:
         return "decode" if few else "padding between tokens"
-    real = [end - first for first, end in padding.rows]
+    real = [end - first for first, end in tokens.rows]
     if told_lens is None:
         if few:
             return "decode"
