@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
-from stem_attn.integrations.hf import dense
+from stem_attn.integrations.hf import autocast, dense
 from stem_attn.integrations.hf.compiled import route_op
 from stem_attn.integrations.hf.masks import is_compact, last_queries_mask
 from stem_attn.integrations.hf.route import route
@@ -69,7 +69,9 @@ def stem_attention_forward(
     layer = getattr(module, "layer_idx", None)
     dense_layer = _is_dense_layer(layer, module, state.config)
     run = route_op if torch.compiler.is_compiling() else route
-    out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
+    query, key, value = autocast.cast(query, key, value)
+    with autocast.off(query.device.type):
+        out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
     return out, None
 
 
