@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stem_attn.config import StemConfig
 from stem_attn.errors import InputError
 from stem_attn.integrations import hf
-from stem_attn.integrations.hf.enable import NAME
 from stem_attn.integrations.hf.forward import stem_attention_forward, why_dense
+from stem_attn.integrations.hf.register import NAME
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]
 """Called with a layer's index, q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] and the scale; returns the

@@ -7,31 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stem_attn import backends, baselines
 from stem_attn.baselines.uniform import Uniform
 from stem_attn.config import StemConfig, field_names
-from stem_attn.integrations.hf.forward import stem_attention_forward
-from stem_attn.integrations.hf.masks import stem_mask
+from stem_attn.integrations.hf.counters import Stats
 from stem_attn.integrations.hf.refuse import why_refused
-from stem_attn.integrations.hf.state import ATTRIBUTE, State, Stats, normalize_prompt_len
+from stem_attn.integrations.hf.register import NAME, register
+from stem_attn.integrations.hf.state import ATTRIBUTE, State
+from stem_attn.integrations.hf.told import normalize, telling
 from stem_attn.methods import Method, Stem
 
-NAME = "stem"
 _DEFAULT = StemConfig()
 _METHOD_FREE_FIELDS = ("residual", "dense_layers", "min_seq_len")  # what a config says to every method
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-def register() -> None:
-    """Make `attn_implementation="stem"` known to transformers, with the default config.
-
-    Prefer `enable`. A model loaded with the bare name is not checked: some architectures take the name, never call the
-    function and lose their masks, which is silently wrong. It has no stats and no prompt length either.
-    """
-    AttentionInterface.register(NAME, stem_attention_forward)
-    AttentionMaskInterface.register(NAME, stem_mask)
 
 
 def enable(
@@ -78,7 +68,7 @@ def enable(
     config, selector = _resolve_method(config, method, backend)
     if backend not in ("auto", *backends.names()):
         raise ValueError(f"backend must be one of auto, {', '.join(backends.names())}; got {backend!r}")
-    lengths = normalize_prompt_len(prompt_len)
+    lengths = normalize(prompt_len)
     reason = why_refused(model, config)
     if reason:
         raise ValueError(f"{type(model).__name__} cannot run with stem: {reason}")
@@ -138,7 +128,8 @@ def stats(model: PreTrainedModel) -> Stats:
     Raises:
         ValueError: The model is not enabled.
     """
-    return _state(model).stats()
+    state = _state(model)
+    return state.counters.stats("stem" if state.method is None else baselines.name_of(state.method))
 
 
 def reset_stats(model: PreTrainedModel) -> None:
@@ -147,7 +138,7 @@ def reset_stats(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model is not enabled.
     """
-    _state(model).reset()
+    _state(model).counters.reset()
 
 
 @contextlib.contextmanager
@@ -156,6 +147,10 @@ def prompt_length(model: PreTrainedModel, prompt_len: int | Sequence[int] | Tens
 
     The last chunk, however short, then counts as prefill; a chunk of a single token stays dense.
 
+    The length holds for what runs in the block: calls in the same thread, async tasks started in the block, and threads
+    started in it. A worker of a pool that is already running is none of these: give it the block's context with
+    `pool.submit(contextvars.copy_context().run, model.generate, ...)`. Other threads keep their own lengths.
+
     Args:
         model: An enabled model.
         prompt_len: Tokens, padding not counted: one int or one a batch row.
@@ -163,13 +158,8 @@ def prompt_length(model: PreTrainedModel, prompt_len: int | Sequence[int] | Tens
     Raises:
         ValueError: The model is not enabled, or the length is not a positive int.
     """
-    state = _state(model)
-    outer = state.prompt_len
-    state.prompt_len = normalize_prompt_len(prompt_len)
-    try:
+    with telling(_state(model).key, normalize(prompt_len)):
         yield
-    finally:
-        state.prompt_len = outer
 
 
 def _state(model: PreTrainedModel) -> State:

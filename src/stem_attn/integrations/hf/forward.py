@@ -62,7 +62,7 @@ def stem_attention_forward(
     reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
-            state.count_dense(reason, query.shape[0] * query.shape[2])
+            state.counters.dense(reason, query.shape[0] * query.shape[2])
         return dense.attend(
             module, query, key, value, attention_mask, eager=eager, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -50,13 +50,13 @@ def route(
     """
     batch, _, q_len, _ = query.shape
     dense.check_keys(module, query, key, mask)
-    if mask is None and state.prompt_len is None and q_len < state.config.min_seq_len:
+    tokens = layout(mask, batch, q_len)
+    seen, keys = tokens.seen, tokens.present
+    told_lens = state.prompt_lens(batch, layer, fresh=seen == q_len)
+    if mask is None and told_lens is None and q_len < state.config.min_seq_len:
         # Nothing else can matter, and in short prompts the host's time shows.
         return _dense(state, module, query, key, value, mask, scale, "short prompt")
     config = state.config if layer is None else state.config.for_layer(layer)
-    tokens = layout(mask, batch, q_len)
-    seen, keys = tokens.seen, tokens.present
-    told_lens = state.prompt_lens(batch)
     reason = _why_dense(state, tokens, told_lens, q_len)
     rows = tokens.rows or ()
     lens = told_lens or [end - first for first, end in rows]
@@ -72,11 +72,11 @@ def route(
         return _dense(state, module, query, key, value, mask, scale, reason)
 
     if window is None:
-        state.count("sparse", batch * q_len)
+        state.counters.attended("sparse", batch * q_len)
         if told_lens is None and seen > q_len:
-            state.count_unknown_prompt_len()
+            state.counters.unknown_prompt_len()
     else:
-        state.count("banded", batch * q_len)
+        state.counters.attended("banded", batch * q_len)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
         if window is None:
@@ -109,7 +109,7 @@ def _dense(
     scale: float | None,
     reason: str,
 ) -> Tensor:
-    state.count_dense(reason, query.shape[0] * query.shape[2])
+    state.counters.dense(reason, query.shape[0] * query.shape[2])
     out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
     return out
 
@@ -163,7 +163,7 @@ def _sparse(
         selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
         residual = state.config.residual
         out = block_sparse_attention(q, k, v, selection, scale=scale, residual=residual, backend=state.backend)
-    state.count_selection(selection)
+    state.counters.selection(selection)
     return out
 
 
