@@ -51,7 +51,7 @@ def test_lists_hold_each_kept_block_once(q_len: int, k_len: int) -> None:
 
 def test_tensors_on_the_cpu_are_refused() -> None:
     q, k, v = make_qkv(256, dim=64, dtype=torch.float16)
-    assert "Hopper" in str(BACKEND.why_unsupported(Call(Layout.dense(q, k, v), BLOCK)))
+    assert "Hopper" in str(BACKEND.why_unsupported(Call(Layout.dense(q, k, v), BLOCK, 0.125)))
 
 
 @needs_fa4
@@ -64,7 +64,7 @@ def test_refusals_say_what_was_expected() -> None:
         window: int | None = None,
     ) -> str | None:
         q, k, v = (x.cuda() for x in make_qkv(q_len, 512, dim=dim, dtype=dtype))
-        return BACKEND.why_unsupported(Call(Layout.dense(q, k, v), size, window=window))
+        return BACKEND.why_unsupported(Call(Layout.dense(q, k, v), size, 0.125, window))
 
     assert why() is None
     assert "float32" in str(why(dtype=torch.float32))

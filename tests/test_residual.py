@@ -243,7 +243,7 @@ def test_automatic_choice_passes_over_a_backend_without_means(monkeypatch: pytes
     fa4 = Fa4Backend()
     reason = Fa4Backend.why_unsupported  # what it says of means alone, on a machine where it could run
     layout = Layout.dense(*make_qkv(128, dim=64, dtype=torch.float16))
-    plain, means = Call(layout, 128), Call(layout, 128, residual="mean")
+    plain, means = Call(layout, 128, 0.125), Call(layout, 128, 0.125, residual="mean")
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert reason(fa4, plain) is None

@@ -71,7 +71,7 @@ def mask_of(selection: BlockSelection) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, selection: BlockSelection) -> Tensor:
-    call = Call(Layout.dense(q, k, v), selection.block_size)
+    call = Call(Layout.dense(q, k, v), selection.block_size, 0.125)
     out = call.new_output()
     BACKEND.attend(call, [selection], out, None)
     return out
@@ -261,7 +261,7 @@ def test_packed_sequences_of_the_public_call(size: int) -> None:
 def test_refusals_say_what_was_expected() -> None:
     def why(dtype: torch.dtype = torch.float16, dim: int = 64, size: int = 64) -> str | None:
         q, k, v = on_device(*make_qkv(64, dim=dim, dtype=dtype))
-        return BACKEND.why_unsupported(Call(Layout.dense(q, k, v), size))
+        return BACKEND.why_unsupported(Call(Layout.dense(q, k, v), size, 0.125))
 
     assert why() is None
     assert "48" in why(size=48)

@@ -12,7 +12,7 @@ from torch import Tensor
 from stem_attn import run, traced
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.call import Call
-from stem_attn.checks import resolve_config
+from stem_attn.checks import resolve_config, resolve_scale
 from stem_attn.config import Residual, StemConfig
 from stem_attn.layout import Layout
 from stem_attn.method import Method
@@ -108,7 +108,9 @@ def stem_attention(
             return out
         return out, BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
     choice, block_size = _choice(config, method)
-    call = Call(Layout.dense(q, k, v, prompt_len), block_size, scale, residual=config.residual)
+    call = Call(
+        Layout.dense(q, k, v, prompt_len), block_size, resolve_scale(scale, q.shape[-1]), residual=config.residual
+    )
     out, selections = run.prefill(call, choice, backend)
     return (out, selections[0]) if return_selection else out
 
@@ -159,7 +161,8 @@ def select_blocks(
         )
         return BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
     choice, block_size = _choice(config, method)
-    return run.select(Call(Layout.dense(q, k, v, prompt_len), block_size, scale), choice, backend)[0]
+    call = Call(Layout.dense(q, k, v, prompt_len), block_size, resolve_scale(scale, q.shape[-1]))
+    return run.select(call, choice, backend)[0]
 
 
 @overload
@@ -234,7 +237,7 @@ def block_sparse_attention(
         properties: dict[str, Any] = {"scale": scale, "window": window, "residual": residual}
         out, lse, _, _ = traced.prefill(q, k, v, selection=selection, backend=backend, wanted=wanted, **properties)
     else:
-        call = Call(Layout.dense(q, k, v), selection.block_size, scale, window, residual)
+        call = Call(Layout.dense(q, k, v), selection.block_size, resolve_scale(scale, q.shape[-1]), window, residual)
         out, lse = run.attend(call, [selection], backend, return_lse=return_lse)
     if not return_lse:
         return out
@@ -332,7 +335,7 @@ def stem_attention_varlen(
         return out
     choice, block_size = _choice(config, method)
     layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompt_len)
-    call = Call(layout, block_size, scale, residual=config.residual)
+    call = Call(layout, block_size, resolve_scale(scale, q.shape[-1]), residual=config.residual)
     out, selections = run.prefill(call, choice, backend)
     out = out[0].transpose(0, 1)
     return (out, selections) if return_selection else out
@@ -445,7 +448,7 @@ def stem_attention_paged(
         return made
     choice, block_size = _choice(config, method)
     layout = Layout.paged(q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, prompt_len)
-    call = Call(layout, block_size, scale, residual=config.residual)
+    call = Call(layout, block_size, resolve_scale(scale, q.shape[-1]), residual=config.residual)
     shape = (*q.shape[:2], v_cache.shape[3])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)

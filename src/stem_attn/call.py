@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.checks import check_residual, check_window, resolve_scale, shape_of
+from stem_attn.checks import check_residual, check_window, shape_of
 from stem_attn.config import Residual
 from stem_attn.layout import Layout, Part
 
@@ -23,7 +23,7 @@ class Call:
     Args:
         layout: Queries, keys and values, and where they lie.
         block_size: Tokens a block.
-        scale: Factor of the logits; None is `1 / sqrt(D)`, and is replaced by it.
+        scale: Factor of the logits.
         window: Tokens: keep only keys `i - window < j <= i` of query i, inside edge blocks too. None: no window.
         residual: What stands for pruned blocks before a query's own.
 
@@ -33,12 +33,11 @@ class Call:
 
     layout: Layout
     block_size: int
-    scale: float = None  # type: ignore[assignment]  # filled in below
+    scale: float
     window: int | None = None
     residual: Residual = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", resolve_scale(self.scale, self.q.shape[3]))
         check_window(self.window)
         check_residual(self.residual, self.window)
 

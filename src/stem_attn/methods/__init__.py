@@ -14,6 +14,8 @@ from typing import Any
 from stem_attn.method import Method
 from stem_attn.methods.stem import Stem
 
+__all__ = ["METHODS", "Method", "Stem", "make", "name_of"]
+
 # Where each method is; imported when asked for.
 METHODS = {
     "stem": "stem_attn.methods.stem:stem",

@@ -85,7 +85,7 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         if self.dense_reason is None:  # better at startup than at the first long prompt
             device = config.device_config.device_type
             one = torch.empty(1, 1, 1, head_size, dtype=config.model_config.dtype, device=device)
-            backends.for_call("triton", Call(Layout.dense(one, one, one), self.settings.config.block_size))
+            backends.for_call("triton", Call(Layout.dense(one, one, one), self.settings.config.block_size, self.scale))
 
     def attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,11 @@ def _read_file(path: Any) -> dict[str, Any]:
 
 def describe(settings: Settings) -> str:
     """Return the preset and what differs from it, for the log."""
-    presets = StemConfig.preset(settings.preset), PrefillPolicy.preset(settings.preset)
+    config, policy = StemConfig.preset(settings.preset), PrefillPolicy.preset(settings.preset)
+    both = [(settings.config, config, name) for name in field_names()]
+    both += [(settings.policy, policy, name) for name in policy_field_names()]  # type: ignore[misc]
     changed = [
-        f"{f.name}={getattr(mine, f.name)}"
-        for mine, preset in zip((settings.config, settings.policy), presets, strict=True)
-        for f in fields(mine)
-        if f.init and getattr(mine, f.name) != getattr(preset, f.name)
+        f"{name}={getattr(mine, name)}" for mine, preset, name in both if getattr(mine, name) != getattr(preset, name)
     ]
     return f"preset {settings.preset}" + (f" with {', '.join(changed)}" if changed else "")
 
