@@ -21,7 +21,6 @@ SMALL = StemConfig(
     decay=0.7,
     tail_blocks=0,
     budget_scope="head",
-    min_seq_len=0,
 )
 
 

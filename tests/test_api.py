@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from helpers import SMALL, make_qkv
-from stem_attn import BlockSelection, StemConfig, backends, block_sparse_attention, select_blocks, stem_attention
+from stem_attn import (
+    BlockSelection,
+    StemConfig,
+    backends,
+    block_sparse_attention,
+    methods,
+    select_blocks,
+    stem_attention,
+    stem_attention_varlen,
+)
 from stem_attn.config import field_names
 from stem_attn.reference import reference_attention, reference_stem
 
@@ -54,9 +63,7 @@ def test_error_is_within_twice_what_dense_attention_loses(dtype, length):
 @pytest.mark.parametrize("boundary", [16, 160, 320])
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_the_future_changes_nothing_earlier(boundary, preset):
-    config = StemConfig.preset(
-        preset, block_size=16, budget_ratio=0.15, budget_bias=2, budget_floor=2, sink_blocks=1, min_seq_len=0
-    )
+    config = StemConfig.preset(preset, block_size=16, budget_ratio=0.15, budget_bias=2, budget_floor=2, sink_blocks=1)
     q, k, v = make_qkv(400)
     before, selected = stem_attention(q, k, v, config=config, return_selection=True)
     for x in (q, k, v):
@@ -81,9 +88,7 @@ def test_a_batch_is_its_rows():
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("chunk", [16, 64, 112])
 def test_aligned_chunks_keep_the_blocks_of_one_prefill(preset, chunk):
-    config = StemConfig.preset(
-        preset, block_size=16, budget_ratio=0.15, budget_bias=2, budget_floor=2, sink_blocks=1, min_seq_len=0
-    )
+    config = StemConfig.preset(preset, block_size=16, budget_ratio=0.15, budget_bias=2, budget_floor=2, sink_blocks=1)
     q, k, v = make_qkv(448)
     whole, selection = stem_attention(q, k, v, config=config, return_selection=True)
     mask = selection.to_mask()
@@ -145,15 +150,13 @@ FIELD_CHANGES = {
     "sink_blocks": 3,
     "local_blocks": 4,
     "forced_blocks": "on_top",
-    "min_seq_len": 401,
 }
 # Settings without which a field has nothing to do.
 NEEDS = {"spread_weight": {"score": "mass"}, "head_floor": {"budget_scope": "layer"}, "tail_ratio": {"tail_blocks": 3}}
 
 
-@pytest.mark.parametrize("field", sorted(set(field_names()) - {"dense_layers", "layer_budgets"}))
+@pytest.mark.parametrize("field", field_names())
 def test_every_field_has_an_effect(field):
-    # dense_layers and layer_budgets are the adapters' fields, and are tested with them.
     base = dataclasses.replace(SMALL, **NEEDS.get(field, {}))
     q, k, v = make_qkv(400)
     v = v * torch.logspace(-1, 1, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(1))][:, None]
@@ -166,14 +169,18 @@ def test_every_field_has_an_effect(field):
         assert before.shape != after.shape or not torch.equal(before, after)
 
 
-def test_prompt_len_sets_the_budget_and_min_seq_len_compares_it():
+def test_prompt_len_sets_the_budget():
     q, k, v = make_qkv(100, 400)
     short = select_blocks(q, k, v, config=SMALL)
     assert select_blocks(q, k, v, config=SMALL, prompt_len=4000).density() > short.density()
-    config = dataclasses.replace(SMALL, min_seq_len=500)
-    assert select_blocks(q, k, v, config=config).density() == 1.0
-    sparse = select_blocks(q, k, v, config=config, prompt_len=500)
-    assert sparse.density() < 1.0
+
+
+def test_the_config_holds_at_any_length_and_has_a_name():
+    q, k, v = make_qkv(4000)
+    selection = select_blocks(q, k, v)
+    assert torch.equal(selection.to_mask(), select_blocks(q, k, v, config="default").to_mask())
+    assert 12 <= selection.counts[..., 20:30].float().mean() <= 15  # the heads share their budgets
+    assert select_blocks(q, k, v, config="paper").density() == 1.0  # it keeps 54 of 32 blocks
 
 
 def test_scale_is_that_of_the_logits():
@@ -218,8 +225,15 @@ def test_inputs_are_left_as_they_were():
 def test_compiles_to_one_graph(dynamic):
     def step(q, k, v, band):
         out = stem_attention(q * 2, k, v, config=SMALL, prompt_len=500)
+        again, selection = stem_attention(q * 2, k, v, config=SMALL, return_selection=True)
+        kept = select_blocks(q, k, v, config="default", prompt_len=q.shape[2] + 100)
+        from_kept = block_sparse_attention(q, k, v, kept)
         banded, lse = block_sparse_attention(q, k, v, band, window=20, return_lse=True)
-        return out + 1, banded, lse
+        packed = stem_attention_varlen(
+            *(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens_q=[0, 50, q.shape[2]], config=SMALL
+        )
+        selections = [x for s in (selection, kept) for x in (s.indices + 1, s.counts)]
+        return out + 1, again, *selections, from_kept, banded, lse, packed * 2
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for length in (200, 333):
@@ -227,6 +241,14 @@ def test_compiles_to_one_graph(dynamic):
         band = BlockSelection.band(batch=1, heads=4, window=20, block_size=16, q_len=length, k_len=length, device="cpu")
         for got, expected in zip(compiled(q, k, v, band), step(q, k, v, band), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_what_cannot_be_traced_says_so():
+    q, k, v = make_qkv(64)
+    method = methods.make("a_shape", block_size=16)
+    compiled = torch.compile(lambda *x: stem_attention(*x, method=method), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="method cannot be traced"):
+        compiled(q, k, v)
 
 
 def good():
@@ -247,6 +269,7 @@ def good():
         (lambda q, k, v: (q[:, :, :0], k, v), "must not be empty"),
         (lambda q, k, v: (q.requires_grad_(), k, v), "no backward"),
         (lambda q, k, v: (None, k, v), "got NoneType"),
+        (lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")), "must hold numbers"),
     ],
 )
 def test_bad_tensors_are_refused_before_any_work(change, message):
@@ -272,7 +295,7 @@ def test_gradients_are_fine_where_none_are_recorded():
         ({"prompt_len": 63}, "at least k's 64 tokens"),
         ({"prompt_len": [64, 64]}, "1 ints"),
         ({"prompt_len": 64.0}, "prompt_len"),
-        ({"backend": "cuda"}, "one of auto, fa4, triton, cpu; got 'cuda'"),
+        ({"backend": "cuda"}, "one of auto, triton, fa4, cpu; got 'cuda'"),
     ],
 )
 def test_bad_options_are_refused(kwargs, message):
@@ -300,7 +323,7 @@ def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch):
             with pytest.raises(RuntimeError, match=f"backend '{name}' is not available here"):
                 stem_attention(q, k, v, config=SMALL, backend=name)
     calls = []
-    cpu = backends.choose("cpu", q, k, v, block_size=16)
+    cpu = backends.by_name("cpu")
     monkeypatch.setattr(type(cpu), "why_unsupported", lambda self, *a, **kw: calls.append(1) or "it is Sunday")
     with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: it is Sunday"):
         stem_attention(q, k, v, config=SMALL, backend="cpu")
@@ -325,7 +348,7 @@ import stem_attn
 assert torch.nn.functional.scaled_dot_product_attention is before
 assert "transformers" not in sys.modules
 q = torch.randn(1, 2, 100, 16)
-stem_attn.stem_attention(q, q, q, config=stem_attn.StemConfig(block_size=16, min_seq_len=0))
+stem_attn.stem_attention(q, q, q, config=stem_attn.StemConfig(block_size=16))
 assert "blocked" in stem_attn.backends.available()["triton"]
 print("ok")
 """

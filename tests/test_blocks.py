@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 
@@ -65,3 +67,99 @@ def test_band_keeps_exactly_the_blocks_that_the_window_touches(window, q_len, k_
         start, stop = grid.q_span(row)
         keys = {j for i in range(grid.offset + start, grid.offset + stop) for j in range(max(0, i - window + 1), i + 1)}
         assert band[row].nonzero().flatten().tolist() == sorted({j // 16 for j in keys})
+
+
+def made_by_hand(change=None):
+    """Two heads over three blocks; `change` edits indices and counts in place."""
+    indices = torch.tensor([[[[0, -1, -1], [0, 1, -1], [0, 1, 2]], [[0, -1, -1], [1, -1, -1], [0, 2, -1]]]]).int()
+    counts = torch.tensor([[[1, 2, 3], [1, 1, 2]]]).int()
+    if change:
+        change(indices, counts)
+    return BlockSelection(indices, counts, 16, 48, 48)
+
+
+def test_a_selection_made_outside_is_what_it_says():
+    selection = made_by_hand()
+    kept = [[0], [0, 1], [0, 1, 2]], [[0], [1], [0, 2]]
+    mask = selection.to_mask()[0]
+    assert [[row.nonzero().flatten().tolist() for row in head] for head in mask] == [list(head) for head in kept]
+
+
+def put(index, value):
+    def change(indices, counts):
+        indices[index] = value
+
+    return change
+
+
+def count(index, value):
+    def change(indices, counts):
+        counts[index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put((0, 0, 2), torch.tensor([1, 0, 2])), "must rise"),
+        (put((0, 0, 2), torch.tensor([1, 1, 2])), "must rise"),
+        (put((0, 0, 2), torch.tensor([0, 1, 3])), "last kept block of a row must be its diagonal one"),
+        (put((0, 1, 2), torch.tensor([0, 1, -1])), "last kept block of a row must be its diagonal one"),
+        (put((0, 0, 1), torch.tensor([-2, 1, -1])), "at least 0"),
+        (put((0, 0, 1, 2), 2), "slots past a row's count must hold -1"),
+        (count((0, 0, 1), 0), "counts must lie from 1 to the 3 slots"),
+        (count((0, 0, 1), -1), "counts must lie from 1 to the 3 slots"),
+        (count((0, 0, 2), 4), "counts must lie from 1 to the 3 slots"),
+        (count((0, 0, 2), 2), "diagonal|-1"),
+    ],
+)
+def test_bad_rows_are_refused_and_named(change, message):
+    with pytest.raises(ValueError, match=f"({message}).* head [01] of batch row 0"):
+        made_by_hand(change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"indices": torch.zeros(1, 1, 1, 1)}, "indices must be int32"),
+        ({"indices": None}, "indices must be int32 .* got NoneType"),
+        ({"counts": torch.ones(1, 1, dtype=torch.int32)}, "counts must be int32"),
+        ({"counts": torch.ones(1, 2, 1, dtype=torch.int32)}, "rows"),
+        ({"q_len": 17, "k_len": 17}, r"rows \[B, Hq, 2\]"),
+        ({"q_len": 17, "k_len": 16}, "q_len <= k_len"),
+        ({"indices": torch.zeros(1, 1, 1, 0, dtype=torch.int32)}, "from 1 to the 0 slots"),
+    ],
+)
+def test_bad_forms_are_refused(arguments, message):
+    good = {
+        "indices": torch.zeros(1, 1, 1, 1, dtype=torch.int32),
+        "counts": torch.ones(1, 1, 1, dtype=torch.int32),
+        "block_size": 16,
+        "q_len": 16,
+        "k_len": 16,
+    }
+    BlockSelection(**good)
+    with pytest.raises(ValueError, match=message):
+        BlockSelection(**{**good, **arguments})
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(100, 100), (37, 100), (1, 1)])
+def test_everything_is_all_causal_blocks(q_len, k_len):
+    grid = BlockGrid(q_len, k_len, 16)
+    selection = BlockSelection.everything(batch=2, heads=3, grid=grid, device="cpu")
+    mask = (torch.arange(grid.k_blocks) <= grid.block_ids()[:, None]).expand(2, 3, -1, -1)
+    assert selection.keeps_everything
+    assert selection.density() == 1.0
+    assert torch.equal(selection.to_mask(), mask)
+    again = BlockSelection(selection.indices, selection.counts, 16, q_len, k_len)  # it keeps the contract
+    assert torch.equal(again.to_mask(), mask)
+
+
+def test_everything_costs_no_indices():
+    """128K tokens in blocks of 16: 8192 x 8192 indices would take 256 MiB."""
+    grid = BlockGrid(1 << 17, 1 << 17, 16)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    selection = BlockSelection.everything(batch=1, heads=32, grid=grid, device="cpu")
+    assert selection.density() == 1.0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB

@@ -3,8 +3,12 @@ import torch
 
 from stem_attn import StemConfig
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.reference import reference_budget
+
+
+def block_budget(config, prompt_len, grid):
+    return budget_of(config, (prompt_len,)).rows(grid)
 
 
 @pytest.mark.parametrize("preset", ["default", "official", "paper"])
@@ -38,13 +42,13 @@ def test_paper_by_hand():
     floor = block_budget(config, 32768, BlockGrid(32768, 32768, 128)).tolist()
     assert floor == [54] * 256  # 0.1 n is less than the least total
     short = block_budget(config, 8191, BlockGrid(8191, 8191, 128)).tolist()
-    assert short == [64] * 64
+    assert short == [54] * 64  # at any length: what is too short is an adapter's to say
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(1.0, [62, 63]), (0.5, [31, 32]), (0.0, [15, 15])])
 def test_the_last_rows_of_the_prompt_keep_more(ratio, kept):
-    config = StemConfig(block_size=16, tail_blocks=2, tail_ratio=ratio, min_seq_len=0)
-    plain = StemConfig(block_size=16, tail_blocks=0, min_seq_len=0)
+    config = StemConfig(block_size=16, tail_blocks=2, tail_ratio=ratio)
+    plain = StemConfig(block_size=16, tail_blocks=0)
     grid = BlockGrid(1000, 1000, 16)
     budget, without = block_budget(config, 1000, grid), block_budget(plain, 1000, grid)
     assert budget[-2:].tolist() == kept
@@ -60,3 +64,25 @@ def test_a_chunk_has_the_rows_of_the_whole_prompt(preset):
         grid = BlockGrid(q_len, k_len, 32)
         chunk = block_budget(config, 20000, grid)
         assert torch.equal(chunk, whole[grid.first_block : grid.k_blocks])
+
+
+def test_rows_of_a_batch_have_budgets_of_their_own():
+    config = StemConfig(block_size=16)
+    grid = BlockGrid(80, 150, 16)
+    both = budget_of(config, (150, 800)).rows(grid)
+    for row, n in zip(both, (150, 800), strict=True):
+        assert torch.equal(row, block_budget(config, n, grid))
+
+
+def test_default_keeps_what_its_budget_gives_at_any_length():
+    """4000 tokens are 32 blocks: a tenth of them plus 12 for the first rows, .85 of that for the last."""
+    kept = block_budget(StemConfig(tail_blocks=0), 4000, BlockGrid(4000, 4000, 128))
+    assert (int(kept.min()), int(kept.max())) == (12, 15)
+
+
+def test_nobodys_context_leaks_into_the_cached_budgets():
+    for n, context in enumerate((torch.device("meta"), torch.inference_mode())):
+        with context:
+            made = budget_of(StemConfig(budget_bias=20 + n), (9000,)).blocks
+        assert made.device.type == "cpu"
+        assert torch.equal(made, torch.tensor(reference_budget(StemConfig(budget_bias=20 + n), 9000)))

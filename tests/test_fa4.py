@@ -7,6 +7,8 @@ from helpers import make_qkv
 from stem_attn import BlockSelection
 from stem_attn.backends.fa4 import BLOCK, Fa4Backend, block_lists
 from stem_attn.blocks import BlockGrid
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 from stem_attn.reference import reference_attention
 
 BACKEND = Fa4Backend()
@@ -29,7 +31,7 @@ def test_lists_hold_each_kept_block_once(q_len: int, k_len: int) -> None:
     selection = random_selection(q_len, k_len, batch=2)
     # Past a row's count may stand anything, and the array may be wider than the sequence has blocks.
     wide = torch.nn.functional.pad(selection.indices, (0, 9), value=1 << 30)
-    selection = BlockSelection(wide, selection.counts, BLOCK, q_len, k_len)
+    selection = BlockSelection.made(wide, selection.counts, selection.grid)
     lists = block_lists(selection)
     grid = selection.grid
     held = torch.zeros(2, 4, grid.q_blocks, grid.k_blocks, dtype=torch.int)
@@ -43,13 +45,13 @@ def test_lists_hold_each_kept_block_once(q_len: int, k_len: int) -> None:
             for j in indices[b, h, row, : counts[b, h, row]].tolist():
                 held[b, h, row, j] += 1
                 assert (j == grid.first_block + row) == (kind == "mask")
-    kept = BlockSelection(wide.where(wide < grid.k_blocks, -1), selection.counts, BLOCK, q_len, k_len).to_mask()
+    kept = BlockSelection.made(wide.where(wide < grid.k_blocks, -1), selection.counts, grid).to_mask()
     assert torch.equal(held, kept.int())
 
 
 def test_tensors_on_the_cpu_are_refused() -> None:
     q, k, v = make_qkv(256, dim=64, dtype=torch.float16)
-    assert "Hopper" in str(BACKEND.why_unsupported(q, k, v, block_size=BLOCK, window=None))
+    assert "Hopper" in str(BACKEND.why_unsupported(Call(Layout.dense(q, k, v), BLOCK, 0.125)))
 
 
 @needs_fa4
@@ -62,7 +64,7 @@ def test_refusals_say_what_was_expected() -> None:
         window: int | None = None,
     ) -> str | None:
         q, k, v = (x.cuda() for x in make_qkv(q_len, 512, dim=dim, dtype=dtype))
-        return BACKEND.why_unsupported(q, k, v, block_size=size, window=window)
+        return BACKEND.why_unsupported(Call(Layout.dense(q, k, v), size, 0.125, window))
 
     assert why() is None
     assert "float32" in str(why(dtype=torch.float32))
@@ -80,7 +82,9 @@ def test_matches_float64(q_len: int, k_len: int, dim: int, dtype: torch.dtype) -
     q, k, v = (x.cuda() for x in make_qkv(q_len, k_len, batch=2, dim=dim, dtype=dtype))
     selection = random_selection(q_len, k_len, batch=2)
     on_gpu = BlockSelection(selection.indices.cuda(), selection.counts.cuda(), BLOCK, q_len, k_len)
-    out, lse = BACKEND.attend(q, k, v, on_gpu, scale=0.1, window=None, return_lse=True)
+    call = Call(Layout.dense(q, k, v), BLOCK, 0.1)
+    out, lse = call.new_output(), call.new_lse()
+    BACKEND.attend(call, [on_gpu], out, lse)
     exact, exact_lse = reference_attention(q.cpu(), k.cpu(), v.cpu(), selection.to_mask(), BLOCK, scale=0.1)
     i = torch.arange(q_len)[:, None] + k_len - q_len
     j = torch.arange(k_len)
@@ -91,5 +95,4 @@ def test_matches_float64(q_len: int, k_len: int, dim: int, dtype: torch.dtype) -
     error, dense_error = out.double().cpu() - exact, dense.double().cpu() - exact
     assert error.abs().max() <= 2 * dense_error.abs().max()
     assert error.pow(2).mean() <= 4 * dense_error.pow(2).mean()
-    assert lse is not None
     torch.testing.assert_close(lse.double().cpu(), exact_lse, atol=2e-3, rtol=1e-3)

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_models import COMMON, FAMILIES, KEEP_ALL, enable, relative_error, tokens
 from stem_attn.integrations import hf
-from test_hf_families import KINDS, LENGTH, run
+from test_hf_families import KINDS, LENGTH, dense_logits, run
 
 pytestmark = pytest.mark.slow
 
@@ -18,14 +18,14 @@ MODEL_TYPES = """
 afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bart beam bert bert-generation biogpt bitnet blenderbot
 blenderbot-small camembert cohere cohere2 cohere2_moe ctrl cwm data2vec-text deepseek_v2 deepseek_v3 diffllama doge
 dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text
-gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa
-granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
-hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
-llama4_text longcat_flash marian mbart mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral
-ministral3 mistral mixtral modernbert-decoder moshi nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe
-opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
-recurrent_gemma roberta roberta-prelayernorm roc_bert seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
-whisper xlm-roberta xlm-roberta-xl youtu zaya
+gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss
+granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
+hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2
+lfm2_moe lfm3 llama llama4_text longcat_flash marian mbart mellum mimo_v2_flash minicpm3 minimax minimax_m2
+minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat nemotron nemotron_h olmo olmo2
+olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
+qwen3_moe qwen3_next recurrent_gemma roberta roberta-prelayernorm roc_bert seed_oss smollm3 solar_open stablelm
+starcoder2 vaultgemma whisper xlm-roberta xlm-roberta-xl youtu zaya
 """.split()  # noqa: SIM905
 
 # Types none of whose calls can be sparse: special arguments, their own masks, or an encoder that is not told to decode.
@@ -63,17 +63,18 @@ SIZES = {
     "vocab_size_per_layer_input": 128,
     "sliding_window": 40,
 }
+SHARED_KV = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_chunk_size": 32},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma4_text": {
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "global_head_dim": 32,
-        "num_global_key_value_heads": 2,
-    },
+    "gemma3n_text": SHARED_KV,
+    "gemma4_text": {**SHARED_KV, "global_head_dim": 32, "num_global_key_value_heads": 2},
+    "gemma4_unified_text": {**SHARED_KV, "global_head_dim": 32},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
@@ -123,7 +124,8 @@ def test_everything_kept_equals_dense(model_type, caplog):
     torch.manual_seed(0)
     model, ids = AutoModelForCausalLM.from_config(small_config(model_type)).eval(), tokens(2, LENGTH)
     assert sum(p.numel() for p in model.parameters()) < 20e6
-    expected = {kind: run(model, ids, kind) for kind in KINDS if not (kind == "prefix" and model_type in NO_PREFIX)}
+    kinds = [kind for kind in KINDS if not (kind == "prefix" and model_type in NO_PREFIX)]
+    expected = dense_logits(model, model_type, ids, kinds)
     enable(model, KEEP_ALL)
     for kind in expected:
         hf.reset_stats(model)

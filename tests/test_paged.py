@@ -81,12 +81,12 @@ def alone(part: tuple[Tensor, Tensor, Tensor], **arguments) -> Tensor:
 def test_exactly_the_unpaged_result(page_size: int, layout: str, dtype: torch.dtype, backend: str) -> None:
     """The same blocks and the same arithmetic, so not a bit differs; pages larger and smaller than a block."""
     size, scale = (64, 8) if GPU else (32, 1)  # the interpreter is slow
-    config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1, tail_blocks=0, min_seq_len=0)
+    config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1, tail_blocks=0)
     lengths = [(45 * scale, 230 * scale), (40 * scale, 150 * scale), (9, 9)]
     parts = draw(lengths, dim=64, dtype=dtype)
     prompt_lens = [250 * scale, 150 * scale, 9]
     arguments = {"config": config, "backend": backend}
-    out = stem_attention_paged(**page_out(parts, page_size, layout), prompt_lens=prompt_lens, **arguments)
+    out = stem_attention_paged(**page_out(parts, page_size, layout), prompt_len=prompt_lens, **arguments)
     sparse = 0
     for part, got, n in zip(parts, out.split([q for q, _ in lengths]), prompt_lens, strict=True):
         expected, selection = stem_attention(
@@ -104,7 +104,7 @@ def test_the_batch_of_an_engine(page_size: int, preset: str, backend: str, monke
         from stem_attn.backends.triton import attention
 
         monkeypatch.setattr(attention, "hopper_fits", lambda *_: False)
-    overrides = {"budget_ratio": 0.1, "budget_bias": 2, "dense_below": 0, "tail_blocks": 0, "min_seq_len": 0}
+    overrides = {"budget_ratio": 0.1, "budget_bias": 2, "dense_below": 0, "tail_blocks": 0}
     config = StemConfig.preset(preset, block_size=128, stride=16, sink_blocks=1, local_blocks=1, **overrides)
     parts = draw(ENGINE, dim=64, dtype=torch.float16)
     inputs = page_out(parts, page_size)
@@ -127,7 +127,7 @@ def test_the_residual_reads_pages_too(backend: str) -> None:
 @pytest.mark.parametrize(("dim", "v_dim"), [(80, 96), (256, 256), *([(64, 64), (128, 128)] if GPU else [])])
 def test_against_float64(dim: int, v_dim: int, q_len: int, k_len: int, backend: str) -> None:
     (part,) = draw([(q_len, k_len)], dim=dim, v_dim=v_dim)
-    config = StemConfig(block_size=128, budget_ratio=0.0, budget_bias=1, tail_blocks=0, local_blocks=1, min_seq_len=0)
+    config = StemConfig(block_size=128, budget_ratio=0.0, budget_bias=1, tail_blocks=0, local_blocks=1)
     out = stem_attention_paged(**page_out([part], 16), config=config, backend=backend)
     _, selection = stem_attention(*part, config=config, backend="cpu", return_selection=True)
     exact, _ = reference_attention(*part, selection.to_mask(), 128, scale=dim**-0.5)
@@ -146,7 +146,7 @@ def test_descriptors_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     made = []
     kernel = attention.TensorDescriptor
     monkeypatch.setattr(attention, "TensorDescriptor", lambda *a: made.append(a) or kernel(*a))
-    config = StemConfig(block_size=128, budget_ratio=0.0, budget_bias=1, tail_blocks=0, local_blocks=1, min_seq_len=0)
+    config = StemConfig(block_size=128, budget_ratio=0.0, budget_bias=1, tail_blocks=0, local_blocks=1)
     parts = draw([(20, 300), (9, 9)], dim=64, dtype=torch.float16)
     expected = [alone(part, config=config, backend="triton") for part in parts]
     for page_size, copied in ((128, True), (64, True), (8, False)):
@@ -204,7 +204,7 @@ def test_lengths_may_be_tensors() -> None:
     expected = stem_attention_paged(**inputs, config=SMALL)
     for name in ("cu_seqlens_q", "seq_lens"):
         inputs[name] = torch.tensor(inputs[name], dtype=torch.int32, device=DEVICE)
-    assert torch.equal(stem_attention_paged(**inputs, config=SMALL, prompt_lens=inputs["seq_lens"]), expected)
+    assert torch.equal(stem_attention_paged(**inputs, config=SMALL, prompt_len=inputs["seq_lens"]), expected)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_lengths_may_be_tensors() -> None:
         ({"cu_seqlens_q": [0, 40, 48]}, "from 0 to 49 tokens"),
         ({"seq_lens": [100]}, "seq_lens must be 2 ints"),
         ({"seq_lens": [100, 8]}, "more tokens than k"),
-        ({"prompt_lens": [99, 9]}, "at least k's 100 tokens"),
+        ({"prompt_len": [99, 9]}, "at least k's 100 tokens"),
         ({"out": torch.zeros(49, 2, 16)}, "out must be"),
         ({"out": torch.zeros(49, 32, 2).transpose(1, 2)}, "last stride of 1"),
         ({"q": torch.zeros(49, 2, 32, dtype=torch.float16)}, "share one floating dtype"),
-        ({"config": "official"}, "config must be a StemConfig"),
+        ({"config": 3}, "config must be a StemConfig or a preset"),
     ],
 )
 def test_bad_inputs_are_refused(change: dict[str, object], message: str) -> None:

@@ -18,6 +18,8 @@ from stem_attn import (
     stem_attention_varlen,
 )
 from stem_attn.blocks import BlockGrid
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 from stem_attn.reference import reference_attention, reference_stem
 
 GPU = torch.cuda.is_available()
@@ -47,10 +49,10 @@ def random_mask(q_len: int, k_len: int, size: int, *, batch: int = 1, heads: int
 
 def selection_of(mask: Tensor, q: Tensor, k: Tensor, size: int) -> BlockSelection:
     made = BlockSelection.from_mask(mask, block_size=size, q_len=q.shape[2], k_len=k.shape[2])
-    # Past a row's count may stand anything.
+    # Nothing is read past a row's count.
     indices = F.pad(made.indices, (0, 2), value=-1)
     indices = indices.where(indices >= 0, 1 << 30)
-    return BlockSelection(indices.to(q.device), made.counts.to(q.device), size, q.shape[2], k.shape[2])
+    return BlockSelection.made(indices.to(q.device), made.counts.to(q.device), made.grid)
 
 
 def check(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: int, scale: float | None = None) -> None:
@@ -191,7 +193,7 @@ def test_packed_and_paged_sequences_as_if_alone(backend: str) -> None:
         on_device(backend, *make_qkv(*n, heads=2, kv_heads=1, seed=i))
         for i, n in enumerate(zip(q_lens, k_lens, strict=True))
     ]
-    config = StemConfig(block_size=16, budget_ratio=0.1, budget_bias=1, tail_blocks=0, min_seq_len=0, residual="mean")
+    config = StemConfig(block_size=16, budget_ratio=0.1, budget_bias=1, tail_blocks=0, residual="mean")
     alone = torch.cat([stem_attention(*part, config=config, backend=backend)[0].transpose(0, 1) for part in parts])
     q, k, v = (torch.cat([part[n][0].transpose(0, 1) for part in parts]) for n in range(3))
     cu_q, cu_k = ([0, *torch.tensor(n).cumsum(0).tolist()] for n in (q_lens, k_lens))
@@ -239,22 +241,23 @@ def test_automatic_choice_passes_over_a_backend_without_means(monkeypatch: pytes
     from stem_attn.backends.fa4 import Fa4Backend
 
     fa4 = Fa4Backend()
-    reason = fa4.why_unsupported.__func__  # what it says of means alone, on a machine where it could run
-    q, k, v = make_qkv(128, dim=64, dtype=torch.float16)
+    reason = Fa4Backend.why_unsupported  # what it says of means alone, on a machine where it could run
+    layout = Layout.dense(*make_qkv(128, dim=64, dtype=torch.float16))
+    plain, means = Call(layout, 128, 0.125), Call(layout, 128, 0.125, residual="mean")
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert reason(fa4, q, k, v, block_size=128, window=None) is None
-    said = reason(fa4, q, k, v, block_size=128, window=None, residual="mean")
+    assert reason(fa4, plain) is None
+    said = reason(fa4, means)
     assert "residual='mean'" in said
     monkeypatch.undo()
 
-    monkeypatch.setattr(fa4, "suits", lambda *_, **__: True)
-    monkeypatch.setattr(fa4, "why_unsupported", lambda *_, residual="none", **__: said if residual == "mean" else None)
+    monkeypatch.setattr(Fa4Backend, "automatic_on", ("cpu",))
+    monkeypatch.setattr(Fa4Backend, "why_unsupported", lambda _, call: said if call is means else None)
     load = backends._load
     monkeypatch.setattr(backends, "_load", lambda name: (fa4, None) if name == "fa4" else load(name))
-    assert backends.choose("auto", q, k, v, block_size=128) is fa4
+    assert backends.for_call("auto", plain) is fa4
     before = backends.fallbacks().get(f"fa4: {said}", 0)
-    assert backends.choose("auto", q, k, v, block_size=128, residual="mean").name == "cpu"
+    assert backends.for_call("auto", means).name == "cpu"
     assert backends.fallbacks()[f"fa4: {said}"] == before + 1
     with pytest.raises(ValueError, match="cannot run this call: it has no kernel that merges the means"):
-        backends.choose("fa4", q, k, v, block_size=128, residual="mean")
+        backends.for_call("fa4", means)

@@ -50,7 +50,6 @@ def test_equals_the_reference(preset, value_term, q_len, k_len, block_size, stri
         budget_bias=1,
         budget_floor=2,
         dense_below=0,
-        min_seq_len=0,
         sink_blocks=1,
         local_blocks=2,
     )
@@ -80,7 +79,6 @@ def test_shared_budgets_and_mass_equal_the_reference(score, scope, forced_blocks
         budget_scope=scope,
         head_floor=0.6,
         forced_blocks=forced_blocks,
-        min_seq_len=0,
     )
     q, k, v = make_qkv(q_len, k_len, heads=4, kv_heads=2, dim=31 if q_len == 63 else 32, v_dim=24)
     q = q * torch.linspace(0.2, 3, 4)[:, None, None]  # heads from diffuse to concentrated

@@ -9,6 +9,8 @@ from helpers import make_qkv
 from stem_attn import BlockSelection, StemConfig, stem_attention_varlen
 from stem_attn.backends.triton import TritonBackend
 from stem_attn.blocks import BlockGrid
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 from stem_attn.reference import reference_attention
 
 GPU = torch.cuda.is_available()
@@ -24,10 +26,8 @@ BACKEND = TritonBackend()
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill outputs with NaN before a kernel writes them."""
-    from stem_attn.backends.triton import attention
-
-    make = attention.empty_output
-    monkeypatch.setattr(attention, "empty_output", lambda q, v: make(q, v).fill_(torch.nan))
+    make = Call.new_output
+    monkeypatch.setattr(Call, "new_output", lambda call: make(call).fill_(torch.nan))
 
 
 @pytest.fixture(params=["fastest", "portable"] if GPU else ["portable"], autouse=True)
@@ -51,10 +51,10 @@ def random_selection(
     mask = torch.rand(batch, heads, grid.q_blocks, grid.k_blocks, generator=gen) < share
     mask = (mask & (columns < diagonal)) | (columns == diagonal)
     made = BlockSelection.from_mask(mask, block_size=size, q_len=q_len, k_len=k_len)
-    # Past a row's count may stand anything.
+    # The kernels read nothing past a row's count.
     indices = F.pad(made.indices, (0, 2), value=-1)
     indices = indices.where(indices >= 0, 1 << 30)
-    return BlockSelection(indices.to(DEVICE), made.counts.to(DEVICE), size, q_len, k_len)
+    return BlockSelection.made(indices.to(DEVICE), made.counts.to(DEVICE), grid)
 
 
 def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -70,13 +70,22 @@ def mask_of(selection: BlockSelection) -> Tensor:
     ).to_mask()
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *, selection: BlockSelection) -> Tensor:
+    call = Call(Layout.dense(q, k, v), selection.block_size, 0.125)
+    out = call.new_output()
+    BACKEND.attend(call, [selection], out, None)
+    return out
+
+
 def check(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, window: int | None = None
 ) -> None:
     """Compare with float64: at most twice the max and RMS error of dense SDPA in the same dtype."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    assert BACKEND.why_unsupported(q, k, v, block_size=selection.block_size, window=window) is None
-    out, lse = BACKEND.attend(q, k, v, selection, scale=scale, window=window, return_lse=True)
+    call = Call(Layout.dense(q, k, v), selection.block_size, scale, window)
+    assert BACKEND.why_unsupported(call) is None
+    out, lse = call.new_output(), call.new_lse()
+    BACKEND.attend(call, [selection], out, lse)
     mask = mask_of(selection)
     exact, exact_lse = reference_attention(
         q.cpu(), k.cpu(), v.cpu(), mask, selection.block_size, scale=scale, window=window
@@ -162,7 +171,7 @@ def test_strides(size: int) -> None:
     """Token-major, sliced, expanded, misaligned and reversed-dimension inputs; only the last needs a copy."""
     q, k, v = on_device(*make_qkv(100, batch=2, heads=2, kv_heads=1, dim=64, dtype=torch.float16))
     selection = random_selection(100, 100, size, batch=2, heads=2)
-    expected, _ = BACKEND.attend(q, k, v, selection, scale=0.125, window=None, return_lse=False)
+    expected = attend(q, k, v, selection=selection)
     token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     fused = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
     parts = fused.split([128, 64, 64], 2)
@@ -170,20 +179,14 @@ def test_strides(size: int) -> None:
     misaligned = [F.pad(x, (3, 2))[..., 3:-2] for x in (q, k, v)]
     transposed = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
     for inputs in (token_major, sliced, misaligned, transposed):
-        out, _ = BACKEND.attend(*inputs, selection, scale=0.125, window=None, return_lse=False)
+        out = attend(*inputs, selection=selection)
         torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
     one = [x[:1].expand(2, -1, -1, -1) for x in (q, k, v)]
-    rows = [
-        BACKEND.attend(
-            *(x[:1] for x in (q, k, v)),
-            BlockSelection(selection.indices[b : b + 1], selection.counts[b : b + 1], size, 100, 100),
-            scale=0.125,
-            window=None,
-            return_lse=False,
-        )[0]
-        for b in range(2)
-    ]
-    out, _ = BACKEND.attend(*one, selection, scale=0.125, window=None, return_lse=False)
+    rows = []
+    for b in range(2):
+        part = BlockSelection.made(selection.indices[b : b + 1], selection.counts[b : b + 1], selection.grid)
+        rows.append(attend(*(x[:1] for x in (q, k, v)), selection=part))
+    out = attend(*one, selection=selection)
     torch.testing.assert_close(out, torch.cat(rows), atol=1e-3, rtol=1e-3)
 
 
@@ -197,8 +200,8 @@ def test_offsets_beyond_32_bits(size: int) -> None:
     for x in small:
         base = torch.empty(apart + 130 * 64, dtype=x.dtype, device=x.device)
         far.append(base.as_strided(x.shape, (0, apart, 64, 1)).copy_(x))
-    out, _ = BACKEND.attend(*far, selection, scale=0.125, window=None, return_lse=False)
-    expected, _ = BACKEND.attend(*small, selection, scale=0.125, window=None, return_lse=False)
+    out = attend(*far, selection=selection)
+    expected = attend(*small, selection=selection)
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -225,9 +228,15 @@ def test_packed_sequences_stay_apart(size: int, long_tokens: int, monkeypatch: p
     drawn = [on_device(*x) for x in drawn]
     selections = [random_selection(*pair, size, heads=2, seed=i) for i, pair in enumerate(lengths)]
     packed = (torch.cat([x[n][0] for x in drawn], 1).transpose(0, 1).contiguous() for n in range(3))
-    out = BACKEND.attend_packed(*packed, selections, scale=0.125)
+    starts = ([0, *torch.tensor([pair[n] for pair in lengths]).cumsum(0).tolist()] for n in range(2))
+    call = Call(Layout.packed(*packed, *starts), size, 0.125)
+    whole = call.new_output()
+    BACKEND.attend(call, selections, whole, None)
+    out = whole[0].transpose(0, 1)
     for n in (0, 2):
-        expected, _ = BACKEND.attend(*drawn[n], selections[n], scale=0.125, window=None, return_lse=False)
+        alone = Call(Layout.dense(*drawn[n]), size, 0.125)
+        expected = alone.new_output()
+        BACKEND.attend(alone, [selections[n]], expected, None)
         start = sum(pair[0] for pair in lengths[:n])
         part = out[start : start + lengths[n][0]]
         torch.testing.assert_close(part.transpose(0, 1)[None], expected, atol=1e-3, rtol=1e-3)
@@ -236,7 +245,7 @@ def test_packed_sequences_stay_apart(size: int, long_tokens: int, monkeypatch: p
 @pytest.mark.parametrize("size", [32, 128] if GPU else [32])
 def test_packed_sequences_of_the_public_call(size: int) -> None:
     """Same blocks and the same numbers as on the CPU; one sequence is sparse, one has a prefix, one a single query."""
-    config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1, min_seq_len=0)
+    config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1)
     lengths = [(10 * size, 10 * size), (20, 3 * size + 5), (1, 1)]
     parts = [make_qkv(*pair, heads=2, kv_heads=1, dim=64, v_dim=32, seed=i) for i, pair in enumerate(lengths)]
     packed = [torch.cat([x[n][0].transpose(0, 1) for x in parts]) for n in range(3)]
@@ -252,7 +261,7 @@ def test_packed_sequences_of_the_public_call(size: int) -> None:
 def test_refusals_say_what_was_expected() -> None:
     def why(dtype: torch.dtype = torch.float16, dim: int = 64, size: int = 64) -> str | None:
         q, k, v = on_device(*make_qkv(64, dim=dim, dtype=dtype))
-        return BACKEND.why_unsupported(q, k, v, block_size=size, window=None)
+        return BACKEND.why_unsupported(Call(Layout.dense(q, k, v), size, 0.125))
 
     assert why() is None
     assert "48" in why(size=48)

@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import VECTORS, assert_same_blocks, load_vector, make_qkv, score_rounding
 from stem_attn import BlockSelection, StemConfig
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import Budget, budget_of
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 from stem_attn.reference import reference_scores
 from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
@@ -31,7 +34,7 @@ def _poisoned_workspaces():
 
 def make_config(**fields) -> StemConfig:
     """Keep about a fifth of the blocks, so that rows of a few blocks already choose."""
-    small = {"block_size": 16, "budget_ratio": 0.15, "budget_bias": 1, "min_seq_len": 0}
+    small = {"block_size": 16, "budget_ratio": 0.15, "budget_bias": 1}
     return StemConfig(**{**small, "score": "linear", "budget_scope": "head", **fields})
 
 
@@ -40,14 +43,25 @@ def select(
 ) -> BlockSelection:
     from stem_attn.backends.triton import TritonBackend
 
-    if budget is None:
-        budget = make_budget(q, k, config)
-    made = TritonBackend().select(*(x.to(DEVICE) for x in (q, k, v)), config=config, scale=scale, budget=budget)
+    call = make_call(q, k, v, config, scale)
+    made = TritonBackend().select(call, call.parts[0], config, whole_budget(call, config, budget))
     return BlockSelection(made.indices.cpu(), made.counts.cpu(), made.block_size, made.q_len, made.k_len)
 
 
+def make_call(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float = SCALE) -> Call:
+    return Call(Layout.dense(*(x.to(DEVICE) for x in (q, k, v))), config.block_size, scale)
+
+
+def whole_budget(call: Call, config: StemConfig, rows: Tensor | None) -> Budget:
+    """The budget of a prompt whose last rows are given; by default what the config says."""
+    if rows is None:
+        return budget_of(config, call.parts[0].prompt_lens)
+    before = call.grid(call.parts[0]).first_block
+    return Budget(config, call.parts[0].prompt_lens, F.pad(rows, (before, 0), value=1))
+
+
 def make_budget(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
-    return block_budget(config, k.shape[2], BlockGrid(q.shape[2], k.shape[2], config.block_size))
+    return budget_of(config, (k.shape[2],)).rows(BlockGrid(q.shape[2], k.shape[2], config.block_size))
 
 
 def select_plainly(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: Tensor | None = None) -> BlockSelection:
@@ -174,11 +188,11 @@ def test_signed_zeros_tie():
     from stem_attn.backends.triton.selection_kernels import top_kernel
 
     scores = torch.tensor([-1.0, -0.0, 0.0, -0.0, 1.0] + [0.0] * 11, device=DEVICE)
-    keep = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    keep = torch.tensor([0, 0, 0, 0, 0, 3], dtype=torch.int32, device=DEVICE)  # of the prompt's sixth row
     indices, counts = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in (4, 1))
     top_kernel[(1, 1)](
         *(scores, keep, indices, counts),
-        *(0, 1, 1, 5, 16, 0, 0, 1, 0, 4),
+        *(0, 4, 0, 1, 1, 5, 16, 0, 0, 1),
         COLUMNS=16,
         SLOTS=4,
         INSIDE=True,
@@ -193,7 +207,7 @@ def test_a_budget_for_each_batch_row(fields):
     config = make_config(**fields)
     q, k, v = make_qkv(80, 150, batch=2, heads=2, kv_heads=1)
     grid = BlockGrid(80, 150, 16)
-    budget = torch.stack([block_budget(config, n, grid) for n in (150, 800)])
+    budget = budget_of(config, (150, 800)).rows(grid)
     made = select(q, k, v, config, budget)
     assert_equal(made, select_plainly(q, k, v, config, budget))
     assert made.counts[0].sum() < made.counts[1].sum()
@@ -206,8 +220,8 @@ def test_passes_do_not_change_the_result(monkeypatch):
     q, k, v = make_qkv(112, heads=2, kv_heads=1)
     expected = select_plainly(q, k, v, config)
     monkeypatch.setattr(selection, "SCORE_BYTES", 3 * 2 * 16 * 4)  # three of the seven query blocks, two heads each
-    plan = selection.plan_for(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), config, SCALE, make_budget(q, k, config))
-    assert len(plan.passes) == 3
+    call = make_call(q, k, v, config)
+    assert len(selection.launches_for(call, call.parts[0], config).passes) == 3
     assert_equal(select(q, k, v, config), expected)
 
 
@@ -219,8 +233,8 @@ def test_passes_of_masses_do_not_change_the_result(monkeypatch):
     q = set_apart(q)
     expected = select_plainly(q, k, v, config)
     monkeypatch.setattr(selection, "SCORE_BYTES", 3 * 2 * 16 * 4 * 2)  # every score is made of one mass
-    plan = selection.plan_for(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), config, SCALE, make_budget(q, k, config))
-    assert len(plan.passes) == 3
+    call = make_call(q, k, v, config)
+    assert len(selection.launches_for(call, call.parts[0], config).passes) == 3
     assert_equal(select(q, k, v, config), expected)
 
 
@@ -237,9 +251,8 @@ def test_16_bit_inputs_keep_11_bits_at_any_magnitude(dtype, magnitude):
     k[:, :, 100] *= 64  # an outlier token
     grid = BlockGrid(48, 176, 16)
     exact = reference_scores(q, k, v, config, scale=SCALE)
-    inputs = q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)
-    plan = selection.plan_for(*inputs, config, SCALE, make_budget(q, k, config))
-    pooled, scales = plan.pool_inputs(*inputs)
+    call = make_call(q, k, v, config)
+    pooled, scales = selection.launches_for(call, call.parts[0], config).pool_inputs(call.parts[0])
     assert pooled.dtype == torch.float16
     rows = (pooled.double() * scales.double()[: len(pooled), None]).cpu()
     q_rows, k_rows = rows[: 2 * grid.q_blocks].view(-1, 2, 128).transpose(0, 1), rows[2 * grid.q_blocks :]
@@ -258,9 +271,8 @@ def test_spreads_and_means_share_a_power_and_keep_their_bits(magnitude):
     config = make_config(score="mass", stride=4, value_term="none")
     q, k, v = make_qkv(48, 176, heads=2, kv_heads=1, dtype=torch.bfloat16)
     k = k * magnitude  # at 20 a key's norm is above 100
-    inputs = q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)
-    plan = selection.plan_for(*inputs, config, SCALE, make_budget(q, k, config))
-    pooled, powers = plan.pool_inputs(*inputs)
+    call = make_call(q, k, v, config)
+    pooled, powers = selection.launches_for(call, call.parts[0], config).pool_inputs(call.parts[0])
     pooled, powers = pooled.double().cpu(), powers.double().cpu()
     queries = pooled[:12].view(3, 2, 2, 48) * powers[:6].view(3, 2, 1, 1)  # three blocks of two heads, two runs each
     keys = pooled[12:].view(11, 4, 48) * powers[6:17].view(11, 1, 1)
@@ -302,7 +314,7 @@ def test_later_calls_at_other_addresses(offset):
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_a_captured_graph_follows_its_inputs():
-    config = StemConfig(min_seq_len=0)
+    config = StemConfig()
     first, second = (make_qkv(4000, 6000, heads=8, dim=128, dtype=torch.bfloat16, seed=s) for s in (0, 1))
     q, k, v = (x.to(DEVICE) for x in first)
     expected = [select(*inputs, config) for inputs in (first, second)]
@@ -310,7 +322,8 @@ def test_a_captured_graph_follows_its_inputs():
     from stem_attn.backends.triton import TritonBackend
 
     with torch.cuda.graph(graph):
-        made = TritonBackend().select(q, k, v, config=config, scale=SCALE, budget=make_budget(q, k, config))
+        call = make_call(q, k, v, config)
+        made = TritonBackend().select(call, call.parts[0], config, budget_of(config, (6000,)))
     for inputs, wanted in zip((first, second), expected, strict=True):
         for x, new in zip((q, k, v), inputs, strict=True):
             x.copy_(new)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from helpers import SMALL, make_qkv
-from stem_attn import stem_attention, stem_attention_varlen
+from stem_attn import methods, select_blocks, stem_attention, stem_attention_paged, stem_attention_varlen
 
 Q_LENS, K_LENS = [130, 1, 300, 16], [130, 70, 333, 16]
 
@@ -34,6 +34,35 @@ def test_each_sequence_as_if_alone(as_tensor):
         torch.testing.assert_close(got, alone[0].transpose(0, 1), atol=1e-6, rtol=1e-5)
 
 
+def test_selections_and_one_prompt_length_for_all():
+    parts, packed = pack()
+    cu = {"cu_seqlens_q": starts(Q_LENS), "cu_seqlens_k": starts(K_LENS)}
+    _, selections = stem_attention_varlen(*packed, **cu, config=SMALL, prompt_len=600, return_selection=True)
+    for part, selection in zip(parts, selections, strict=True):
+        alone = select_blocks(*part, config=SMALL, prompt_len=600)
+        assert torch.equal(selection.to_mask(), alone.to_mask())
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"stem"}))
+def test_every_method_runs_packed_and_paged(name):
+    fields = {"config": SMALL} if name == "uniform" else {"block_size": 16}
+    method = methods.make(name, **fields)
+    parts, packed = pack()
+    cu = {"cu_seqlens_q": starts(Q_LENS), "cu_seqlens_k": starts(K_LENS)}
+    out = stem_attention_varlen(*packed, **cu, method=method)
+    expected = torch.cat([stem_attention(*part, method=method)[0].transpose(0, 1) for part in parts])
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+    # The packed keys as pages of one token.
+    table = torch.zeros(4, max(K_LENS), dtype=torch.int32)
+    for row, (first, n) in enumerate(zip(starts(K_LENS), K_LENS, strict=False)):
+        table[row, :n] = torch.arange(first, first + n)
+    pages = packed[1][:, None], packed[2][:, None]
+    paged = stem_attention_paged(
+        packed[0], *pages, cu_seqlens_q=cu["cu_seqlens_q"], seq_lens=K_LENS, block_table=table, method=method
+    )
+    torch.testing.assert_close(paged, expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -43,7 +72,7 @@ def test_each_sequence_as_if_alone(as_tensor):
         ({"cu_seqlens_k": [0, 549]}, "5 rising ints"),
         ({"cu_seqlens_k": None}, "cu_seqlens_k must be 5 rising ints from 0 to 549"),
         ({"cu_seqlens_k": [0, 100, 200, 533, 549]}, "more tokens than k"),
-        ({"prompt_len": [130]}, "4 entries"),
+        ({"prompt_len": [130]}, "4 ints"),
         ({"prompt_len": [129, 70, 333, 16]}, "at least k's 130 tokens"),
     ],
 )

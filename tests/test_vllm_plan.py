@@ -3,17 +3,20 @@
 import json
 
 import pytest
+import torch
 
-from stem_attn import StemConfig
-from stem_attn.integrations.vllm.layers import is_dense_layer, layer_config, why_dense
+from stem_attn import PrefillPolicy, StemConfig, backends
+from stem_attn.backends.base import Geometry
+from stem_attn.integrations.vllm.layers import layer_config, layer_index, why_dense
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, split_batch
 from stem_attn.integrations.vllm.settings import Settings, describe, parse
 
-CONFIG = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=1, tail_blocks=0, min_seq_len=100)
+CONFIG = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=1, tail_blocks=0)
+CPU = backends.by_name("cpu"), Geometry("cpu", torch.float32, 64, 0)
 
 
 def split(*requests):
-    return split_batch(requests, CONFIG, crossover=False, device_type="cpu")
+    return split_batch(requests, CONFIG, PrefillPolicy(min_seq_len=100, crossover=False), *CPU)
 
 
 def test_a_mixed_batch_is_taken_apart():
@@ -55,7 +58,7 @@ def test_padded_rows_are_skipped():
 
 def test_the_crossover_is_told_by_the_whole_prompt():
     # 8 blocks and more of every row: nearly all of 10 blocks, few of 400. The same chunk, of two prompts.
-    config = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=8, tail_blocks=0, min_seq_len=100)
+    config = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=8, tail_blocks=0)
     short, long = Request(0, 16, 160, True, 160), Request(0, 16, 160, True, 6400)
     for request, crossover, reasons in (
         (short, True, {"no gain from sparsity": 16}),
@@ -63,16 +66,18 @@ def test_the_crossover_is_told_by_the_whole_prompt():
         (long, False, {}),
         (Request(0, 640, 6400, True, 6400), True, {}),
     ):
-        assert split_batch([request], config, crossover=crossover, device_type="cpu").reasons == reasons
+        policy = PrefillPolicy(min_seq_len=100, crossover=crossover)
+        assert split_batch([request], config, policy, *CPU).reasons == reasons
 
 
 def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
-    assert parse({}) == Settings(StemConfig(), "default", True)
+    assert parse({}) == Settings(StemConfig(), PrefillPolicy(), "default")
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"budget_bias": 7, "decay": 0.9}))
     got = parse({"preset": "official", "config_file": str(file), "decay": 0.8, "crossover": False})
-    assert got == Settings(StemConfig.preset("official", budget_bias=7, decay=0.8), "official", False)
-    assert describe(got) == "preset official with budget_bias=7, decay=0.8"
+    policy = PrefillPolicy.preset("official", crossover=False)
+    assert got == Settings(StemConfig.preset("official", budget_bias=7, decay=0.8), policy, "official")
+    assert describe(got) == "preset official with budget_bias=7, decay=0.8, crossover=False"
     assert describe(parse({})) == "preset default"
 
 
@@ -84,8 +89,8 @@ def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
             "unknown key budget_ration in .*; known: preset, config_file",
         ),
         ({"preset": "fast"}, "unknown preset 'fast'; known: default, official, paper"),
-        ({"crossover": 1}, "crossover must be true or false, got 1"),
-        ({"config_file": "/no/such.json"}, "cannot read config.file /no/such.json: No such file"),
+        ({"crossover": 1}, "crossover must be True or False, got 1"),
+        ({"config_file": "/no/such.json"}, "cannot read settings.file /no/such.json: No such file"),
         ({"config_file": 3}, "config_file must be a path, got 3"),
         ({"block_size": 48.0}, "block_size must be an int from 16 to 128"),
         (["default"], "must be an object, got list"),
@@ -98,7 +103,7 @@ def test_wrong_settings_are_refused(given, message):
 
 def test_a_wrong_config_file_is_refused(tmp_path):
     file = tmp_path / "tuned.json"
-    for text, message in (("[1]", "must be a JSON object, got list"), ('{"stridd": 4}', "unknown config field stridd")):
+    for text, message in (("[1]", "must be a JSON object, got list"), ('{"stridd": 4}', "unknown setting stridd")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             parse({"config_file": str(file)})
@@ -133,18 +138,11 @@ def test_layers_that_stay_dense(change, reason):
     assert why_dense(**{**PLAIN, **change}) == reason
 
 
-def test_dense_layers_are_told_by_name():
-    config = StemConfig(dense_layers=(0, -1))
-    dense = [is_dense_layer(f"model.layers.{i}.self_attn.attn", config, 4) for i in range(4)]
-    assert dense == [True, False, False, True]
-    assert not is_dense_layer("model.attn", config, 4)
-
-
-def test_budgets_by_layer_are_told_by_name():
-    config = StemConfig(layer_budgets=(1.0, 0.5))
-    assert layer_config("model.layers.1.self_attn.attn", config, 2) == StemConfig(budget_scale=0.5)
-    assert layer_config("model.attn", StemConfig(), 2) == StemConfig()
-    with pytest.raises(ValueError, match="layer_budgets has 2 factors, and the model has 4 layers"):
-        layer_config("model.layers.1.self_attn.attn", config, 4)
-    with pytest.raises(ValueError, match=r"model\.attn is none of the model's 2 layers"):
-        layer_config("model.attn", config, 2)
+def test_layers_are_told_by_name():
+    assert layer_index("model.layers.3.self_attn.attn") == 3
+    assert layer_index("model.attn") is None
+    policy = PrefillPolicy(layer_budgets=(1.0, 0.5))
+    assert layer_config("model.layers.1.self_attn.attn", StemConfig(), policy) == StemConfig(budget_scale=0.5)
+    assert layer_config("model.attn", StemConfig(), PrefillPolicy()) == StemConfig()
+    with pytest.raises(ValueError, match=r"layer_budgets: model\.attn does not say which"):
+        layer_config("model.attn", StemConfig(), policy)

@@ -57,14 +57,15 @@ class BlockGrid:
         start = (self.first_block + row) * self.block_size - self.offset
         return max(start, 0), min(start + self.block_size, self.q_len)
 
-    def block_ids(self, device: torch.device | str | None = None) -> Tensor:
+    def block_ids(self, device: torch.device | str = "cpu") -> Tensor:
         """Absolute block of every query row: int64 [Qb]."""
         return torch.arange(self.first_block, self.k_blocks, device=device)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class BlockSelection:
     """Hold the key blocks that each query block of each head keeps.
+
+    What is passed in is checked, which waits for a GPU that holds it (while torch.compile traces, shapes only).
 
     Args:
         indices: int32 [B, Hq, Qb, S]; absolute key blocks in ascending order, left-packed, padded with -1. The
@@ -73,13 +74,63 @@ class BlockSelection:
         block_size: Tokens a block.
         q_len: Query tokens the selection was made for.
         k_len: Key tokens the selection was made for.
+
+    Raises:
+        ValueError: A shape, a dtype or a row is not as described.
     """
 
-    indices: Tensor
-    counts: Tensor
+    __slots__ = ("_indices", "_keeps_everything", "block_size", "counts", "k_len", "q_len")
+
     block_size: int
     q_len: int
     k_len: int
+    counts: Tensor
+
+    def __init__(self, indices: Tensor, counts: Tensor, block_size: int, q_len: int, k_len: int) -> None:
+        _check_form(indices, counts, BlockGrid(q_len, k_len, block_size))
+        if not torch.compiler.is_compiling():
+            _check_rows(indices, counts, BlockGrid(q_len, k_len, block_size))
+        self._fill(indices, counts, BlockGrid(q_len, k_len, block_size))
+
+    def _fill(self, indices: Tensor | None, counts: Tensor, grid: BlockGrid) -> None:
+        self._indices = indices
+        self._keeps_everything = indices is None
+        self.counts = counts
+        self.block_size, self.q_len, self.k_len = grid.block_size, grid.q_len, grid.k_len
+
+    @classmethod
+    def made(cls, indices: Tensor, counts: Tensor, grid: BlockGrid) -> BlockSelection:
+        """Return a selection that this package made itself: nothing is checked, no device is waited for.
+
+        Args:
+            indices: int32 [B, Hq, Qb, S].
+            counts: int32 [B, Hq, Qb].
+            grid: The rows and columns.
+        """
+        selection = cls.__new__(cls)
+        selection._fill(indices, counts, grid)
+        return selection
+
+    @classmethod
+    def everything(cls, *, batch: int, heads: int, grid: BlockGrid, device: torch.device | str) -> BlockSelection:
+        """Return the selection of all causal blocks. Its indices are made when somebody reads them."""
+        selection = cls.__new__(cls)
+        selection._fill(None, (grid.block_ids(device) + 1).int().expand(batch, heads, -1), grid)
+        return selection
+
+    @property
+    def indices(self) -> Tensor:
+        """int32 [B, Hq, Qb, S]: the kept blocks."""
+        if self._indices is None:
+            columns = torch.arange(self.grid.k_blocks, dtype=torch.int32, device=self.counts.device)
+            kept = torch.where(columns < self.counts[:1, :1, :, None], columns, -1)
+            self._indices = kept.expand(*self.counts.shape[:2], -1, -1)
+        return self._indices
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether this was made as the selection of all causal blocks."""
+        return self._keeps_everything
 
     @property
     def grid(self) -> BlockGrid:
@@ -89,7 +140,7 @@ class BlockSelection:
     def to_mask(self) -> Tensor:
         """Return the kept blocks as bool [B, Hq, Qb, Kb]."""
         k_blocks = self.grid.k_blocks
-        kept = torch.zeros((*self.counts.shape, k_blocks + 1), dtype=torch.bool, device=self.indices.device)
+        kept = torch.zeros((*self.counts.shape, k_blocks + 1), dtype=torch.bool, device=self.counts.device)
         # Padding lands in one extra column, which is cut off.
         kept.scatter_(-1, self.indices.long().where(self.indices >= 0, k_blocks), True)
         return kept[..., :k_blocks]
@@ -120,8 +171,7 @@ class BlockSelection:
         if not bool(mask.gather(-1, diagonal.expand(*mask.shape[:3], 1)).all()):
             raise ValueError("mask drops the diagonal block of a query block; every row must keep its own")
         counts = mask.sum(-1, dtype=torch.int32)
-        indices = pack_mask(mask, counts, int(counts.max()))
-        return cls(indices, counts, block_size, q_len, k_len)
+        return cls.made(pack_mask(mask, counts, int(counts.max())), counts, grid)
 
     @classmethod
     def band(
@@ -132,6 +182,8 @@ class BlockSelection:
         The edge blocks hold keys outside the window: pass the same `window` to `block_sparse_attention`.
         """
         grid = BlockGrid(q_len, k_len, block_size)
+        if window >= k_len:
+            return cls.everything(batch=batch, heads=heads, grid=grid, device=device)
         rows = grid.block_ids(device)
         # A partial first row starts at the call's first query, not at its block's first token.
         first_query = (rows * block_size).clamp(min=grid.offset)
@@ -140,9 +192,7 @@ class BlockSelection:
         width = min(-(-(window - 1) // block_size) + 1, grid.k_blocks)
         slots = torch.arange(width, device=device)
         indices = (oldest[:, None] + slots).where(slots < counts[:, None], -1)
-        return cls(
-            indices.int().expand(batch, heads, -1, -1), counts.int().expand(batch, heads, -1), block_size, q_len, k_len
-        )
+        return cls.made(indices.int().expand(batch, heads, -1, -1), counts.int().expand(batch, heads, -1), grid)
 
     def density(self) -> float:
         """Return kept blocks over causal blocks, all batch rows, heads and query rows together.
@@ -160,3 +210,53 @@ def pack_mask(mask: Tensor, counts: Tensor, width: int) -> Tensor:
     columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
     indices = torch.full((*counts.shape, width + 1), -1, dtype=torch.int32, device=mask.device)
     return indices.scatter_(-1, slots, columns)[..., :width]
+
+
+def _check_form(indices: Tensor, counts: Tensor, grid: BlockGrid) -> None:
+    """Check what shapes, dtypes and devices tell of a selection."""
+    for name, x, rank in (("indices", indices, 4), ("counts", counts, 3)):
+        if not isinstance(x, Tensor) or x.ndim != rank or x.dtype != torch.int32:
+            form = "[B, Hq, Qb, S]" if rank == 4 else "[B, Hq, Qb]"
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be int32 {form}, got {got}")
+    if not 0 < grid.q_len <= grid.k_len or grid.block_size < 1:
+        raise ValueError(
+            f"a selection needs 0 < q_len <= k_len and a block_size of at least 1; got q_len={grid.q_len}, "
+            f"k_len={grid.k_len}, block_size={grid.block_size}"
+        )
+    if indices.shape[:3] != counts.shape or counts.shape[2] != grid.q_blocks:
+        raise ValueError(
+            f"selection must have rows [B, Hq, {grid.q_blocks}] for q_len={grid.q_len}, k_len={grid.k_len}, "
+            f"block_size={grid.block_size}; got counts {list(counts.shape)} and indices {list(indices.shape)}"
+        )
+    if indices.shape[3] == 0:
+        raise ValueError("counts must lie from 1 to the 0 slots of a row: indices has no slot")
+    if indices.device != counts.device:
+        raise ValueError(f"indices and counts must be on one device, got {indices.device} and {counts.device}")
+
+
+def _check_rows(indices: Tensor, counts: Tensor, grid: BlockGrid) -> None:
+    """Check every row of a selection whose form is right; reads it once."""
+    diagonal = grid.block_ids(indices.device)
+    slots = torch.arange(indices.shape[3], device=indices.device)
+    kept = slots < counts[..., None]
+    last = indices.gather(-1, (counts.long() - 1).clamp(0, indices.shape[3] - 1)[..., None])[..., 0]
+    rising = (indices[..., 1:] > indices[..., :-1]) | ~kept[..., 1:]
+    wrong = {
+        f"counts must lie from 1 to the {indices.shape[3]} slots of a row": (counts < 1) | (counts > len(slots)),
+        "a row's blocks must rise": ~rising,
+        "a row's first block must be at least 0": kept[..., :1] & (indices[..., :1] < 0),
+        "the last kept block of a row must be its diagonal one": last != diagonal,
+        "slots past a row's count must hold -1": ~kept & (indices != -1),
+    }
+    flags = torch.stack([rule.any() for rule in wrong.values()]).tolist()
+    for message, broken in zip(wrong, flags, strict=True):
+        if broken:
+            where = wrong[message].nonzero()[0].tolist()
+            row = tuple(where[:3])
+            shown = indices[row].tolist()
+            raise ValueError(
+                f"{message}; head {row[1]} of batch row {row[0]} has in query row {row[2]} (block "
+                f"{grid.first_block + row[2]}) count {int(counts[row])} and indices {shown[:8]}"
+                + ("..." if len(shown) > 8 else "")
+            )

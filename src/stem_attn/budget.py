@@ -1,11 +1,13 @@
 """Token Position-Decay: how many key blocks each query block keeps.
 
-A budget depends on positions, the prompt's length and the config only, so it is computed on the host and a chunk
-boundary cannot change it. All results are cached, because every layer asks for the same: never write to them.
+A budget depends on positions, the prompt's length and the config only. So it is made on the host, for the whole
+prompt, and a chunk reads its rows of it: a chunk boundary changes nothing. Results are cached, because every layer
+and every chunk asks for the same: never write to them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,44 +17,62 @@ from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 
 
-@lru_cache(maxsize=1024)  # layers may have budgets of their own
-def block_budget(config: StemConfig, prompt_len: int, grid: BlockGrid) -> Tensor:
-    """Return the budget of every query row of a call, not yet clipped to the row's causal blocks.
+@dataclass(frozen=True, slots=True, eq=False)
+class Budget:
+    """The blocks that every query row of a prompt may keep.
 
     Args:
         config: The schedule.
-        prompt_len: Tokens of the whole prompt, at least `grid.k_len`.
-        grid: The rows that the call holds.
+        prompt_lens: Tokens of the whole prompt: one int for all batch rows, or one a row.
+        blocks: int32 [n] on the CPU, from 1 to the prompt's n blocks, not yet clipped to a row's causal ones; [B, n]
+            where batch rows differ, n being the longest prompt's.
+    """
 
-    Returns:
-        int32 [Qb] on the CPU; blocks, from 1 to the prompt's number of blocks.
+    config: StemConfig
+    prompt_lens: tuple[int, ...]
+    blocks: Tensor
+
+    def rows(self, grid: BlockGrid) -> Tensor:
+        """Return the budget of the rows that a call holds: int32 [Qb], or [B, Qb]."""
+        return self.blocks[..., grid.first_block : grid.k_blocks]
+
+    def keeps_everything(self, grid: BlockGrid) -> bool:
+        """Tell whether every row of a call keeps all its causal blocks, so that there is nothing to score."""
+        return bool((self.rows(grid) > grid.block_ids()).all())
+
+
+@lru_cache(maxsize=1024)  # layers may have budgets of their own
+def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
+    """Return the budget of a prompt, or of a batch of prompts.
+
+    Args:
+        config: The schedule.
+        prompt_lens: Tokens of the whole prompt: one int for all batch rows, or one a row.
 
     Source: Stem, Eq. 3 (`decay_from="first_row"`); the authors' code (`decay_from="plateau"`).
     """
-    n = -(-prompt_len // config.block_size)
-    return _prompt_budget(config, prompt_len, n)[grid.first_block : grid.k_blocks]
+    rows = [_prompt_budget(config, -(-n // config.block_size)) for n in prompt_lens]
+    if len(rows) == 1:
+        return Budget(config, prompt_lens, rows[0])
+    table = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int32, device="cpu")
+    for n, row in enumerate(rows):
+        table[n, : len(row)] = row
+    return Budget(config, prompt_lens, table)
 
 
-@lru_cache(maxsize=1024)
-def keeps_everything(config: StemConfig, prompt_len: int, grid: BlockGrid) -> bool:
-    """Tell whether every query row of a call keeps all its causal blocks, so that there is nothing to score."""
-    return bool((block_budget(config, prompt_len, grid) > grid.block_ids()).all())
-
-
-@lru_cache(maxsize=256)
-def _prompt_budget(config: StemConfig, prompt_len: int, n: int) -> Tensor:
-    """Return the budget of all n rows of the prompt."""
-    if prompt_len < config.min_seq_len or n < config.dense_below:
-        return torch.full((n,), n, dtype=torch.int32)
+def _prompt_budget(config: StemConfig, n: int) -> Tensor:
+    """Return the budget of all n rows of a prompt."""
+    if n < config.dense_below:
+        return torch.full((n,), n, dtype=torch.int32, device="cpu")
     start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
     if config.decay_from == "first_row":
-        rows = torch.arange(n, dtype=torch.float64)
-        budget = start - start * (1 - config.decay) / n * rows
+        budget = start - start * (1 - config.decay) / n * torch.arange(n, dtype=torch.float64, device="cpu")
     else:
         plateau = min(max(int(start), config.budget_floor), n)
-        budget = torch.full((n,), plateau, dtype=torch.float64)
-        budget[plateau:] = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64)
-    budget = budget.floor().clamp(min=config.budget_floor, max=n).to(torch.int32)
-    tail = torch.arange(max(n - config.tail_blocks, 0), n)
-    budget[tail] = budget[tail].maximum((config.tail_ratio * (tail + 1).double()).ceil().to(torch.int32))
-    return budget
+        budget = torch.full((n,), plateau, dtype=torch.float64, device="cpu")
+        end = config.decay * plateau
+        budget[plateau:] = torch.linspace(plateau, end, n - plateau, dtype=torch.float64, device="cpu")
+    rows = budget.floor().clamp(min=config.budget_floor, max=n).to(torch.int32)
+    tail = torch.arange(max(n - config.tail_blocks, 0), n, device="cpu")
+    rows[tail] = rows[tail].maximum((config.tail_ratio * (tail + 1).double()).ceil().to(torch.int32))
+    return rows

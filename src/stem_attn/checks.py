@@ -1,4 +1,4 @@
-"""Checks of a call's inputs: each raises ValueError saying what was expected and what came, before any work."""
+"""Checks of what a caller passes: a ValueError says what was expected and what came, before any work."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from stem_attn.blocks import BlockSelection
-from stem_attn.config import Residual, StemConfig
+from stem_attn.config import PRESETS, Residual, StemConfig
+
+# Ready-made: torch.compile does not trace what makes them.
+_PRESETS = {name: StemConfig.preset(name) for name in PRESETS}
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check ranks, shapes, dtypes and devices, and that no gradient is asked for."""
+    """Check ranks, shapes, dtypes and devices, that there are numbers, and that no gradient is asked for."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 4:
-            raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {_shape(x)}")
+            raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {shape_of(x)}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if not torch.compiler.is_compiling() and (q.is_meta or isinstance(q, FakeTensor)):
+        raise ValueError(
+            "q, k and v must hold numbers: which blocks are kept depends on them; got meta or fake tensors"
+        )
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        raise ValueError(f"q, k and v must not be empty, got {_shape(q)}, {_shape(k)}, {_shape(v)}")
+        raise ValueError(f"q, k and v must not be empty, got {shape_of(q)}, {shape_of(k)}, {shape_of(v)}")
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k and v must agree in batch, heads and tokens, got {_shape(k)} and {_shape(v)}")
+        raise ValueError(f"k and v must agree in batch, heads and tokens, got {shape_of(k)} and {shape_of(v)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must agree in batch and head_dim, got {_shape(q)} and {_shape(k)}")
+        raise ValueError(f"q and k must agree in batch and head_dim, got {shape_of(q)} and {shape_of(k)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
     if q.shape[2] > k.shape[2]:
@@ -37,10 +44,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("sparse prefill has no backward: call it under torch.no_grad() or with detached inputs")
 
 
-def check_config(config: StemConfig) -> None:
-    """Check that a config was passed, not a dict or a preset's name."""
+def resolve_config(config: StemConfig | str) -> StemConfig:
+    """Return a config, from itself or from a preset's name."""
+    if isinstance(config, str):
+        return _PRESETS[config] if config in _PRESETS else StemConfig.preset(config)
     if not isinstance(config, StemConfig):
-        raise ValueError(f"config must be a StemConfig, got {type(config).__name__}")
+        raise ValueError(f"config must be a StemConfig or a preset's name, got {type(config).__name__}")
+    return config
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
@@ -52,47 +62,39 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def resolve_prompt_len(prompt_len: Any, batch: int, k_len: int) -> list[int]:
-    """Return the prompt's length of every batch row, from an int, a sequence of ints, a tensor or None."""
+def resolve_prompt_len(prompt_len: Any, batch: int, k_len: int) -> tuple[int, ...]:
+    """Return the prompt's length: one int where all batch rows have the same, otherwise one a row.
+
+    Args:
+        prompt_len: An int, a sequence of ints, a tensor, or None for k_len.
+        batch: Rows.
+        k_len: Tokens that a prompt has at least.
+    """
     if prompt_len is None:
-        return [k_len] * batch
+        return (k_len,)
     if isinstance(prompt_len, Tensor):
         prompt_len = prompt_len.tolist()
-    lengths = list(prompt_len) if isinstance(prompt_len, Sequence) else [prompt_len] * batch
-    whole = all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for n in lengths)
-    if len(lengths) != batch or not whole or any(n < k_len for n in lengths):
+    lengths = tuple(prompt_len) if isinstance(prompt_len, Sequence) else (prompt_len,) * batch
+    if len(lengths) != batch or any(type(n) is not int or n < k_len for n in lengths):
         raise ValueError(f"prompt_len must be an int or {batch} ints of at least k's {k_len} tokens, got {prompt_len}")
-    return lengths
+    return lengths if len(set(lengths)) > 1 else lengths[:1]
 
 
 def resolve_starts(name: str, value: Tensor | Sequence[int], tokens: int) -> list[int]:
     """Return where packed sequences start and end: rising ints from 0 to `tokens`."""
-    starts = value.tolist() if isinstance(value, Tensor) else list(value)
-    rising = len(starts) > 1 and all(a < b for a, b in pairwise(starts))
-    if not rising or starts[0] != 0 or starts[-1] != tokens or any(type(s) is not int for s in starts):
+    starts = _to_list(name, value)
+    rising = len(starts) > 1 and all(type(s) is int for s in starts) and all(a < b for a, b in pairwise(starts))
+    if not rising or starts[0] != 0 or starts[-1] != tokens:
         raise ValueError(f"{name} must be rising ints from 0 to {tokens} tokens, got {starts}")
     return starts
 
 
-def check_selection(selection: BlockSelection, q: Tensor, k: Tensor) -> None:
-    """Check that a selection was made for inputs of these shapes, on this device."""
-    if not isinstance(selection, BlockSelection):
-        raise ValueError(f"selection must be a BlockSelection, got {type(selection).__name__}")
-    if (selection.q_len, selection.k_len) != (q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"selection is for q_len={selection.q_len}, k_len={selection.k_len}; "
-            f"q and k have {q.shape[2]} and {k.shape[2]} tokens"
-        )
-    rows = (q.shape[0], q.shape[1], selection.grid.q_blocks)
-    if tuple(selection.counts.shape) != rows or tuple(selection.indices.shape[:3]) != rows:
-        raise ValueError(
-            f"selection must have rows [B, Hq, Qb] = {list(rows)}, got counts {_shape(selection.counts)} and "
-            f"indices {_shape(selection.indices)}"
-        )
-    if selection.indices.dtype != torch.int32 or selection.counts.dtype != torch.int32:
-        raise ValueError(f"selection must be int32, got {selection.indices.dtype} and {selection.counts.dtype}")
-    if not selection.indices.device == selection.counts.device == q.device:
-        raise ValueError(f"selection must be on q's device {q.device}, got {selection.indices.device}")
+def resolve_lengths(name: str, value: Any, sequences: int) -> list[int]:
+    """Return one length a sequence, from as many ints, or from one for all."""
+    lengths = [value] * sequences if type(value) is int else _to_list(name, value)
+    if len(lengths) != sequences or any(type(n) is not int or n < 1 for n in lengths):
+        raise ValueError(f"{name} must be {sequences} ints of at least 1, one a sequence, got {lengths}")
+    return lengths
 
 
 def check_window(window: int | None) -> None:
@@ -112,5 +114,14 @@ def check_residual(residual: Residual, window: int | None) -> None:
         )
 
 
-def _shape(x: Any) -> str:
+def shape_of(x: Any) -> str:
+    """Return a tensor's shape, or what else came in its place, for a message."""
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _to_list(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be a tensor or a sequence of ints, got {type(value).__name__}")
+    return list(value)

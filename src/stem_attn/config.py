@@ -1,7 +1,7 @@
 """StemConfig: every setting of the method, validated once.
 
-The fields fall in four groups: the block grid, the Output-Aware Metric (which blocks), Token Position-Decay
-(how many blocks), and the settings that only whole-model adapters read.
+The fields fall in three groups: the block grid, the Output-Aware Metric (which blocks) and Token Position-Decay (how
+many blocks). What adapters decide about whole models is `policy.PrefillPolicy`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 Score = Literal["linear", "mass"]
@@ -68,10 +66,6 @@ class StemConfig:
         forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
         residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its
             means, weighted by its number of tokens.
-        dense_layers: Indices of the layers that an adapter leaves dense; negative ones count from the end.
-        layer_budgets: For an adapter, one more factor on the budget for every layer of the model, in order; what
-            `stem-attn tune` finds. Layers that are dense or have a sliding window ignore theirs. Empty: none.
-        min_seq_len: Tokens; shorter prompts keep everything, and an adapter leaves them to dense attention.
 
     Raises:
         ValueError: A field has the wrong type or lies outside its range.
@@ -100,40 +94,45 @@ class StemConfig:
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
     residual: Residual = "none"
-    dense_layers: tuple[int, ...] = ()
-    layer_budgets: tuple[float, ...] = ()
-    min_seq_len: int = 4096
-    _json: str = field(init=False, repr=False, compare=False)  # ready-made, for torch.compile cannot trace json
+    # Ready-made: torch.compile cannot trace json, and every layer of a model asks caches by config.
+    _json: str = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget_ratio", _ratio_steps(self.budget_ratio))
-        object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
-        object.__setattr__(self, "layer_budgets", _layer_factors(self.layer_budgets))
-        _check_int("block_size", self.block_size, 16, 128)
+        check_int("block_size", self.block_size, 16, 128)
         if self.block_size % 16:
             raise ValueError(f"block_size must be a multiple of 16, got {self.block_size}")
-        _check_int("stride", self.stride, 1, self.block_size)
+        check_int("stride", self.stride, 1, self.block_size)
         if self.block_size % self.stride:
             raise ValueError(f"stride must divide block_size {self.block_size}, got {self.stride}")
         _check_choice("score", self.score, Score)
-        _check_float("spread_weight", self.spread_weight, 0.0, math.inf)
+        check_float("spread_weight", self.spread_weight, 0.0, math.inf)
         _check_choice("value_term", self.value_term, ValueTerm)
-        _check_float("value_weight", self.value_weight, 0.0, math.inf)
-        for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks", "min_seq_len"):
-            _check_int(name, getattr(self, name), 0)
-        _check_float("budget_scale", self.budget_scale, 0.0, math.inf)
-        _check_int("budget_floor", self.budget_floor, 1)
-        _check_int("local_blocks", self.local_blocks, 1)
-        _check_float("tail_ratio", self.tail_ratio, 0.0, 1.0)
-        _check_float("decay", self.decay, 0.0, 1.0)
+        check_float("value_weight", self.value_weight, 0.0, math.inf)
+        for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks"):
+            check_int(name, getattr(self, name), 0)
+        check_float("budget_scale", self.budget_scale, 0.0, math.inf)
+        check_int("budget_floor", self.budget_floor, 1)
+        check_int("local_blocks", self.local_blocks, 1)
+        check_float("tail_ratio", self.tail_ratio, 0.0, 1.0)
+        check_float("decay", self.decay, 0.0, 1.0)
         if self.decay == 0:
             raise ValueError("decay must be above 0, got 0")
         _check_choice("decay_from", self.decay_from, DecayStart)
         _check_choice("budget_scope", self.budget_scope, BudgetScope)
-        _check_float("head_floor", self.head_floor, 0.0, 1.0)
+        check_float("head_floor", self.head_floor, 0.0, 1.0)
         _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
         _check_choice("residual", self.residual, Residual)
-        object.__setattr__(self, "_json", json.dumps({name: getattr(self, name) for name in field_names()}))
+        values = {name: getattr(self, name) for name in field_names()}
+        object.__setattr__(self, "_json", json.dumps(values))
+        object.__setattr__(self, "_hash", hash(tuple(values.values())))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StemConfig.from_json, (self._json,)  # another process hashes otherwise
 
     @property
     def query_stride(self) -> int:
@@ -143,14 +142,6 @@ class StemConfig:
     def ratio(self, n: int) -> float:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
         return next(ratio for below, ratio in _ratio_steps(self.budget_ratio) if below is None or n < below)
-
-    def for_layer(self, layer: int) -> StemConfig:
-        """Return the config of one layer of a model: its factor of `layer_budgets` goes into `budget_scale`.
-
-        Args:
-            layer: From 0 on; below the number of factors, if there are any.
-        """
-        return _for_layer(self, layer) if self.layer_budgets else self
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> StemConfig:
@@ -176,6 +167,11 @@ class StemConfig:
         """
         unknown = sorted(set(fields) - set(field_names()))
         if unknown:
+            if set(unknown) <= _POLICY_FIELDS:
+                raise ValueError(
+                    f"{', '.join(unknown)} belong to an adapter's PrefillPolicy, not to the method: pass "
+                    "policy=PrefillPolicy(...); read_settings and make_settings of stem_attn.policy split a file"
+                )
             raise ValueError(f"unknown config field {', '.join(unknown)}; known: {', '.join(field_names())}")
         return cls(**fields)
 
@@ -199,35 +195,8 @@ class StemConfig:
         return self._json
 
 
-@lru_cache(maxsize=1024)  # every call of every layer asks
-def _for_layer(config: StemConfig, layer: int) -> StemConfig:
-    scale = config.budget_scale * config.layer_budgets[layer]
-    return dataclasses.replace(config, budget_scale=scale, layer_budgets=())
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """Read a config file: a JSON object of `StemConfig` fields, such as `stem-attn tune` writes.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The fields that the file names, as plain values.
-
-    Raises:
-        ValueError: It cannot be read, is no JSON object, or has a field that is unknown or out of range.
-    """
-    try:
-        text = path.expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"cannot read config file {path}: {reason}") from error
-    try:
-        StemConfig.from_json(text)  # says what is wrong with it, if anything
-    except ValueError as error:
-        raise ValueError(f"config file {path}: {error}") from error
-    fields: dict[str, Any] = json.loads(text)
-    return fields
+# Fields that StemConfig once had.
+_POLICY_FIELDS = {"dense_layers", "layer_budgets", "min_seq_len"}
 
 
 def field_names() -> tuple[str, ...]:
@@ -250,8 +219,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sink_blocks": 4,
         "local_blocks": 4,
         "forced_blocks": "on_top",
-        "dense_layers": (0, 1),
-        "min_seq_len": 0,
     },
     "paper": {
         "score": "linear",
@@ -264,7 +231,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tail_blocks": 0,
         "sink_blocks": 4,
         "local_blocks": 4,
-        "min_seq_len": 8192,
     },
 }
 
@@ -283,31 +249,19 @@ def _ratio_steps(value: Any) -> RatioSteps:
     if bounds != sorted(set(bounds)):
         raise ValueError(f"{expected}, got {value!r}")
     for _, ratio in pairs:
-        _check_float("budget_ratio", ratio, 0.0, 1.0)
+        check_float("budget_ratio", ratio, 0.0, 1.0)
     return tuple((below, float(ratio)) for below, ratio in pairs)
 
 
-def _layer_indices(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or any(type(i) is not int for i in value):
-        raise ValueError(f"dense_layers must be a sequence of layer indices, got {value!r}")
-    return tuple(value)
-
-
-def _layer_factors(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, tuple | list):
-        raise ValueError(f"layer_budgets must be a sequence of factors, one a layer, got {value!r}")
-    for factor in value:
-        _check_float("layer_budgets", factor, 0.0, math.inf)
-    return tuple(float(factor) for factor in value)
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Check that a field is an int within bounds."""
     if type(value) is not int or value < low or (high is not None and value > high):
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"{name} must be an int {span}, got {value!r}")
 
 
-def _check_float(name: str, value: Any, low: float, high: float) -> None:
+def check_float(name: str, value: Any, low: float, high: float) -> None:
+    """Check that a field is a finite number within bounds."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:
         raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value!r}")

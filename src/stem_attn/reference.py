@@ -48,7 +48,7 @@ def reference_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, sca
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
     estimate = _linear_scores if config.score == "linear" else _mass_scores
     group_size = q.shape[1] // k.shape[1]
-    scores = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float64)
+    scores = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float64, device="cpu")
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             q_head, k_head, v_head = q[b, h].double(), k[b, h // group_size].double(), v[b, h // group_size].double()
@@ -64,11 +64,11 @@ def _linear_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, sc
     `i % stride + j % stride == stride - 1`, over the `block_size^2 / stride` such pairs that two whole blocks have.
     """
     size, stride = config.block_size, config.stride
-    q_pos = torch.arange(grid.offset, grid.k_len)
-    k_pos = torch.arange(grid.k_len)
+    q_pos = torch.arange(grid.offset, grid.k_len, device="cpu")
+    k_pos = torch.arange(grid.k_len, device="cpu")
     antidiagonal = (q_pos[:, None] % stride + k_pos % stride) == stride - 1
     in_row = (q_pos // size == grid.block_ids()[:, None]).double()  # [Qb, Tq]
-    in_column = (k_pos // size == torch.arange(grid.k_blocks)[:, None]).double()  # [Kb, Tk]
+    in_column = (k_pos // size == torch.arange(grid.k_blocks, device="cpu")[:, None]).double()  # [Kb, Tk]
     logits = q @ k.T * scale
     return in_row @ (logits * antidiagonal) @ in_column.T / (size * size / stride)
 
@@ -86,12 +86,12 @@ def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scal
         x = torch.nn.functional.pad(x, (0, x.shape[-1] % 2))
         return x + x.roll(x.shape[-1] // 2, -1)
 
-    scores = torch.full((grid.q_blocks, grid.k_blocks), -torch.inf, dtype=torch.float64)
+    scores = torch.full((grid.q_blocks, grid.k_blocks), -torch.inf, dtype=torch.float64, device="cpu")
     key_groups = [k[start : start + stride] for start in range(0, grid.k_len, stride)]
     key_means = torch.stack([group.mean(0) for group in key_groups])
     key_spreads = torch.stack([group.var(0, correction=0) for group in key_groups])
-    tokens = torch.tensor([float(len(group)) for group in key_groups], dtype=torch.float64)
-    key_blocks = torch.arange(len(key_groups)) * stride // size
+    tokens = torch.tensor([float(len(group)) for group in key_groups], dtype=torch.float64, device="cpu")
+    key_blocks = torch.arange(len(key_groups), device="cpu") * stride // size
     first_token = grid.offset
     while first_token < grid.k_len:
         end = min((first_token // config.query_stride + 1) * config.query_stride, grid.k_len)
@@ -102,7 +102,9 @@ def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scal
         variance = paired(key_spreads[causal]) @ (paired(mean**2) / 2) / 2 * scale**2
         logits = key_means[causal] @ mean * scale + config.spread_weight * variance / 2
         mass = tokens[causal] * torch.exp(logits)
-        share = torch.zeros(grid.k_blocks, dtype=torch.float64).index_add(0, key_blocks[causal], mass / mass.sum())
+        share = torch.zeros(grid.k_blocks, dtype=torch.float64, device="cpu").index_add(
+            0, key_blocks[causal], mass / mass.sum()
+        )
         row = scores[block - grid.first_block]
         row[: block + 1] = row[: block + 1].maximum(share[: block + 1].log())
         first_token = end
@@ -112,14 +114,15 @@ def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scal
 def _value_term(norms: Tensor, config: StemConfig, grid: BlockGrid) -> Tensor:
     """What each key block's value norms [Tk] add to its score: [Kb]."""
     size, stride = config.block_size, config.stride
-    term = torch.zeros(grid.k_blocks, dtype=torch.float64)
+    term = torch.zeros(grid.k_blocks, dtype=torch.float64, device="cpu")
     if config.value_term == "log":
         for j in range(grid.k_blocks):
             term[j] = max(0.0, math.log(max(norms[j * size : (j + 1) * size].max().item(), 1e-300)))
     elif config.value_term == "zscore":
         whole = grid.k_len // stride  # groups; a rest of fewer than `stride` tokens has no z-score
-        logs = torch.tensor([math.log(norms[g * stride : (g + 1) * stride].max() + 1e-6) for g in range(whole)])
         if whole >= 2:
+            groups = norms[: whole * stride].view(whole, stride).amax(1)
+            logs = (groups + 1e-6).log()
             z = (logs - logs.mean()) / (logs.std() + 1e-6)
             for g in range(whole):
                 term[g * stride // size] += max(0.0, z[g].item()) / (size // stride)
@@ -129,14 +132,14 @@ def _value_term(norms: Tensor, config: StemConfig, grid: BlockGrid) -> Tensor:
 def reference_budget(config: StemConfig, prompt_len: int) -> list[int]:
     """Blocks that each row of the whole prompt may keep, not yet clipped to its causal blocks."""
     n = math.ceil(prompt_len / config.block_size)
-    if prompt_len < config.min_seq_len or n < config.dense_below:
+    if n < config.dense_below:
         return [n] * n
     start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
     if config.decay_from == "first_row":
         rows = [math.floor(start - start * (1 - config.decay) / n * i) for i in range(n)]
     else:
         plateau = min(max(int(start), config.budget_floor), n)
-        falling = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64)
+        falling = torch.linspace(plateau, config.decay * plateau, n - plateau, dtype=torch.float64, device="cpu")
         rows = [plateau] * plateau + [math.floor(x) for x in falling.tolist()]
     rows = [min(max(kept, config.budget_floor), n) for kept in rows]
     for i in range(max(n - config.tail_blocks, 0), n):
@@ -161,7 +164,7 @@ def reference_row(
         return alone
     causal = range(block + 1)
     if config.score == "linear":
-        sums = [torch.tensor(row[: block + 1]).double().logsumexp(0).item() for row in scores]
+        sums = [torch.tensor(row[: block + 1], dtype=torch.float64, device="cpu").logsumexp(0).item() for row in scores]
         scores = [[x - total for x in row] for row, total in zip(scores, sums, strict=True)]
     forced = {j for j in causal if j < config.sink_blocks or j > block - config.local_blocks}
     own_budget = min(budget, block + 1)
@@ -221,15 +224,15 @@ def reference_attention(
         out float64 [B, Hq, Tq, Dv] and the natural log-sum-exp float64 [B, Hq, Tq].
     """
     grid = BlockGrid(q.shape[2], k.shape[2], block_size)
-    q_pos = torch.arange(grid.offset, grid.k_len)[:, None]
-    k_pos = torch.arange(grid.k_len)
+    q_pos = torch.arange(grid.offset, grid.k_len, device="cpu")[:, None]
+    k_pos = torch.arange(grid.k_len, device="cpu")
     visible = (k_pos <= q_pos) & (k_pos > q_pos - (window or grid.k_len))
-    in_block = (torch.arange(grid.k_blocks)[:, None] == k_pos // block_size).double()  # [Kb, Tk]
+    in_block = (torch.arange(grid.k_blocks, device="cpu")[:, None] == k_pos // block_size).double()  # [Kb, Tk]
     tokens = in_block.sum(1, keepdim=True)
-    past = torch.arange(grid.k_blocks) < q_pos // block_size
+    past = torch.arange(grid.k_blocks, device="cpu") < q_pos // block_size
     group_size = q.shape[1] // k.shape[1]
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float64)
-    lse = torch.empty(q.shape[:3], dtype=torch.float64)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float64, device="cpu")
+    lse = torch.empty(q.shape[:3], dtype=torch.float64, device="cpu")
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             kept = mask[b, h].cpu()[q_pos[:, 0] // block_size - grid.first_block]  # [Tq, Kb]

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from engines import DECODE_GRAPHS, KEEP_ALL, SPARSE, engine, reconfigure, relative_error, set_chunk, stats, trace
 
+from stem_attn.policy import make_settings
+
 LAYERS, VOCAB = 2, 4096
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -131,7 +133,7 @@ def layer_errors(t, attend=exact):
 
 def traced_checks(llm):
     """What the layers gave, against float32 attention over the same queries, keys and values."""
-    from stem_attn import StemConfig, stem_attention
+    from stem_attn import stem_attention
 
     llm.reset_prefix_cache()
     for chunk in (8192, 512):
@@ -140,7 +142,7 @@ def traced_checks(llm):
         t = trace(llm, CHUNKED[0])
         errors, sparse = layer_errors(t), stats(llm)["sparse_tokens"]
         check(f"layers keep all, chunks {t.chunks[:3]}", max(errors) < RTOL, errors=errors, sparse=sparse)
-    config = StemConfig(**{k: v for k, v in SPARSE.items() if k != "crossover"})
+    config, _ = make_settings(SPARSE)
     for chunk in (8192, 512):
         set_chunk(llm, chunk)
         reconfigure(llm, SPARSE)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stem_attn import StemConfig
 from stem_attn.integrations.vllm.settings import parse
+from stem_attn.policy import make_settings
 
 # Blocks of 64 tokens, so that pages of 32 or 128 end inside blocks and blocks inside pages.
 BLOCK = 64
@@ -159,4 +159,4 @@ def relative_error(got, expected):
 
 
 def config_of(stem):
-    return StemConfig(**{name: value for name, value in stem.items() if name != "crossover"})
+    return make_settings(stem)[0]

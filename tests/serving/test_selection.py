@@ -1,5 +1,6 @@
 """When Stem is not selected nothing changes; when it is, a wrong config stops the start."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 from engines import SPARSE, answer, attention_layers, builders, engine, stats
 from tiny_families import greedy, prompt
+
+from stem_attn import StemConfig
 
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((300, 33))]
 
@@ -22,12 +25,10 @@ def test_unselected_the_classes_are_vllms_own(folders):
 
 
 def test_custom_is_another_name_and_a_config_file_is_read(folders, tmp_path):
-    from stem_attn import StemConfig
-
     file = tmp_path / "tuned.json"
     # The budget alone keeps everything of 10 blocks; the first layer's factor leaves it 4.
-    own = {"layer_budgets": (0.3, 1.0), "dense_layers": (-1,)}
-    file.write_text(StemConfig(block_size=32, budget_ratio=0.3, min_seq_len=64, **own).to_json())
+    own = {"layer_budgets": (0.3, 1.0), "dense_layers": (-1,), "min_seq_len": 64}
+    file.write_text(json.dumps({**json.loads(StemConfig(block_size=32, budget_ratio=0.3).to_json()), **own}))
     stem = {"preset": "paper", "config_file": str(file), "stride": 4, "crossover": False}
     with engine(folders("llama"), stem, attention_backend="CUSTOM") as llm:
         settings = {layer.impl.settings for layer in attention_layers(llm).values()}

@@ -7,17 +7,15 @@ import logging
 from collections import Counter
 from functools import cache
 
-from torch import Tensor
-
 from stem_attn.backends.base import Backend
-from stem_attn.config import Residual
+from stem_attn.call import Call
 
 log = logging.getLogger("stem_attn")
 
 # In the order in which automatic choice tries them.
 _CLASSES = {
-    "fa4": "stem_attn.backends.fa4:Fa4Backend",
     "triton": "stem_attn.backends.triton:TritonBackend",
+    "fa4": "stem_attn.backends.fa4:Fa4Backend",
     "cpu": "stem_attn.backends.cpu:CpuBackend",
 }
 _fallbacks: Counter[str] = Counter()
@@ -38,67 +36,94 @@ def fallbacks() -> dict[str, int]:
     return dict(_fallbacks)
 
 
-def choose(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    window: int | None = None,
-    residual: Residual = "none",
-    select: bool = False,
-) -> Backend:
-    """Find the backend for a call.
+def check_name(name: str) -> None:
+    """Check that a name is `"auto"` or a backend's.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if name != "auto" and name not in _CLASSES:
+        raise ValueError(f"backend must be one of auto, {', '.join(_CLASSES)}; got {name!r}")
+
+
+def for_call(name: str, call: Call) -> Backend:
+    """Find the backend that runs a call.
 
     Args:
         name: A backend's name, which is then used or refused, or `"auto"`.
-        q: [B, Hq, Tq, D], validated with k and v.
-        k: [B, Hkv, Tk, D].
-        v: [B, Hkv, Tk, Dv].
-        block_size: Tokens a block.
-        window: Tokens of a sliding window, or None.
-        residual: What stands for pruned blocks.
-        select: Whether the backend is wanted for making a selection.
+        call: The call.
 
     Raises:
-        ValueError: The name is unknown, or the named backend cannot take these inputs.
+        ValueError: The name is unknown, or the named backend cannot take the call.
         RuntimeError: The named backend cannot run on this machine.
     """
     if name == "auto":
-        return _automatic(q, k, v, block_size, window, residual, select)
-    if name not in _CLASSES:
-        raise ValueError(f"backend must be one of auto, {', '.join(_CLASSES)}; got {name!r}")
-    backend, reason = _load(name)
-    if backend is None or reason:
-        raise RuntimeError(f"backend {name!r} is not available here: {reason}")
-    if select and backend.selector:
-        return choose(backend.selector, q, k, v, block_size=block_size)
-    reason = backend.why_unsupported(q, k, v, block_size=block_size, window=window, residual=residual)
+        return _automatic(call)
+    backend = by_name(name)
+    reason = backend.why_unsupported(call)
     if reason:
         raise ValueError(f"backend {name!r} cannot run this call: {reason}")
     return backend
 
 
-def _automatic(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, window: int | None, residual: Residual, select: bool
-) -> Backend:
-    """Take the first backend that suits the inputs and can run them; say once why a better one could not."""
+def selector_of(backend: Backend, call: Call) -> Backend:
+    """Return the backend that makes a backend's selections, often itself.
+
+    Raises:
+        ValueError: It cannot take the call.
+        RuntimeError: It cannot run on this machine.
+    """
+    return backend if backend.selector is None else for_call(backend.selector, call)
+
+
+def by_name(name: str) -> Backend:
+    """Return a backend that this machine can run.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The backend cannot run on this machine.
+    """
+    check_name(name)
+    backend, reason = _load(name)
+    if backend is None or reason:
+        raise RuntimeError(f"backend {name!r} is not available here: {reason}")
+    return backend
+
+
+def expected(name: str, device_type: str) -> Backend | None:
+    """Return the backend that calls on a type of device will run on, as far as can be told without one; None: none.
+
+    Args:
+        name: A backend's name or `"auto"`.
+        device_type: `torch.device.type`.
+    """
+    for candidate in _CLASSES if name == "auto" else (name,):
+        backend, reason = _load(candidate)
+        if backend is not None and reason is None and (name != "auto" or _is_tried(backend, device_type)):
+            return backend
+    return None
+
+
+def _automatic(call: Call) -> Backend:
+    """Take the first backend made for the device that can run the call; say once why a better one could not."""
+    device_type = call.q.device.type
     for name in _CLASSES:
         backend, reason = _load(name)
-        if select and backend is not None and backend.selector:
-            continue
         if backend is None:
-            if name == "triton" and q.is_cuda:
+            if name == "triton" and device_type == "cuda":
                 _note(f"{name}: {reason}")
             continue
-        if not backend.suits(q, k, v, block_size=block_size):
+        if not _is_tried(backend, device_type):
             continue
-        reason = reason or backend.why_unsupported(q, k, v, block_size=block_size, window=window, residual=residual)
+        reason = reason or backend.why_unsupported(call)
         if reason is None:
             return backend
         _note(f"{name}: {reason}")
-    raise RuntimeError(f"no backend can run on {q.device}: {available()}")
+    raise RuntimeError(f"no backend can run on {call.q.device}: {available()}")
+
+
+def _is_tried(backend: Backend, device_type: str) -> bool:
+    return device_type in backend.automatic_on or "*" in backend.automatic_on
 
 
 def _note(reason: str) -> None:

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stem_attn.backends.base import Backend, empty_output
+from stem_attn.backends.base import BlockedBackend, Geometry
 from stem_attn.blocks import BlockSelection
-from stem_attn.config import Residual
+from stem_attn.call import Call
+from stem_attn.config import StemConfig
 
 # Logits of a batch of tasks per thread: more of them leave the cache, fewer make more calls.
 _THREAD_LOGITS = 2**19
 
 
-class CpuBackend(Backend):
+class CpuBackend(BlockedBackend):
     """Gather the kept blocks of a batch of query blocks, and attend with batched matmuls.
 
     Half precisions are computed in float32: a bfloat16 matmul is many times slower on a CPU without instructions for
@@ -29,98 +30,112 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
+    automatic_on = ("*",)
 
-    def why_unsupported(
+    def break_even(self, geometry: Geometry, config: StemConfig) -> float:
+        # Zen 4, float32, 8192 tokens, head dim 64 (docs/log.md): attention is 2.2 times as fast as SDPA at density .26,
+        # so d costs 1.75 d, and the selection a tenth of it.
+        return 0.5
+
+    def attend_part(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        block_size: int,
-        window: int | None,
-        residual: Residual = "none",
-    ) -> str | None:
-        return None
-
-    def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:
-        return True
-
-    def attend(
-        self,
+        call: Call,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         selection: BlockSelection,
-        *,
-        scale: float,
-        window: int | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        grid, size = selection.grid, selection.block_size
-        heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
-        fused = q.dtype == torch.bfloat16 and not return_lse and _has_native_bfloat16(q.device)
-        compute = q.dtype if fused or q.dtype == torch.float64 else torch.float32
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        attend_blocks(q, k, v, selection, scale=call.scale, window=call.window, out=out, lse=lse)
 
-        # N tasks: below, [N, ...] is in their order.
-        counts, order = selection.counts.flatten().sort(descending=True, stable=True)
-        row = order % grid.q_blocks
-        head = order // grid.q_blocks % heads
-        sample = order // (grid.q_blocks * heads)
-        first = (sample * kv_heads + head // (heads // kv_heads)) * grid.k_blocks  # block 0 of the task's KV head
-        diagonal = first + row + grid.first_block
-        blocks = selection.indices.flatten(0, 2)[order].add_(first.int()[:, None])  # [N, S]
 
-        # Whole query blocks: a partial first block is padded in front, a partial last one behind.
-        before = grid.offset - grid.first_block * size
-        after = grid.q_blocks * size - before - q_len
-        padded = F.pad(q, (0, 0, before, after)) if before + after else q
-        queries = torch.unflatten(padded, 2, (grid.q_blocks, size))[sample, head, row].to(compute)  # [N, size, D]
-        keys = _to_blocks(k, grid.k_blocks, size, compute)
-        values = _to_blocks(v, grid.k_blocks, size, compute)
-        result = queries.new_empty(len(order), size, v.shape[3])
-        lse = queries.new_empty(len(order), size) if return_lse else None
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Attend over the kept blocks.
 
-        batches = _batches(counts.tolist(), size)
-        room = max((stop - start) * width for start, stop, width in batches)  # blocks
-        key_buffer = keys.new_empty(room, keys.shape[1])
-        value_buffer = values.new_empty(room, values.shape[1])
-        logit_buffer = keys.new_empty(room * size * size)
-        future = keys.new_full((size, size), -math.inf).triu_(1)
-        for start, stop, width in batches:
-            tasks = slice(start, stop)
-            kept = blocks[tasks, :width]
-            chosen, used = kept.flatten(), kept.numel()
-            torch.index_select(keys, 0, chosen, out=key_buffer[:used])
-            torch.index_select(values, 0, chosen, out=value_buffer[:used])
-            batch_keys = key_buffer[:used].view(stop - start, width * size, -1)
-            batch_values = value_buffer[:used].view(stop - start, width * size, -1)
-            rows = 1 if fused and window is None else stop - start  # without logits, tasks have one mask in common
-            logits = logit_buffer[: rows * width * size * size].view(rows, size, width * size)
-            if fused:
-                logits.zero_()  # only the mask: SDPA adds its own logits
-            else:
-                logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale)
-            logits[:, :, -size:] += future  # the last block that a task keeps is its diagonal one
-            if window is not None:
-                _hide_left_of_window(logits, diagonal[tasks, None] - kept, window)
-            if lse is not None:
-                torch.logsumexp(logits, -1, out=lse[tasks])
-            if fused:
-                result[tasks] = F.scaled_dot_product_attention(
-                    queries[None, tasks], batch_keys[None], batch_values[None], attn_mask=logits[None], scale=scale
-                )[0]
-            else:
-                torch.bmm(torch.softmax(logits, -1, out=logits), batch_values, out=result[tasks])
+    Args:
+        q: [B, Hq, Tq, D], the last Tq of Tk tokens.
+        k: [B, Hkv, Tk, D].
+        v: [B, Hkv, Tk, Dv].
+        selection: The kept blocks.
+        scale: Factor of the logits.
+        window: Tokens of a causal sliding window to apply inside the kept blocks, or None.
+        out: [B, Hq, Tq, Dv] in q's dtype; written.
+        lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
+    """
+    grid, size = selection.grid, selection.block_size
+    heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
+    fused = q.dtype == torch.bfloat16 and lse is None and _has_native_bfloat16(q.device)
+    compute = q.dtype if fused or q.dtype == torch.float64 else torch.float32
 
-        out = empty_output(padded, v)
-        torch.unflatten(out, 2, (grid.q_blocks, size))[sample, head, row] = result.to(q.dtype)
-        if before + after:
-            out = empty_output(q, v).copy_(out[:, :, before : before + q_len])
-        if lse is None:
-            return out, None
-        by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
-        by_row[sample, head, row] = lse.float()
-        return out, by_row.flatten(2)[:, :, before : before + q_len].contiguous()
+    # N tasks: below, [N, ...] is in their order.
+    counts, order = selection.counts.flatten().sort(descending=True, stable=True)
+    row = order % grid.q_blocks
+    head = order // grid.q_blocks % heads
+    sample = order // (grid.q_blocks * heads)
+    first = (sample * kv_heads + head // (heads // kv_heads)) * grid.k_blocks  # block 0 of the task's KV head
+    diagonal = first + row + grid.first_block
+    blocks = selection.indices.flatten(0, 2)[order].add_(first.int()[:, None])  # [N, S]
+
+    # Whole query blocks: a partial first block is padded in front, a partial last one behind.
+    before = grid.offset - grid.first_block * size
+    after = grid.q_blocks * size - before - q_len
+    padded = F.pad(q, (0, 0, before, after)) if before + after else q
+    queries = torch.unflatten(padded, 2, (grid.q_blocks, size))[sample, head, row].to(compute)  # [N, size, D]
+    keys = _to_blocks(k, grid.k_blocks, size, compute)
+    values = _to_blocks(v, grid.k_blocks, size, compute)
+    result = queries.new_empty(len(order), size, v.shape[3])
+    task_lse = None if lse is None else queries.new_empty(len(order), size)
+
+    batches = _batches(counts.tolist(), size)
+    room = max((stop - start) * width for start, stop, width in batches)  # blocks
+    key_buffer = keys.new_empty(room, keys.shape[1])
+    value_buffer = values.new_empty(room, values.shape[1])
+    logit_buffer = keys.new_empty(room * size * size)
+    future = keys.new_full((size, size), -math.inf).triu_(1)
+    for start, stop, width in batches:
+        tasks = slice(start, stop)
+        kept = blocks[tasks, :width]
+        chosen, used = kept.flatten(), kept.numel()
+        torch.index_select(keys, 0, chosen, out=key_buffer[:used])
+        torch.index_select(values, 0, chosen, out=value_buffer[:used])
+        batch_keys = key_buffer[:used].view(stop - start, width * size, -1)
+        batch_values = value_buffer[:used].view(stop - start, width * size, -1)
+        rows = 1 if fused and window is None else stop - start  # without logits, tasks have one mask in common
+        logits = logit_buffer[: rows * width * size * size].view(rows, size, width * size)
+        if fused:
+            logits.zero_()  # only the mask: SDPA adds its own logits
+        else:
+            logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale)
+        logits[:, :, -size:] += future  # the last block that a task keeps is its diagonal one
+        if window is not None:
+            _hide_left_of_window(logits, diagonal[tasks, None] - kept, window)
+        if task_lse is not None:
+            torch.logsumexp(logits, -1, out=task_lse[tasks])
+        if fused:
+            result[tasks] = F.scaled_dot_product_attention(
+                queries[None, tasks], batch_keys[None], batch_values[None], attn_mask=logits[None], scale=scale
+            )[0]
+        else:
+            torch.bmm(torch.softmax(logits, -1, out=logits), batch_values, out=result[tasks])
+
+    by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, v.shape[3])
+    by_row[sample, head, row] = result.to(q.dtype)
+    out.copy_(by_row.flatten(2, 3)[:, :, before : before + q_len])
+    if lse is not None and task_lse is not None:
+        lse_by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
+        lse_by_row[sample, head, row] = task_lse.float()
+        lse.copy_(lse_by_row.flatten(2)[:, :, before : before + q_len])
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:

@@ -7,14 +7,14 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from stem_attn.backends.base import Backend
+from stem_attn.backends.base import BlockedBackend
 from stem_attn.blocks import BlockSelection
-from stem_attn.config import Residual
+from stem_attn.call import Call
 
 BLOCK = 128  # FA4's query and key tile at these head dims
 
 
-class Fa4Backend(Backend):
+class Fa4Backend(BlockedBackend):
     """Attend through FlashAttention-4's CuTe kernels; the selections are the Triton backend's.
 
     FA4 counts query blocks from the first query, so a prefix must be whole blocks. Its Blackwell kernel pairs two
@@ -34,62 +34,53 @@ class Fa4Backend(Backend):
             return f"it needs a Hopper GPU (compute capability 9.0), got {sorted(capabilities)}"
         return None
 
-    def why_unsupported(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        block_size: int,
-        window: int | None,
-        residual: Residual = "none",
-    ) -> str | None:
+    def why_unsupported(self, call: Call) -> str | None:
+        q, v = call.q, call.v
         if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
             return f"it needs tensors on a Hopper GPU, got {q.device}"
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"it takes float16 and bfloat16, got {q.dtype}"
-        if block_size != BLOCK:
-            return f"its block size is {BLOCK}, got {block_size}"
-        if (k.shape[2] - q.shape[2]) % BLOCK:
-            return f"its prefix must be a multiple of {BLOCK} tokens, got {k.shape[2] - q.shape[2]}"
+        if call.block_size != BLOCK:
+            return f"its block size is {BLOCK}, got {call.block_size}"
+        for part in call.parts:
+            if (part.k_len - part.q_len) % BLOCK:
+                return f"its prefix must be a multiple of {BLOCK} tokens, got {part.k_len - part.q_len}"
         head_dims = q.shape[3], v.shape[3]
         if head_dims[0] > 192 or head_dims[1] > 128 or any(d % 8 for d in head_dims):
             return f"its head dims are multiples of 8 up to 192 for q and k and 128 for v, got {head_dims}"
-        if window is not None:
+        if call.window is not None:
             return "it has no sliding window over block lists"
-        if residual != "none":
-            return f"it has no kernel that merges the means of pruned blocks (residual={residual!r})"
+        if call.residual != "none":
+            return f"it has no kernel that merges the means of pruned blocks (residual={call.residual!r})"
         return None
 
-    def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:
-        return False
-
-    def attend(
+    def attend_part(
         self,
+        call: Call,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         selection: BlockSelection,
-        *,
-        scale: float,
-        window: int | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
         from flash_attn.cute import flash_attn_func
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
         with torch.cuda.device(q.device), torch.no_grad():
-            out, lse = flash_attn_func(
+            result, result_lse = flash_attn_func(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
                 v.transpose(1, 2),
-                softmax_scale=scale,
+                softmax_scale=call.scale,
                 causal=True,
                 pack_gqa=False,  # heads of a group have lists of their own
                 block_sparse_tensors=BlockSparseTensorsTorch(**block_lists(selection), block_size=(BLOCK, BLOCK)),
-                return_lse=return_lse,
+                return_lse=lse is not None,
             )
-        return out.transpose(1, 2), lse if return_lse else None
+        out.copy_(result.transpose(1, 2))
+        if lse is not None:
+            lse.copy_(result_lse)
 
 
 def block_lists(selection: BlockSelection) -> dict[str, Tensor]:

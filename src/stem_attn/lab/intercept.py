@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stem_attn.config import StemConfig
 from stem_attn.integrations import hf
-from stem_attn.integrations.hf.enable import NAME
 from stem_attn.integrations.hf.forward import stem_attention_forward, why_dense
+from stem_attn.integrations.hf.register import NAME
 from stem_attn.lab.errors import InputError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]

@@ -9,127 +9,76 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stem_attn.backends.base import Backend
+from stem_attn.backends.base import Backend, Geometry
 from stem_attn.blocks import BlockSelection
-from stem_attn.config import Residual, StemConfig
+from stem_attn.budget import Budget
+from stem_attn.call import Call
+from stem_attn.config import StemConfig
+from stem_attn.layout import Part
+
+OLDEST_TRITON = (3, 4)
+"""The first with tensor descriptors; PyTorch 2.8 brings it."""
+
+# (tokens below which a step applies, density up to which sparse is faster).
+# One H100, bfloat16, head dim 128, cuDNN (benchmarks/results/h100-short-half, docs/log.md), whole calls in ms at
+# density d: 4096 tokens 0.043 + 0.253 d against 0.258, so 0.85; 8192 tokens 0.066 + 0.85 d against 0.899, so 0.98,
+# less some margin. Shorter calls take the host longer than the device.
+_BREAK_EVEN = ((4096, 0.0), (8192, 0.85), (None, 0.95))
+# Mass scores and shared budgets (benchmarks/results/h100-llama3-8b-default): 8192 tokens 0.107 + 0.95 d against 0.885,
+# so 0.82; 16384 tokens 0.196 + 3.47 d against 3.30, so 0.89; less a margin. At 4096 two more launches take the host
+# longer.
+_BREAK_EVEN_MASS = ((8192, 0.0), (16384, 0.7), (None, 0.85))
 
 
 class TritonBackend(Backend):
     """Run Triton kernels; with `TRITON_INTERPRET=1`, on CPU tensors through Triton's interpreter, slowly."""
 
     name = "triton"
+    automatic_on = ("cuda",)
 
     def why_unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if not torch.cuda.is_available() and not _interpreting():
             return "torch sees no GPU"
+        import triton
+
+        if tuple(int(n) for n in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"it needs Triton {oldest} or later, which PyTorch 2.8 brings; this is Triton {triton.__version__}"
         return None
 
-    def why_unsupported(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        block_size: int,
-        window: int | None,
-        residual: Residual = "none",
-    ) -> str | None:
+    def why_unsupported(self, call: Call) -> str | None:
+        q = call.q
         if not q.is_cuda and not _interpreting():
             return f"it needs tensors on a GPU, got {q.device}"
         if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"it takes float16, bfloat16 and float32, got {q.dtype}"
-        if block_size not in (16, 32, 64, 128):
-            return f"its block sizes are 16, 32, 64 and 128, got {block_size}"
-        if max(q.shape[3], v.shape[3]) > 256:
-            return f"its head dims go up to 256, got {q.shape[3]} and {v.shape[3]}"
+        if call.block_size not in (16, 32, 64, 128):
+            return f"its block sizes are 16, 32, 64 and 128, got {call.block_size}"
+        if max(q.shape[3], call.v.shape[3]) > 256:
+            return f"its head dims go up to 256, got {q.shape[3]} and {call.v.shape[3]}"
         if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
             return f"it needs an NVIDIA GPU since Ampere, got {torch.cuda.get_device_name(q.device)}"
         return None
 
-    def suits(self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> bool:
-        return q.is_cuda
+    def break_even(self, geometry: Geometry, config: StemConfig) -> float:
+        plain = config.score == "linear" and config.budget_scope == "head"
+        steps = _BREAK_EVEN if plain else _BREAK_EVEN_MASS
+        return next(density for below, density in steps if below is None or geometry.tokens < below)
 
-    def select(
-        self, q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig, scale: float, budget: Tensor
-    ) -> BlockSelection:
+    def select(self, call: Call, part: Part, config: StemConfig, budget: Budget) -> BlockSelection:
         from stem_attn.backends.triton.selection import select
 
-        return select(q, k, v, config=config, scale=scale, budget=budget)
+        return select(call, part, config, budget)
 
-    def select_paged(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor,
-        k_len: int,
-        *,
-        config: StemConfig,
-        scale: float,
-        budget: Tensor,
-    ) -> BlockSelection:
-        from stem_attn.backends.triton.selection import select
-
-        return select(q, k, v, config=config, scale=scale, budget=budget, pages=pages, k_len=k_len)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        selection: BlockSelection,
-        *,
-        scale: float,
-        window: int | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        from stem_attn.backends.triton.attention import attend
-
-        return attend(q, k, v, selection, scale=scale, window=window, return_lse=return_lse)
-
-    def attend_residual(
-        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        from stem_attn.backends.triton.residual import attend_residual
-
-        return attend_residual(q, k, v, selection, scale=scale, return_lse=return_lse)
-
-    def attend_packed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        selections: Sequence[BlockSelection],
-        *,
-        scale: float,
-        residual: Residual = "none",
-    ) -> Tensor:
-        if residual != "none":  # one launch for all sequences would have no log-sum-exp of each to merge with
-            return super().attend_packed(q, k, v, selections, scale=scale, residual=residual)
-        from stem_attn.backends.triton.attention import attend_packed
-
-        return attend_packed(q, k, v, selections, scale=scale)
-
-    def attend_paged(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        block_table: Tensor,
-        selections: Sequence[BlockSelection],
-        *,
-        scale: float,
-        out: Tensor,
-        residual: Residual = "none",
-    ) -> None:
-        if residual == "mean":
-            from stem_attn.backends.triton.residual import attend_paged
+    def attend(self, call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
+        if call.residual == "none":
+            from stem_attn.backends.triton.attention import attend
         else:
-            from stem_attn.backends.triton.attention import attend_paged
+            from stem_attn.backends.triton.residual import attend
 
-        attend_paged(q, k, v, block_table, selections, scale=scale, out=out)
+        attend(call, selections, out, lse)
 
 
 def _interpreting() -> bool:

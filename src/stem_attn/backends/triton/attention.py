@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,12 +15,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attn.backends.base import empty_output
 from stem_attn.backends.triton.attention_kernel import attention_kernel
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.launch_order import LEAD_ROWS
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
+from stem_attn.call import Call
+from stem_attn.layout import Part
 
 log = logging.getLogger("stem_attn")
 
@@ -32,92 +34,101 @@ LONG_TOKENS = 1024
 """Packed sequences of this many query tokens on average fill a Hopper GPU one at a time, with its own kernel."""
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, window: int | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attend over the kept blocks; see `Backend.attend`."""
-    out = empty_output(q, v)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    q, k, v, scale = normalise(q, k, v, scale)
-    indices = _unit_stride(selection.indices)
-    if hopper_fits(q, k, v, selection.block_size):
-        launch_hopper(q, k, v, out, lse, indices, selection.counts, scale, window)
-    else:
-        portable = portable_tile(q, v, selection.block_size)
-        launch(q, k, v, out, lse, indices, selection.counts, selection.block_size, scale, window, portable)
-    return out, lse
-
-
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, selections: Sequence[BlockSelection], *, scale: float) -> Tensor:
-    """Attend within each of several packed sequences; see `Backend.attend_packed`."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = empty_output(q, v)
-    attend_each(out, q, k, v, None, selections, scale)
-    return out[0].transpose(0, 1)
-
-
-def attend_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor,
-    selections: Sequence[BlockSelection],
-    *,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Attend within each of several sequences that are kept in pages; see `Backend.attend_paged`."""
-    q, out = (x.transpose(0, 1)[None] for x in (q, out))
-    attend_each(out, q, k, v, block_table, selections, scale)
-
-
-def attend_each(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor | None,
-    selections: Sequence[BlockSelection],
-    scale: float,
-    lse: Tensor | None = None,
-) -> None:
-    """Attend within each of several sequences, in one launch, or in one a sequence where they are long.
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """What one launch works on: a part of a call, or all of them packed, in a form that the kernels can address.
 
     Args:
-        out: [1, Hq, T, Dv].
-        q: [1, Hq, T, D].
-        k: [1, Hkv, Tk, D], or [pages, Hkv, page_size, D] where `block_table` is given.
-        v: [1, Hkv, Tk, Dv], likewise.
-        block_table: int32 [sequences, pages of the longest], last stride 1; or None.
-        selections: One a sequence.
-        scale: Factor of the logits.
-        lse: float32 [1, Hq, T] contiguous, of a single sequence, to write the log-sum-exp to; or None.
+        call: Whose properties the kernels compute.
+        q: [B, Hq, T, D], last stride 1.
+        k: [B, Hkv, Tk, D], or [pages, Hkv, page_size, D]; last stride 1.
+        v: [B, Hkv, Tk, Dv], likewise.
+        scale: Factor of the logits, positive: the kernels take maxima before they scale.
+        indices: int32 [B, Hq, R, S], last stride 1; slots past a row's count are not read.
+        counts: int32 [B, Hq, R].
+        out: [B, Hq, T, Dv], last stride 1.
+        lse: float32 [B, Hq, T] contiguous, or None.
+        k_len: Tokens of the sequence, where there is one.
+        block_table: int32 [sequences, pages of the longest], last stride 1; None where nothing is in pages.
+        packing: Where several sequences' rows and tokens start, from `_pack`; None for one part that is not in pages.
     """
-    q, k, v, scale = normalise(q, k, v, scale)
-    block_size = selections[0].block_size
-    page_size = 0 if block_table is None else k.shape[2]
-    if q.shape[2] >= LONG_TOKENS * len(selections) and hopper_fits(q, k, v, block_size, page_size):
-        q_start = k_start = 0
-        for n, selection in enumerate(selections):
-            q_stop, k_stop = q_start + selection.q_len, k_start + selection.k_len
-            keys, values, pages = k, v, None
-            if block_table is None:
-                keys, values = k[:, :, k_start:k_stop], v[:, :, k_start:k_stop]
-            else:
-                pages = block_table[n]
-            queries, part = q[:, :, q_start:q_stop], out[:, :, q_start:q_stop]
-            indices = _unit_stride(selection.indices)
-            launch_hopper(
-                queries, keys, values, part, lse, indices, selection.counts, scale, None, selection.k_len, pages
-            )
-            q_start, k_start = q_stop, k_stop
-    else:
-        indices, counts, packing = _pack(selections, q.device)
-        tile = portable_tile(q, v, block_size)
-        launch(q, k, v, out, lse, indices, counts, block_size, scale, None, tile, packing, block_table)
+
+    call: Call
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    indices: Tensor
+    counts: Tensor
+    out: Tensor
+    lse: Tensor | None
+    k_len: int
+    block_table: Tensor | None = None
+    packing: tuple[Tensor, ...] | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page; 0 where nothing is in pages."""
+        return 0 if self.block_table is None else self.k.shape[2]
 
 
-def _pack(selections: Sequence[BlockSelection], device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
+    """Attend over the kept blocks; see `Backend.attend`.
+
+    Several sequences go in one launch of the portable kernel, or in one launch each where they are long.
+    """
+    parts = call.parts
+    if len(parts) > 1:
+        q, k, v, scale = addressable(call, call.q, call.k, call.v)
+        fits = hopper_fits(q, k, v, call.block_size, call.layout.page_size)
+        if not fits or q.shape[2] < LONG_TOKENS * len(parts):
+            assert lse is None  # of packed and paged calls nobody can ask for it
+            indices, counts, packing = _pack(call, selections, parts)
+            operands = Operands(call, q, k, v, scale, indices, counts, out, None, 0, call.layout.block_table, packing)
+            launch(operands, portable_tile(q, v, call.block_size))
+            return
+    for part, selection in zip(parts, selections, strict=True):
+        attend_part(call, part, selection, out[:, :, part.tokens], lse)
+
+
+def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None) -> None:
+    """Attend within one part; out [B, Hq, Tq, Dv] and lse, float32 [B, Hq, Tq] contiguous, are the part's own."""
+    q, k, v, scale = addressable(call, part.q, part.k, part.v)
+    table = None if part.pages is None else part.pages[None]
+    long = table is None or part.q_len >= LONG_TOKENS
+    if long and hopper_fits(q, k, v, call.block_size, call.layout.page_size):
+        rows = _rows(selection), selection.counts
+        launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, table))
+        return
+    packing = None
+    if table is None:
+        indices, counts = _rows(selection), selection.counts
+    else:  # what reads pages reads packed sequences, be it one
+        indices, counts, packing = _pack(call, [selection], [part])
+    operands = Operands(call, q, k, v, scale, indices, counts, out, lse, part.k_len, table, packing)
+    launch(operands, portable_tile(q, v, call.block_size))
+
+
+def addressable(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Copy what the kernels cannot address, and make the scale positive; return q, k, v and the scale."""
+    scale = call.scale
+    if scale <= 0:
+        q, scale = q * scale, 1.0
+    q, k, v = map(_unit_stride, (q, k, v))
+    return q, k, v, scale
+
+
+def _rows(selection: BlockSelection) -> Tensor:
+    """Return a selection's indices, last stride 1; what keeps everything has one row for all."""
+    if not selection.keeps_everything:
+        return _unit_stride(selection.indices)
+    blocks = torch.arange(selection.grid.k_blocks, dtype=torch.int32, device=selection.counts.device)
+    return blocks.expand(*selection.counts.shape, -1)
+
+
+def _pack(
+    call: Call, selections: Sequence[BlockSelection], parts: Sequence[Part]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Put the sequences' rows one after the other, and say where each sequence starts.
 
     Returns:
@@ -127,21 +138,15 @@ def _pack(selections: Sequence[BlockSelection], device: torch.device) -> tuple[T
     indices = torch.cat([torch.nn.functional.pad(s.indices, (0, width - s.indices.shape[-1])) for s in selections], 2)
     counts = torch.cat([s.counts for s in selections], 2)
     starts = [[0], [0], [0]]
-    for s in selections:
-        for start, length in zip(starts, (s.grid.q_blocks, s.q_len, s.k_len), strict=True):
+    row_sequence = []
+    for n, part in enumerate(parts):
+        rows = call.grid(part).q_blocks
+        row_sequence += [n] * rows
+        for start, length in zip(starts, (rows, part.q_len, part.k_len), strict=True):
             start.append(start[-1] + length)
-    row_sequence = [n for n, s in enumerate(selections) for _ in range(s.grid.q_blocks)]
-    table = torch.tensor([x for part in (row_sequence, *starts) for x in part], dtype=torch.int32)
+    table = torch.tensor([x for part in (row_sequence, *starts) for x in part], dtype=torch.int32, device="cpu")
     sizes = [len(row_sequence), *(len(start) for start in starts)]
-    return indices, counts, table.to(device, non_blocking=True).split(sizes)
-
-
-def normalise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Copy what the kernels cannot address, and make the scale positive: they take maxima before they scale."""
-    if scale <= 0:
-        q, scale = q * scale, 1.0
-    q, k, v = map(_unit_stride, (q, k, v))
-    return q, k, v, scale
+    return indices, counts, table.to(call.q.device, non_blocking=True).split(sizes)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -155,39 +160,26 @@ def portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
     return choose_tile(block_size=block_size, head_dim=head_dim, item_bytes=q.element_size(), tma=tma)
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    indices: Tensor,
-    counts: Tensor,
-    block_size: int,
-    scale: float,
-    window: int | None,
-    tile: Tile,
-    packing: tuple[Tensor, ...] | None = None,
-    block_table: Tensor | None = None,
-) -> None:
+def launch(x: Operands, tile: Tile) -> None:
     """Run the portable kernel on q's device, on its current stream."""
-    page_size = 0 if block_table is None else k.shape[2]
-    table = counts if block_table is None else block_table
-    tensors = (out, lse if lse is not None else out, indices, counts, *(packing or (counts,) * 4))
+    q, k, v, lse = x.q, x.k, x.v, x.lse
+    table = x.counts if x.block_table is None else x.block_table
+    tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts, *(x.packing or (x.counts,) * 4))
     # Smaller pages would take several copies a tile, which the portable kernel's descriptors cannot join.
-    tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and page_size % tile.keys == 0
-    key = _layouts(q, k, v, out, indices, counts, table), q.dtype, q.device, _alignment(q, k, v, *tensors)
-    plan = _portable_plan(*key, block_size, scale, window, lse is not None, packing is not None, page_size, tma, tile)
+    tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and x.page_size % tile.keys == 0
+    key = _layouts(q, k, v, x.out, x.indices, x.counts, table), q.dtype, q.device, _alignment(q, k, v, *tensors)
+    flags = lse is not None, x.packing is not None, x.page_size, tma
+    plan = _portable_launch(*key, x.call.block_size, x.scale, x.call.window, *flags, tile)
     inputs: tuple[Any, ...] = (q, k, v)
     if tma:
         pad, pad_v = padded(q.shape[3]), padded(v.shape[3])
-        shapes = ((block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
-        inputs = tuple(TensorDescriptor(x, *_described(x, *shape)) for x, shape in zip(inputs, shapes, strict=True))
+        shapes = ((x.call.block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
+        inputs = tuple(TensorDescriptor(t, *_described(t, *shape)) for t, shape in zip(inputs, shapes, strict=True))
     _run(plan, q.device, *inputs, *tensors, table)
 
 
 @lru_cache(maxsize=1024)
-def _portable_plan(
+def _portable_launch(
     layouts: Layouts,
     dtype: torch.dtype,
     device: torch.device,
@@ -225,8 +217,8 @@ def _portable_plan(
     return Launch(attention_kernel, grid, (*strides, *numbers), constants, **options)
 
 
-def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int = 0) -> bool:
-    """Tell whether the Hopper kernel can take a call; `page_size` is 0 where k and v are not paged."""
+def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int) -> bool:
+    """Tell whether the Hopper kernel can take these operands; `page_size` is 0 where k and v are not in pages."""
     if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
         return False
     pads = padded(q.shape[3]), padded(v.shape[3])
@@ -246,39 +238,23 @@ def _gluon_known() -> bool:
     return known
 
 
-def launch_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    indices: Tensor,
-    counts: Tensor,
-    scale: float,
-    window: int | None,
-    k_len: int | None = None,
-    pages: Tensor | None = None,
-) -> None:
-    """Run the Hopper kernel on q's device, on its current stream.
-
-    With `pages`, int32 and contiguous, k and v are [pages, Hkv, page_size, D] and hold `k_len` tokens of one sequence.
-    """
+def launch_hopper(x: Operands) -> None:
+    """Run the Hopper kernel, over one part, on q's device, on its current stream."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    page_size = 0 if pages is None else k.shape[2]
-    tensors = (out, lse if lse is not None else out, indices, counts)
-    key = _layouts(q, k, v, out, indices, counts), q.dtype, q.device, _alignment(*tensors)
+    q, k, v, lse = x.q, x.k, x.v, x.lse
+    tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts)
+    key = _layouts(q, k, v, x.out, x.indices, x.counts), q.dtype, q.device, _alignment(*tensors)
     tile = choose_hopper_tile(padded(q.shape[3]), padded(v.shape[3]))
-    k_len = k.shape[2] if k_len is None else k_len
-    plan, boxes = _hopper_plan(*key, scale, window, lse is not None, k_len, page_size, tile)
+    plan, boxes = _hopper_launch(*key, x.scale, x.call.window, lse is not None, x.k_len, x.page_size, tile)
     inputs = (
-        GluonDescriptor(x, *_described(x, *shape), layout) for x, (shape, layout) in zip((q, k, v), boxes, strict=True)
+        GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip((q, k, v), boxes, strict=True)
     )
-    _run(plan, q.device, *inputs, *tensors, counts if pages is None else pages)
+    _run(plan, q.device, *inputs, *tensors, x.counts if x.block_table is None else x.block_table[0])
 
 
 @lru_cache(maxsize=1024)
-def _hopper_plan(
+def _hopper_launch(
     layouts: Layouts,
     dtype: torch.dtype,
     device: torch.device,

@@ -12,87 +12,58 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attn.backends.triton.attention import attend, attend_each, has_copy_engine, normalise, padded, portable_tile
+from stem_attn.backends.triton.attention import addressable, attend_part, has_copy_engine, padded, portable_tile
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.residual_kernel import mark_kernel, means_kernel, merge_kernel
 from stem_attn.backends.triton.tiles import Tile
 from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.call import Call
+from stem_attn.layout import Part
 
 MEANS_WARPS = 4
 
 
-def attend_residual(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attend over the kept blocks and the means of the pruned ones; see `Backend.attend_residual`."""
-    out, lse = attend(q, k, v, selection, scale=scale, window=None, return_lse=True)
-    assert lse is not None
-    merge_means(q, k, v, None, selection, out, lse, scale)
-    return out, lse if return_lse else None
-
-
-def attend_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor,
-    selections: Sequence[BlockSelection],
-    *,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Do so within each of several sequences that are kept in pages, one by one; see `Backend.attend_paged`."""
-    q, out = (x.transpose(0, 1)[None] for x in (q, out))
-    stop = 0
-    for n, selection in enumerate(selections):
-        start, stop = stop, stop + selection.q_len
-        queries, part = q[:, :, start:stop], out[:, :, start:stop]
-        lse = q.new_empty(queries.shape[:3], dtype=torch.float32)
-        attend_each(part, queries, k, v, block_table[n : n + 1], [selection], scale, lse)
-        merge_means(queries, k, v, block_table[n], selection, part, lse, scale)
+def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
+    """Attend over the kept blocks and the means of the pruned ones, part by part; see `Backend.attend`."""
+    for part, selection in zip(call.parts, selections, strict=True):
+        part_out = out[:, :, part.tokens]
+        whole = lse is not None and len(call.parts) == 1
+        part_lse = lse if whole else torch.empty(part.q.shape[:3], dtype=torch.float32, device=part.q.device)
+        assert part_lse is not None
+        attend_part(call, part, selection, part_out, part_lse)
+        merge_means(call, part, selection, part_out, part_lse)
 
 
 def merge_means(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pages: Tensor | None,
-    selection: BlockSelection,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    tile: Tile | None = None,
+    call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor, tile: Tile | None = None
 ) -> None:
     """Add the pruned past blocks, as their means, to attention over the kept ones.
 
     Args:
-        q: [B, Hq, Tq, D].
-        k: [B, Hkv, Tk, D]; [pages, Hkv, page_size, D] where `pages` is given, and then B = 1.
-        v: [B, Hkv, Tk, Dv], likewise.
-        pages: int32, contiguous; the page of every page_size tokens of the sequence. Or None.
+        call: The call.
+        part: One of its parts.
         selection: The kept blocks.
         out: [B, Hq, Tq, Dv], attention over the kept blocks, last stride 1; changed in place.
         lse: float32 [B, Hq, Tq] contiguous, the natural log-sum-exp of their logits; changed in place.
-        scale: Factor of the logits.
         tile: Launch choices of the merge; default: the portable attention kernel's.
     """
-    q, k, v, scale = normalise(q, k, v, scale)
+    q, k, v, scale = addressable(call, part.q, part.k, part.v)
     indices = selection.indices if selection.indices.stride(3) == 1 else selection.indices.contiguous()
     tile = tile or portable_tile(q, v, selection.block_size)
     inputs = q, k, v, out, indices, selection.counts
     layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)
-    page_size = 0 if pages is None else k.shape[2]
-    plan = _plan(layouts, q.dtype, q.device, selection.grid, page_size, scale, tile)
+    page_size = 0 if part.pages is None else k.shape[2]
+    launches = _merging(layouts, q.dtype, q.device, selection.grid, page_size, scale, tile)
     with on_device(q.device):
-        plan.run(q, k, v, pages, indices, selection.counts, out, lse)
+        launches.run(q, k, v, part.pages, indices, selection.counts, out, lse)
 
 
 @lru_cache(maxsize=256)
-def _plan(*args: Any) -> _Plan:
-    return _Plan(*args)
+def _merging(*args: Any) -> MergeLaunches:
+    return MergeLaunches(*args)
 
 
-class _Plan:
+class MergeLaunches:
     """All that the shapes and strides of a call decide: sizes and launches.
 
     Args:

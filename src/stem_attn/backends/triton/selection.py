@@ -3,11 +3,12 @@
 One pass over q, k and v pools them (and measures v); matrix products score block pairs; where heads share budgets, one
 program a query block counts what each of them keeps; one program a row keeps the best. Scores of many query blocks are
 made and used in passes, so that their memory stays bounded. Every layer of a model asks for the same shapes, so all
-that follows from shapes is worked out once, as a plan.
+that follows from shapes is worked out once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +23,10 @@ from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kerne
 from stem_attn.backends.triton.share_kernel import share_kernel
 from stem_attn.backends.triton.tiles import choose_mass_tile, choose_score_tile
 from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.budget import Budget
+from stem_attn.call import Call
 from stem_attn.config import StemConfig
+from stem_attn.layout import Part
 from stem_attn.selection import kept_at_least, kept_per_row, most_kept
 
 SCORE_BYTES = 1 << 30
@@ -34,103 +38,135 @@ TOP_KEYS_PER_WARP = 1024
 SHARE_KEYS = 4096
 LOG2_E = 1.4426950408889634
 
-# Host tables that captured graphs copy from at every replay: they must outlive the graphs.
-_captured: list[Tensor] = []
+# Host tables that captured graphs copy from at every replay, by their numbers: they must outlive the graphs.
+_captured: dict[tuple[int, ...], Tensor] = {}
+
+# Fields of a config that only a `KeepTable` reads: layers that differ in these share their launches.
+_BUDGET_FIELDS = (
+    "budget_ratio",
+    "budget_bias",
+    "budget_scale",
+    "budget_floor",
+    "dense_below",
+    "decay",
+    "decay_from",
+    "tail_blocks",
+    "tail_ratio",
+    "head_floor",
+    "residual",
+)
 
 
-def select(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    config: StemConfig,
-    scale: float,
-    budget: Tensor,
-    pages: Tensor | None = None,
-    k_len: int | None = None,
-) -> BlockSelection:
-    """Choose the kept blocks; see `Backend.select` and `Backend.select_paged`.
-
-    Args:
-        q: [B, Hq, Tq, D], any strides.
-        k: [B, Hkv, Tk, D]; [pages, Hkv, page_size, D] where `pages` is given, and then B = 1.
-        v: [B, Hkv, Tk, Dv], likewise.
-        config: The method; `block_size` must be a power of two.
-        scale: Factor of the attention logits.
-        budget: int32 [Qb] or [B, Qb] on the CPU; blocks.
-        pages: int32, contiguous; the page of every page_size tokens of the sequence.
-        k_len: Tokens of the sequence, where `pages` is given.
+def select(call: Call, part: Part, config: StemConfig, budget: Budget) -> BlockSelection:
+    """Choose the kept blocks of a part; see `Backend.select`.
 
     Returns:
         The selection that the CPU backend makes, except where scores differ by less than their rounding. 16-bit
         inputs are pooled in float32 and multiplied with 11 significant bits.
     """
-    with on_device(q.device):
-        return plan_for(q, k, v, config, scale, budget, k_len).run(q, k, v, pages)
+    with on_device(part.q.device):
+        launches = launches_for(call, part, config)
+        return launches.run(part, keep_table(budget, launches.rivals, part.q.device))
 
 
-def plan_for(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, budget: Tensor, k_len: int | None = None
-) -> _Plan:
-    """Find or make the plan of a call; the arguments are those of `select`."""
-    page_size = 0 if k_len is None else k.shape[2]
-    k_shape = k.shape if k_len is None else (1, k.shape[1], k_len, k.shape[3])
+def launches_for(call: Call, part: Part, config: StemConfig) -> SelectionLaunches:
+    """Find or make the launches of a part; `config.block_size` must be a power of two."""
+    q, k, v = part.q, part.k, part.v
+    page_size = 0 if part.pages is None else k.shape[2]
+    k_shape = (q.shape[0], k.shape[1], part.k_len, k.shape[3])
     aligned = (q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16)  # kernels are compiled for it
     layout = (q.shape, k_shape, v.shape[3], page_size, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
-    return _plan(layout, config, scale, budget.numpy().tobytes(), budget.ndim)
+    return _launches(layout, _without_budget(config), call.scale)
 
 
 @lru_cache(maxsize=256)
-def _plan(layout: tuple[Any, ...], config: StemConfig, scale: float, budget: bytes, budget_dims: int) -> _Plan:
-    return _Plan(layout, config, scale, budget, budget_dims)
+def _launches(layout: tuple[Any, ...], config: StemConfig, scale: float) -> SelectionLaunches:
+    return SelectionLaunches(layout, config, scale)
 
 
-@lru_cache(maxsize=256)
-def _keep_table(
-    budget: bytes, dims: int, grid: BlockGrid, config: StemConfig, rivals: int, pinned: bool
-) -> tuple[Tensor, int]:
-    """Clip a budget to the rows, on the host, and bound what a row keeps.
+@lru_cache(maxsize=1024)
+def _without_budget(config: StemConfig) -> StemConfig:
+    defaults = StemConfig()
+    return dataclasses.replace(config, **{name: getattr(defaults, name) for name in _BUDGET_FIELDS})
 
-    Returns:
-        int32 blocks that top-k takes, flat; where `rivals` heads share budgets, then those that every head keeps at
-        least. And the width of the selection's `indices`: what one head keeps when all others keep the least.
+
+@lru_cache(maxsize=1024)
+def keep_table(budget: Budget, rivals: int, device: torch.device) -> KeepTable:
+    """Find or make the table of a budget.
+
+    Args:
+        budget: Of a prompt or a batch of prompts.
+        rivals: Heads that share budgets; at most 1: none do.
+        device: Where kernels read it.
     """
-    table = torch.frombuffer(bytearray(budget), dtype=torch.int32)
-    table = table.view(-1, grid.q_blocks) if dims == 2 else table
-    keep, width = kept_per_row(table, grid, config)
-    if rivals > 1:
-        least = kept_at_least(keep, grid, config)
-        most = (most_kept(table, grid, config) * rivals - least * (rivals - 1)).minimum(grid.block_ids().int() + 1)
-        keep, width = torch.stack([keep, least]), int(most.max())
-    return keep.flatten().pin_memory() if pinned else keep.flatten(), width
+    return KeepTable(budget, rivals, device)
 
 
-class _Plan:
-    """All that the shapes, strides, config and budget of a call decide: sizes, tables and launches.
+class KeepTable:
+    """What the kernels read of a budget: a number for every row of the whole prompt, so that all chunks share it.
+
+    `stride` leads from one batch row to the next, 0 where they share a budget; `least_at` to the blocks that every head
+    keeps at least, which follow where heads share budgets.
+    """
+
+    def __init__(self, budget: Budget, rivals: int, device: torch.device) -> None:
+        config, blocks = budget.config, budget.blocks
+        tokens = blocks.shape[-1] * config.block_size
+        prompt = BlockGrid(tokens, tokens, config.block_size)
+        keep, _ = kept_per_row(blocks, prompt, config)
+        most = most_kept(blocks, prompt, config)
+        self.stride = blocks.shape[-1] if blocks.ndim == 2 else 0
+        self.least_at = keep.numel()
+        if rivals > 1:  # a head keeps the most when all others keep the least
+            least = kept_at_least(keep, prompt, config)
+            most = (most * rivals - least * (rivals - 1)).minimum(prompt.block_ids().int() + 1)
+            keep = torch.stack([keep, least])
+        self._most = most
+        self._host = keep.flatten().pin_memory() if device.type == "cuda" else keep.flatten()
+        self._device = device
+        self._widths: dict[BlockGrid, int] = {}
+        self._copies: dict[int, Tensor] = {}  # by stream
+
+    def width(self, grid: BlockGrid) -> int:
+        """Bound the blocks that any row of a call keeps."""
+        width = self._widths.get(grid)
+        if width is None:
+            width = self._widths[grid] = int(self._most[..., grid.first_block : grid.k_blocks].max())
+        return width
+
+    def on_device(self) -> Tensor:
+        """Return the table on the device: copied once a stream, and within a captured graph each time."""
+        if self._device.type != "cuda":
+            return self._host
+        if torch.cuda.is_current_stream_capturing():
+            host = _captured.setdefault(tuple(self._host.tolist()), self._host)
+            return host.to(self._device, non_blocking=True)
+        stream = torch.cuda.current_stream().cuda_stream
+        table = self._copies.get(stream)
+        if table is None:
+            table = self._copies[stream] = self._host.to(self._device, non_blocking=True)
+        return table
+
+
+class SelectionLaunches:
+    """All that shapes, strides and the method decide, whatever the budget: sizes and launches.
 
     Args:
         layout: Shapes of q and k as if not paged, v's head dim, tokens a page or 0, strides of q, k and v, their dtype
             and device, and their addresses modulo 16.
         config: The method.
         scale: Factor of the attention logits.
-        budget: The bytes of an int32 tensor [Qb] or [B, Qb].
-        budget_dims: 1 or 2.
     """
 
-    def __init__(
-        self, layout: tuple[Any, ...], config: StemConfig, scale: float, budget: bytes, budget_dims: int
-    ) -> None:
+    def __init__(self, layout: tuple[Any, ...], config: StemConfig, scale: float) -> None:
         q_shape, k_shape, v_dim, page_size, *strides, dtype, device, _ = layout
         self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
         self.device = device
         batch, heads, _, dim = q_shape
         self.config, self.kv_heads, self.group = config, k_shape[1], heads // k_shape[1]
         scopes = {"head": 0, "group": 1, "layer": self.kv_heads}
-        rivals = scopes[config.budget_scope] * self.group
-        self.scope = scopes[config.budget_scope] if rivals > 1 else 0  # KV heads whose query heads share budgets
-        self.keep, self.width = _keep_table(budget, budget_dims, grid, config, rivals, device.type == "cuda")
-        self.keep_stride = grid.q_blocks if budget_dims == 2 else 0
-        self.keep_tables: dict[int, Tensor] = {}  # by stream
+        self.rivals = scopes[config.budget_scope] * self.group
+        self.scope = scopes[config.budget_scope] if self.rivals > 1 else 0  # KV heads whose query heads share budgets
         self.rows = batch, heads, grid.q_blocks
         self.all_heads = batch * self.kv_heads
         self.q_rows, self.k_rows = batch * heads * grid.q_blocks, self.all_heads * grid.k_blocks
@@ -209,7 +245,8 @@ class _Plan:
         for first in range(0, grid.q_blocks, pass_rows):
             rows = min(pass_rows, grid.q_blocks - first)
             score = self._score_by_mass(first, rows, scale) if self.mass else self._score_by_mean(first, rows, scale)
-            self.passes.append((*score, *self._keep_best(first, rows)))
+            self.passes.append((first, rows, score))
+        self._keeping: dict[tuple[int, int, int], list[tuple[Launch, tuple[str, ...]]]] = {}
 
     def _score_by_mean(self, first: int, rows: int, scale: float) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan the linear scores of some query blocks: each launch with its tensors by name."""
@@ -280,16 +317,23 @@ class _Plan:
             (reduce, ("masses", "totals", "table", "scores")),
         ]
 
-    def _keep_best(self, first: int, rows: int) -> list[tuple[Launch, tuple[str, ...]]]:
+    def _keep_best(self, first: int, rows: int, slots: int) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan what heads keep of some query blocks, and where they share budgets, how many of them first."""
+        known = self._keeping.get((first, rows, slots))
+        if known is not None:
+            return known
         inside = self.config.forced_blocks == "inside"
-        alone = self._take_top(first, rows, inside, shared=False)
-        if not self.scope:
-            return [(alone, ("scores", "keep", "indices", "counts"))]
-        share = (self._share(first, rows, inside), ("scores", "keep", "counts"))
-        top = (self._take_top(first, rows, True, shared=True), ("scores", "keep", "indices", "counts"))
-        # How many blocks a head keeps alone depends on its scores where forced ones come on top.
-        return [share, top] if inside else [(alone, ("scores", "keep", "indices", "counts")), share, top]
+        names = ("scores", "keep", "indices", "counts", "keep_stride", "width")
+        alone = (self._take_top(first, rows, slots, inside, shared=False), names)
+        if self.scope:
+            share = (self._share(first, rows, inside), ("scores", "keep", "counts", "keep_stride", "least_at"))
+            top = (self._take_top(first, rows, slots, True, shared=True), names)
+            # How many blocks a head keeps alone depends on its scores where forced ones come on top.
+            made = [share, top] if inside else [alone, share, top]
+        else:
+            made = [alone]
+        self._keeping[first, rows, slots] = made
+        return made
 
     def _share(self, first: int, rows: int, inside: bool) -> Launch:
         grid, config = self.grid, self.config
@@ -307,8 +351,6 @@ class _Plan:
                 self.pitch,
                 config.sink_blocks,
                 config.local_blocks,
-                self.keep_stride,
-                self.keep.numel() // 2,
             ),
             {
                 "HEADS": heads,
@@ -319,7 +361,7 @@ class _Plan:
             num_warps=8,
         )
 
-    def _take_top(self, first: int, rows: int, inside: bool, *, shared: bool) -> Launch:
+    def _take_top(self, first: int, rows: int, slots: int, inside: bool, *, shared: bool) -> Launch:
         grid, config = self.grid, self.config
         columns = triton.next_power_of_2(self.pitch)
         return Launch(
@@ -334,39 +376,41 @@ class _Plan:
                 config.sink_blocks,
                 config.local_blocks,
                 self.kv_heads,
-                self.keep_stride,
-                self.width,
             ),
-            {"COLUMNS": columns, "SLOTS": triton.next_power_of_2(self.width), "INSIDE": inside, "SHARED": shared},
+            {"COLUMNS": columns, "SLOTS": slots, "INSIDE": inside, "SHARED": shared},
             num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
         )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> BlockSelection:
-        """Make the selection of inputs of this plan's layout on the current device and stream."""
-        pooled, table = self.pool_inputs(q, k, v, pages)
-        indices = torch.empty((*self.rows, self.width), dtype=torch.int32, device=self.device)
+    def run(self, part: Part, keep: KeepTable) -> BlockSelection:
+        """Make the selection of a part of this layout on the current device and stream."""
+        pooled, table = self.pool_inputs(part)
+        width = keep.width(self.grid)
+        indices = torch.empty((*self.rows, width), dtype=torch.int32, device=self.device)
         counts = torch.empty(self.rows, dtype=torch.int32, device=self.device)
-        tensors = {
+        operands: dict[str, Any] = {
             "q_tiles": TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[0], self.step]),
             "table": table,
             "scores": torch.empty(self.scores_size, dtype=torch.float32, device=self.device),
-            "keep": self.keep_on_device(),
+            "keep": keep.on_device(),
             "indices": indices,
             "counts": counts,
+            "keep_stride": keep.stride,
+            "least_at": keep.least_at,
+            "width": width,
         }
         if self.mass:
             masses_size = self.scores_size * self.q_slots
-            tensors["k_tiles"] = TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[1], self.step])
-            tensors["masses"] = torch.empty(masses_size, dtype=torch.float32, device=self.device)
-            tensors["totals"] = torch.empty(masses_size // self.pitch, dtype=torch.float32, device=self.device)
-        for launches in self.passes:
-            for launch, names in launches:
-                launch(*(tensors[name] for name in names))
-        grid = self.grid
-        return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.k_len)
+            operands["k_tiles"] = TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[1], self.step])
+            operands["masses"] = torch.empty(masses_size, dtype=torch.float32, device=self.device)
+            operands["totals"] = torch.empty(masses_size // self.pitch, dtype=torch.float32, device=self.device)
+        slots = triton.next_power_of_2(width)
+        for first, rows, score in self.passes:
+            for launch, names in (*score, *self._keep_best(first, rows, slots)):
+                launch(*(operands[name] for name in names))
+        return BlockSelection.made(indices, counts, self.grid)
 
-    def pool_inputs(self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Read q, k and v once.
+    def pool_inputs(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Read a part's q, k and v once.
 
         Returns:
             pooled, the blocks of q and then those of k: for linear scores [blocks, stride * D], D rounded up to a
@@ -379,7 +423,8 @@ class _Plan:
             shape = self.q_rows * self.q_slots + self.k_rows * self.slots, self.dim_out
         pooled = torch.empty(shape, dtype=self.pooled_dtype, device=self.device)
         table = torch.empty(rows + self.k_rows, dtype=torch.float32, device=self.device)
-        block_table = table if pages is None else pages
+        q, k, v = part.q, part.k, part.v
+        block_table = table if part.pages is None else part.pages
         if self.zscore is None:
             self.pool(q, k, v, pooled, table, table, block_table)
         else:
@@ -387,16 +432,3 @@ class _Plan:
             self.pool(q, k, v, pooled, table, logs, block_table)
             self.zscore(logs, table)
         return pooled, table
-
-    def keep_on_device(self) -> Tensor:
-        """Copy the table of blocks to take to the device, once a stream, and within a captured graph each time."""
-        if self.device.type != "cuda":
-            return self.keep
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(self.keep)
-            return self.keep.to(self.device, non_blocking=True)
-        stream = torch.cuda.current_stream().cuda_stream
-        table = self.keep_tables.get(stream)
-        if table is None:
-            table = self.keep_tables[stream] = self.keep.to(self.device, non_blocking=True)
-        return table

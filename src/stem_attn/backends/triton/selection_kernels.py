@@ -15,6 +15,8 @@ from stem_attn.backends.triton.kernel_pages import token_offset
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
+LEAST_SCORE = tl.constexpr(-3.4028234663852886e38)
+"""Of a causal block: finite, so that it ranks before the future."""
 # Spreads are squares of what means are. Keys' are stored with this factor and queries' with its inverse in their
 # weight, so that both stay within float16's range of their block's means for magnitudes from 1e-3 to 1e4.
 BALANCE = tl.constexpr(1 / 16)
@@ -269,9 +271,12 @@ def score_kernel(
 @triton.jit(do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "width"])
 def top_kernel(
     scores,  # float32 [B * Hkv, rows * group, pitch]
-    keep,  # int32 [Qb], or [B, Qb] contiguous: blocks that top-k takes, clipped to the causal ones; not read if SHARED
+    keep,  # int32 [n], or [B, n], of the whole prompt: blocks that top-k takes, clipped to the causal ones; not read
+    # if SHARED
     indices,  # int32 [B * Hkv, group, Qb, width]
     counts,  # int32 [B * Hkv, group, Qb]; if SHARED it says what top-k takes
+    keep_stride,  # from one batch row to the next; 0 where they share a budget
+    width,
     first_row,  # the first query block that scores holds
     group,  # query heads a KV head
     q_blocks,
@@ -280,8 +285,6 @@ def top_kernel(
     sink,  # blocks
     local,  # blocks
     kv_heads,
-    keep_stride,  # from one batch row to the next; 0 where they share a budget
-    width,
     COLUMNS: tl.constexpr,  # a power of two, at least k_blocks
     SLOTS: tl.constexpr,  # a power of two, at least width
     INSIDE: tl.constexpr,  # forced blocks count among those that top-k takes
@@ -296,7 +299,7 @@ def top_kernel(
     if SHARED:
         taken = tl.load(counts + out_row)
     else:
-        taken = tl.load(keep + head // kv_heads * keep_stride + row)
+        taken = tl.load(keep + head // kv_heads * keep_stride + diagonal)
 
     # Scores become integers in the same order. The load is rounded up to whole vectors.
     column = tl.arange(0, COLUMNS)
@@ -304,6 +307,7 @@ def top_kernel(
     forced = causal & ((column < sink) | (column > diagonal - local))
     at = scores + (head * tl.num_programs(0) + slot) * pitch + column
     score = tl.load(at, mask=column < (diagonal // 16 + 1) * 16, other=0.0)
+    score = tl.where(score > LEAST_SCORE, score, LEAST_SCORE)  # what is no number ranks last
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0 equals 0
     key = tl.where(causal, bits ^ ((bits >> 31) & HIGHEST), LOWEST)
     if INSIDE:

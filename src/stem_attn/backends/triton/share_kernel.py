@@ -5,14 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stem_attn.backends.triton.selection_kernels import LEAST_SCORE
+
 
 @triton.jit(
     do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "least_at", "scope"]
 )
 def share_kernel(
     scores,  # float32 [B * Hkv, rows * group, pitch]: of every query block the heads of a KV head
-    keep,  # int32: blocks that a head may take alone, [Qb] or [B, Qb]; then those that it keeps at least
+    keep,  # int32, of the whole prompt: blocks that a head may take alone, [n] or [B, n]; then what it keeps at least
     counts,  # int32 [B * Hkv, group, Qb]: written; unless INSIDE it holds what every head keeps alone
+    keep_stride,  # from one batch row to the next; 0 where they share a budget
+    least_at,  # where the least numbers start in keep
     first_row,  # the first query block that scores holds
     group,  # query heads a KV head
     kv_heads,
@@ -22,8 +26,6 @@ def share_kernel(
     pitch,
     sink,  # blocks
     local,  # blocks
-    keep_stride,  # from one batch row to the next; 0 where they share a budget
-    least_at,  # where the least numbers start in keep
     HEADS: tl.constexpr,  # a power of two, at least scope * group
     CHUNK: tl.constexpr,  # columns; a power of two, at least 16
     INSIDE: tl.constexpr,  # forced blocks count among those that top-k takes
@@ -43,7 +45,7 @@ def share_kernel(
     kv_head = tl.program_id(1) * scope + head // group
     counts += (kv_head * group + head % group) * q_blocks + row
     scores += ((kv_head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * group + head % group) * pitch
-    keep += tl.program_id(1) * scope // kv_heads * keep_stride + row
+    keep += tl.program_id(1) * scope // kv_heads * keep_stride + diagonal
     least = tl.load(keep + least_at)
     if INSIDE:
         wanted = tl.load(keep) * scope * group
@@ -105,6 +107,8 @@ def _load(scores, norm, live, first, diagonal, sink, local, CHUNK: tl.constexpr)
     forced = (column < sink) | (column > diagonal - local)
     mask = live[:, None] & (column < (diagonal // 16 + 1) * 16)[None, :]  # whole vectors
     score = tl.load(scores[:, None] + column[None, :], mask=mask, other=0.0) - norm[:, None]
+    score = tl.where(score > LEAST_SCORE, score, LEAST_SCORE)  # what is no number ranks last
+    score = tl.minimum(score, -LEAST_SCORE)  # infinity is for forced blocks
     score = tl.where(forced[None, :], float("inf"), score)
     return tl.where(live[:, None] & causal[None, :], score, float("-inf"))
 

@@ -10,7 +10,8 @@
 Checked with transformers 5.17 and 5.23.
 """
 
-from stem_attn.integrations.hf.enable import disable, enable, prompt_length, register, reset_stats, stats
-from stem_attn.integrations.hf.state import Stats
+from stem_attn.integrations.hf.counters import Stats
+from stem_attn.integrations.hf.enable import disable, enable, prompt_length, reset_stats, stats
+from stem_attn.integrations.hf.register import register
 
 __all__ = ["Stats", "disable", "enable", "prompt_length", "register", "reset_stats", "stats"]

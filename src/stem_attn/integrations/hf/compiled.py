@@ -1,4 +1,4 @@
-"""The prefill as one opaque operator, which is what torch.compile sees of it."""
+"""`route` as one opaque operator, which is what torch.compile sees of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.integrations.hf.prefill import prefill
+from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import State
 
 
-def prefill_op(
+def route_op(
     state: State,
     module: Any,
     query: Tensor,
@@ -24,7 +24,7 @@ def prefill_op(
     layer: int | None,
     dense_layer: bool,
 ) -> Tensor:
-    """Do what `prefill` does, within a graph: it is decided when the graph runs, not when it is traced."""
+    """Do what `route` does, within a graph: it is decided when the graph runs, not when it is traced."""
     scale = query.shape[3] ** -0.5 if scale is None else scale
     out: Tensor = _op(query, key, value, mask, scale, layer, dense_layer, state.key)
     return out
@@ -48,7 +48,7 @@ def _op(
     # All that SDPA's wrapper reads of the module.
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
     state = State.by_key(state_key)
-    return prefill(state, module, query, key, value, mask, scale=scale, layer=layer, dense_layer=dense_layer)
+    return route(state, module, query, key, value, mask, scale=scale, layer=layer, dense_layer=dense_layer)
 
 
 @_op.register_fake

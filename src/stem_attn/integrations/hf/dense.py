@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stem_attn.integrations.hf import masks
+from stem_attn.integrations.hf.masks import is_compact, layout, to_dense, to_dense_traced
 
 
 def attend(
@@ -23,27 +23,56 @@ def attend(
         query: [B, Hq, L, D].
         key: [B, Hkv, n, D]; places beyond the tokens seen are ignored.
         value: [B, Hkv, n, Dv].
-        mask: None, compact, or 4-D.
-        eager: Whether to call the model's own eager function (softcap and sinks), not SDPA.
+        mask: None, compact, or SDPA's.
+        eager: Whether to call the model's own eager function (softcap, sinks, attention weights), not SDPA.
         kwargs: What the model passed besides.
 
     Returns:
         ([B, L, Hq, Dv], attention weights of the eager function, or None).
+
+    Raises:
+        ValueError: The cache holds other keys than those that the mask is for.
     """
     q_len = query.shape[2]
-    if mask is not None and mask.ndim == 2:
-        keys = masks.present_keys(mask, key)
-        key, value = key[:, :, :keys], value[:, :, :keys]
-        mask = masks.to_dense(mask, q_len, keys)
+    if mask is not None and is_compact(mask):
+        if torch.compiler.is_compiling():
+            mask = to_dense_traced(mask, q_len, key.shape[2])
+        else:
+            check_keys(module, query, key, mask)
+            present = layout(mask, query.shape[0], q_len).present
+            key, value = key[:, :, :present], value[:, :, :present]
+            mask = to_dense(mask, q_len)
     if not eager:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]  # looked up here, since others may replace it
         return sdpa(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
-    if mask is None and q_len > 1:  # to eager functions None means no mask at all
+    if mask is None and q_len > 1 and is_causal(module, kwargs):  # to eager functions None means no mask at all
         key, value = key[:, :, :q_len], value[:, :, :q_len]
         mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = zero.where(mask, torch.finfo(query.dtype).min)
     return eager_function(module)(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def check_keys(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Check that a layer's keys are those that the mask was made for, as SDPA does.
+
+    Raises:
+        ValueError: They are more or fewer: the layers' caches have unequal lengths, or their keys were compressed.
+    """
+    held = layout(mask, query.shape[0], query.shape[2]).held
+    if key.shape[2] != held:
+        layer = getattr(module, "layer_idx", None)
+        raise ValueError(
+            f"layer {layer} has keys of {key.shape[2]} tokens, but its mask is for {held}: "
+            "caches whose layers hold unequal numbers of tokens are not supported"
+        )
+
+
+def is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call is causal: the argument decides, then the module."""
+    told = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
 def eager_function(module: Any) -> Callable[..., Any]:

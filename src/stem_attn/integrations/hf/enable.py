@@ -7,41 +7,33 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from stem_attn import backends, baselines
-from stem_attn.baselines.uniform import Uniform
+from stem_attn import backends, methods
+from stem_attn.checks import resolve_config
 from stem_attn.config import StemConfig, field_names
-from stem_attn.integrations.hf.forward import stem_attention_forward
-from stem_attn.integrations.hf.masks import stem_mask
+from stem_attn.integrations.hf.counters import Stats
 from stem_attn.integrations.hf.refuse import why_refused
-from stem_attn.integrations.hf.state import ATTRIBUTE, State, Stats, normalize_prompt_len
-from stem_attn.methods import Method, Stem
+from stem_attn.integrations.hf.register import NAME, register
+from stem_attn.integrations.hf.state import ATTRIBUTE, State
+from stem_attn.integrations.hf.told import normalize, telling
+from stem_attn.method import Method
+from stem_attn.methods import Stem
+from stem_attn.methods.uniform import Uniform
+from stem_attn.policy import PrefillPolicy
 
-NAME = "stem"
 _DEFAULT = StemConfig()
-_METHOD_FREE_FIELDS = ("residual", "dense_layers", "min_seq_len")  # what a config says to every method
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-def register() -> None:
-    """Make `attn_implementation="stem"` known to transformers, with the default config.
-
-    Prefer `enable`. A model loaded with the bare name is not checked: some architectures take the name, never call the
-    function and lose their masks, which is silently wrong. It has no stats and no prompt length either.
-    """
-    AttentionInterface.register(NAME, stem_attention_forward)
-    AttentionMaskInterface.register(NAME, stem_mask)
 
 
 def enable(
     model: Model,
-    config: StemConfig | str = _DEFAULT,
+    config: StemConfig | str = "default",
     *,
+    policy: PrefillPolicy | None = None,
     method: Method | str | None = None,
     prompt_len: int | Sequence[int] | Tensor | None = None,
     backend: str = "auto",
-    crossover: bool = True,
 ) -> Model:
     """Route a model's prefill through Stem or another method; decode and all that is not covered stay dense.
 
@@ -50,17 +42,16 @@ def enable(
 
     Args:
         model: A transformers model.
-        config: Stem's settings, or a preset's name. With another method only `residual`, `dense_layers` and
-            `min_seq_len` may differ from the default: the rest is the method's own, `block_size` too. (`"uniform"`
-            takes all of it.)
-        method: What selects the blocks instead of Stem: a name from `stem_attn.baselines.METHODS`, with its published
-            defaults, or an instance, for instance from `baselines.make(name, ...)`. A `Stem` brings its own config.
+        config: Stem's settings, or a preset's name. With another method only `residual` may differ from the default:
+            the rest is the method's own, `block_size` too. (`"uniform"` takes all of it.)
+        policy: Which prompts and layers are sparse. Default: the preset's, or `PrefillPolicy()` beside a `StemConfig`.
+            Its `crossover` holds for Stem only, whose density is known in advance: other methods always run sparse
+            from `min_seq_len` tokens on.
+        method: What selects the blocks instead of Stem: a name from `stem_attn.methods.METHODS`, with its published
+            defaults, or an instance, for instance from `methods.make(name, ...)`. A `Stem` brings its own config.
         prompt_len: Tokens of the whole prompt, padding not counted: one int or one a batch row. Tell it, or use
             `prompt_length`, when the prompt comes in chunks; otherwise chunks are budgeted by what they see.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
-        crossover: Whether calls that keep too many blocks to be faster than dense attention go dense. Turn it off to
-            study accuracy. Of Stem only, whose density is known in advance: other methods always run sparse from
-            `min_seq_len` tokens on.
 
     Returns:
         The same model.
@@ -71,21 +62,21 @@ def enable(
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers PreTrainedModel (not a wrapper), got {type(model).__name__}")
-    if isinstance(config, str):
-        config = StemConfig.preset(config)
-    if not isinstance(config, StemConfig):
-        raise ValueError(f"config must be a StemConfig or a preset's name, got {type(config).__name__}")
+    preset, config = config, resolve_config(config)
+    if policy is None:
+        policy = PrefillPolicy.preset(preset) if isinstance(preset, str) else PrefillPolicy()
+    if not isinstance(policy, PrefillPolicy):
+        raise ValueError(f"policy must be a PrefillPolicy, got {type(policy).__name__}")
     config, selector = _resolve_method(config, method, backend)
-    if backend not in ("auto", *backends.names()):
-        raise ValueError(f"backend must be one of auto, {', '.join(backends.names())}; got {backend!r}")
-    lengths = normalize_prompt_len(prompt_len)
-    reason = why_refused(model, config)
+    backends.check_name(backend)
+    lengths = normalize(prompt_len)
+    reason = why_refused(model, policy)
     if reason:
         raise ValueError(f"{type(model).__name__} cannot run with stem: {reason}")
 
     disable(model)
     register()
-    state = State(config, lengths, backend, crossover, selector, previous=_implementations(model))
+    state = State(config, policy, lengths, backend, selector, previous=_implementations(model))
     try:
         model.set_attn_implementation(_target(model))
         switched = [m for m in model.modules() if _implementation(m) == NAME]
@@ -111,14 +102,14 @@ def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[Stem
         return method.config, None
     if method == "uniform":
         return config, Uniform(config=config)
-    ignored = [f for f in field_names() if f not in _METHOD_FREE_FIELDS and getattr(config, f) != getattr(_DEFAULT, f)]
+    ignored = [f for f in field_names() if f != "residual" and getattr(config, f) != getattr(_DEFAULT, f)]
     if ignored:
         raise ValueError(
-            f"config.{ignored[0]} has no effect on method {method!r}: with a method, config gives "
-            f"{', '.join(_METHOD_FREE_FIELDS)} only; set the method's own fields with baselines.make(name, ...)"
+            f"config.{ignored[0]} has no effect on method {method!r}: with a method, config gives residual only; "
+            "set the method's own fields with methods.make(name, ...)"
         )
     if isinstance(method, str):
-        return config, baselines.make(method)
+        return config, methods.make(method)
     if not callable(getattr(method, "select", None)) or not isinstance(getattr(method, "block_size", None), int):
         raise ValueError(f"method must be a name or have block_size and select(q, k, v), got {type(method).__name__}")
     return config, cast(Method, method)
@@ -138,7 +129,8 @@ def stats(model: PreTrainedModel) -> Stats:
     Raises:
         ValueError: The model is not enabled.
     """
-    return _state(model).stats()
+    state = _state(model)
+    return state.counters.stats("stem" if state.method is None else methods.name_of(state.method))
 
 
 def reset_stats(model: PreTrainedModel) -> None:
@@ -147,7 +139,7 @@ def reset_stats(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model is not enabled.
     """
-    _state(model).reset()
+    _state(model).counters.reset()
 
 
 @contextlib.contextmanager
@@ -156,6 +148,10 @@ def prompt_length(model: PreTrainedModel, prompt_len: int | Sequence[int] | Tens
 
     The last chunk, however short, then counts as prefill; a chunk of a single token stays dense.
 
+    The length holds for what runs in the block: calls in the same thread, async tasks started in the block, and threads
+    started in it. A worker of a pool that is already running is none of these: give it the block's context with
+    `pool.submit(contextvars.copy_context().run, model.generate, ...)`. Other threads keep their own lengths.
+
     Args:
         model: An enabled model.
         prompt_len: Tokens, padding not counted: one int or one a batch row.
@@ -163,13 +159,8 @@ def prompt_length(model: PreTrainedModel, prompt_len: int | Sequence[int] | Tens
     Raises:
         ValueError: The model is not enabled, or the length is not a positive int.
     """
-    state = _state(model)
-    outer = state.prompt_len
-    state.prompt_len = normalize_prompt_len(prompt_len)
-    try:
+    with telling(_state(model).key, normalize(prompt_len)):
         yield
-    finally:
-        state.prompt_len = outer
 
 
 def _state(model: PreTrainedModel) -> State:

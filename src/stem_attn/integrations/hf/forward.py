@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
-from stem_attn.integrations.hf import compiled, dense
-from stem_attn.integrations.hf.prefill import prefill
+from stem_attn.integrations.hf import autocast, dense
+from stem_attn.integrations.hf.compiled import route_op
+from stem_attn.integrations.hf.masks import is_compact, last_queries_mask
+from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
+from stem_attn.policy import PrefillPolicy
 
 # For models loaded with attn_implementation="stem" and never given to enable().
-_unmanaged = State(StemConfig())
+_unmanaged = State(StemConfig(), PrefillPolicy())
 
 # Arguments that change what attention computes, with the reason for dense and whether SDPA ignores or refuses them.
 _SPECIAL = {
@@ -53,17 +56,23 @@ def stem_attention_forward(
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
     """
     state: State = getattr(module, ATTRIBUTE, _unmanaged)
+    if attention_mask is None and key.shape[2] > query.shape[2] > 1 and dense.is_causal(module, kwargs):
+        # The mask function gave None for as many keys as queries. Since then the model has cut the queries to the last
+        # ones (Gemma 4), or made the mask for another layer (MiniMax). SDPA would take the first keys only.
+        attention_mask = last_queries_mask(query.shape[0], key.shape[2], query.device)
     reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
-            state.count_dense(reason, query.shape[0] * query.shape[2])
+            state.counters.dense(reason, query.shape[0] * query.shape[2])
         return dense.attend(
             module, query, key, value, attention_mask, eager=eager, dropout=dropout, scaling=scaling, **kwargs
         )
     layer = getattr(module, "layer_idx", None)
-    dense_layer = _is_dense_layer(layer, module, state.config)
-    run = compiled.prefill_op if torch.compiler.is_compiling() else prefill
-    out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
+    dense_layer = _is_dense_layer(layer, module, state.policy)
+    run = route_op if torch.compiler.is_compiling() else route
+    query, key, value = autocast.cast(query, key, value)
+    with autocast.off(query.device.type):
+        out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
     return out, None
 
 
@@ -80,8 +89,7 @@ def why_dense(
     for name, (reason, eager) in _SPECIAL.items():
         if kwargs.get(name) is not None:
             return reason, eager
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if not dense.is_causal(module, kwargs):
         return "not causal", False
     if module.training or dropout:
         return "training", False
@@ -91,13 +99,12 @@ def why_dense(
         return "output_attentions", False
     if query.shape[2] == 1:
         return "decode", False
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and not is_compact(mask):
         return "4-D mask", False
     return None, False
 
 
-def _is_dense_layer(layer: int | None, module: torch.nn.Module, config: StemConfig) -> bool:
-    if layer is None or not config.dense_layers:
+def _is_dense_layer(layer: int | None, module: torch.nn.Module, policy: PrefillPolicy) -> bool:
+    if layer is None or not policy.dense_layers:
         return False
-    layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
-    return layer in config.dense_layers or layer - layers in config.dense_layers
+    return policy.is_dense_layer(layer, getattr(getattr(module, "config", None), "num_hidden_layers", 0))

@@ -1,10 +1,13 @@
 """Masks: the compact form that our mask function gives to attention, and back to what SDPA takes.
 
-A compact mask is [B, seen], 0 where a token is padding; the queries are the last of the tokens seen, and a sliding
-cache may hold keys of the last ones only. bool stands for causal attention; int32 for a sliding window, with the
-window's width at real tokens. Shape and dtype survive what models, caches and device maps do to masks, which
-attributes would not, and a compact mask that meets the mask function again (generate builds masks ahead for static
-caches) comes out unchanged.
+A compact mask is int32 [B, 1, 1, N], one number a token. Its tokens are the N first ones of the sequence: those that a
+sliding cache has dropped, those whose keys it holds, and the unused places of a static cache. The queries are the last
+of the tokens seen. A number says, bit by bit, whether the token is real (not padding), held and seen; the bits above
+are the width of the sliding window in tokens, 0 for full attention.
+
+All of it stands in the values, because they survive what models, caches and device maps do to masks, which attributes
+would not: models cut a mask's third dimension to some last queries (Gemma 4), and hand 4-D masks on as they are
+(generate builds masks ahead for static caches). No mask of SDPA is int32.
 """
 
 from __future__ import annotations
@@ -17,6 +20,35 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+_REAL, _HELD, _SEEN = 1, 2, 4
+_WINDOW_SHIFT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a compact mask says, read on the host once for all layers.
+
+    Args:
+        rows: (first real token, end of the real tokens) of every batch row; None if some row has padding in between.
+        window: Tokens of the sliding window, or None.
+        full: Whether no token is padding.
+        seen: Tokens up to the last query, those that a sliding cache has dropped included.
+        held: Keys in the cache's tensors, unused places included.
+        present: Keys of tokens seen among those: the first in the tensors.
+    """
+
+    rows: tuple[tuple[int, int], ...] | None
+    window: int | None
+    full: bool
+    seen: int
+    held: int
+    present: int
+
+
+# They drop an entry when its mask dies.
+_read: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
+_dense: MutableMapping[Tensor, dict[int, Tensor | None]] = WeakTensorKeyDictionary()
 
 
 def stem_mask(
@@ -50,9 +82,15 @@ def stem_mask(
         kwargs: What SDPA's mask function takes besides.
 
     Returns:
-        None for causal attention of the first tokens without padding; a compact mask; or, for everything else, what
-        SDPA's mask function gives.
+        None for causal attention of the first tokens without padding, where the keys are those of the queries; a
+        compact mask; or, for everything else, what SDPA's mask function gives.
+
+    Raises:
+        ValueError: The attention mask is neither [B, tokens] nor 4-D.
     """
+    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size):
+        shape = list(attention_mask.shape)
+        raise ValueError(f"attention_mask must be [batch, tokens] with batch {batch_size}, or 4-D; got {shape}")
 
     def delegate(allow_skip: bool) -> Tensor | None:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](  # type: ignore[no-any-return]
@@ -80,89 +118,111 @@ def stem_mask(
             return delegate(False)
         window = None
 
-    if attention_mask is None:
-        real = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
-    else:  # what the caller's mask does not reach counts as padding, as in transformers
-        real = attention_mask.bool()[:, :seen]
-        real = torch.nn.functional.pad(real, (0, seen - real.shape[1]))
-    if window is not None:
-        return real.int() * window
-    if seen == q_length and (attention_mask is None or (not tracing and bool(real.all()))):
+    plain = window is None and seen == q_length == kv_length
+    if plain and (attention_mask is None or (not tracing and bool(attention_mask.all()))):
         return None
-    return real
+    return _compact(batch_size, seen, kv_offset, kv_length, window, attention_mask, device)
 
 
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """What a compact mask says, read on the host once for all layers.
+def last_queries_mask(batch: int, keys: int, device: torch.device) -> Tensor:
+    """Make the compact mask of queries that are the last of `keys` tokens without padding."""
+    return _compact(batch, keys, 0, keys, None, None, device)
 
-    Args:
-        rows: (first real token, end of the real tokens) of every batch row; None if some row has padding in between.
-        window: Tokens of the sliding window, or None.
-        full: Whether no token is padding.
+
+def _compact(
+    batch: int,
+    seen: int,
+    kv_offset: int,
+    kv_length: int,
+    window: int | None,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> Tensor:
+    total = kv_offset + kv_length
+    tokens = torch.arange(total, device=device, dtype=torch.int32)
+    is_seen = tokens < seen
+    code = _HELD * (tokens >= kv_offset) + _SEEN * is_seen + ((window or 0) << _WINDOW_SHIFT)
+    real = is_seen.expand(batch, total)
+    if attention_mask is not None:  # what the caller's mask does not reach counts as padding, as in transformers
+        told = attention_mask.to(device=device, dtype=torch.bool)[:, :total]
+        real = real & torch.nn.functional.pad(told, (0, total - told.shape[1]))
+    mask = (code + _REAL * real).to(torch.int32)[:, None, None]
+    if attention_mask is None and not torch.compiler.is_compiling():  # known without asking the device
+        _read[mask] = Layout(((0, seen),) * batch, window, True, seen, kv_length, seen - kv_offset)
+    return mask
+
+
+def is_compact(mask: Tensor) -> bool:
+    """Tell a compact mask from one of SDPA's."""
+    return mask.ndim == 4 and mask.dtype == torch.int32
+
+
+def layout(mask: Tensor | None, batch: int, q_len: int) -> Layout:
+    """Read a compact mask, or None, which stands for a call of the first tokens without padding.
+
+    What was read is kept as long as the mask lives.
     """
-
-    rows: tuple[tuple[int, int], ...] | None
-    window: int | None
-    full: bool
-
-
-# They drop an entry when its mask dies.
-_read: MutableMapping[Tensor, Padding] = WeakTensorKeyDictionary()
-_dense: MutableMapping[Tensor, dict[tuple[int, int], Tensor | None]] = WeakTensorKeyDictionary()
-
-
-def read(mask: Tensor) -> Padding:
-    """Read a compact mask; the result is kept as long as the mask lives."""
+    if mask is None:
+        return Layout(((0, q_len),) * batch, None, True, q_len, q_len, q_len)
     known = _read.get(mask)
     if known is None:
-        known = _read[mask] = _read_values(mask.cpu())
+        known = _read[mask] = _read_values(mask[:, 0, 0].cpu())
     return known
 
 
-def _read_values(mask: Tensor) -> Padding:
-    tokens = torch.arange(mask.shape[1])
-    real = mask != 0
+def _read_values(mask: Tensor) -> Layout:
+    real, held, seen = (mask & bit != 0 for bit in (_REAL, _HELD, _SEEN))
+    tokens = torch.arange(mask.shape[1], device=mask.device)
     count = real.sum(1)
     first = tokens.where(real, mask.shape[1]).amin(1)
     end = (tokens + 1).where(real, 0).amax(1)
     first = first.minimum(end)
     whole = bool((end - first == count).all())
-    return Padding(
+    seen_count = int(seen[0].sum())
+    return Layout(
         rows=tuple(zip(first.tolist(), end.tolist(), strict=True)) if whole else None,
-        window=None if mask.dtype == torch.bool else int(mask.max()),
-        full=bool((count == mask.shape[1]).all()),
+        window=(int(mask[0, 0]) >> _WINDOW_SHIFT) or None,
+        full=bool((count == seen_count).all()),
+        seen=seen_count,
+        held=int(held[0].sum()),
+        present=int((held & seen)[0].sum()),
     )
 
 
-def present_keys(mask: Tensor, key: Tensor) -> int:
-    """Return how many tokens of a compact mask have keys [B, Hkv, n, D]: the last ones, first in the tensor."""
-    return min(mask.shape[1], key.shape[2])
-
-
-def to_dense(mask: Tensor, q_len: int, keys: int) -> Tensor | None:
-    """Turn a compact mask into SDPA's for the last `q_len` queries and `keys` keys.
+def to_dense(mask: Tensor, q_len: int) -> Tensor | None:
+    """Turn a compact mask into SDPA's, for the last `q_len` queries and the keys that are present.
 
     Returns:
-        bool [1 or B, 1, q_len, keys], or None for plain causal attention.
+        bool [1 or B, 1, q_len, present], or None for plain causal attention.
     """
-    if torch.compiler.is_compiling():
-        return _to_dense(mask, q_len, keys, mask.max() if mask.dtype != torch.bool else None, padded=True)
     known = _dense.setdefault(mask, {})
-    if (q_len, keys) not in known:
-        padding, seen = read(mask), mask.shape[1]
-        window = padding.window if padding.window is not None and padding.window < seen else None
-        plain = padding.full and window is None and q_len == keys == seen
-        dense = None if plain else _to_dense(mask, q_len, keys, window, padded=not padding.full)
-        known[q_len, keys] = dense
-    return known[q_len, keys]
+    if q_len not in known:
+        lay = layout(mask, mask.shape[0], q_len)
+        window = lay.window if lay.window is not None and lay.window < lay.seen else None
+        plain = lay.full and window is None and q_len == lay.present == lay.seen
+        present = mask[..., lay.seen - lay.present : lay.seen]
+        known[q_len] = None if plain else _allowed(present, q_len, lay.present, window, padded=not lay.full)
+    return known[q_len]
 
 
-def _to_dense(mask: Tensor, q_len: int, keys: int, window: int | Tensor | None, *, padded: bool) -> Tensor:
-    tokens = torch.arange(mask.shape[1], device=mask.device)
-    queries, kept = tokens[-q_len:, None], tokens[-keys:]
-    allowed = kept <= queries
+def to_dense_traced(mask: Tensor, q_len: int, held: int) -> Tensor:
+    """Do as `to_dense` within a graph, where nothing can be read: for all keys held, as tensors of `held` keys.
+
+    Returns:
+        bool [B, 1, q_len, held].
+    """
+    seen = (mask[0, 0, 0] & _SEEN != 0).sum() - (mask.shape[3] - held)  # counted from the first key held
+    window = mask[0, 0, 0, 0] >> _WINDOW_SHIFT
+    window = window.where(window > 0, mask.shape[3])
+    return _allowed(mask[..., mask.shape[3] - held :], q_len, seen, window, padded=True)
+
+
+def _allowed(mask: Tensor, q_len: int, seen: int | Tensor, window: int | Tensor | None, *, padded: bool) -> Tensor:
+    """Which of a mask's keys the last `q_len` of its `seen` tokens may attend to."""
+    queries = torch.arange(q_len, device=mask.device)[:, None] + (seen - q_len)
+    keys = torch.arange(mask.shape[3], device=mask.device)
+    allowed = keys <= queries
     if window is not None:
-        allowed = allowed & (kept > queries - window)
+        allowed = allowed & (keys > queries - window)
     allowed = allowed[None, None]
-    return allowed & (mask[:, -keys:] != 0)[:, None, None] if padded else allowed
+    return allowed & (mask & _REAL != 0) if padded else allowed

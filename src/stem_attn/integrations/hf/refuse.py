@@ -6,7 +6,7 @@ import inspect
 
 from transformers import PreTrainedModel
 
-from stem_attn.config import StemConfig
+from stem_attn.policy import PrefillPolicy
 
 # Models that declare no SDPA support because of softcap or sinks, and that were seen to match their eager attention.
 _CHECKED_WITHOUT_SDPA = frozenset(
@@ -14,7 +14,7 @@ _CHECKED_WITHOUT_SDPA = frozenset(
 )
 
 
-def why_refused(model: PreTrainedModel, config: StemConfig) -> str | None:
+def why_refused(model: PreTrainedModel, policy: PrefillPolicy) -> str | None:
     """Say why a model's attention cannot be routed, as the end of a sentence, or return None."""
     text = model.config.get_text_config()
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config.get_text_config() is m.config]
@@ -27,11 +27,10 @@ def why_refused(model: PreTrainedModel, config: StemConfig) -> str | None:
         return "it has no attention layers that call the attention interface"
     if not all(part._supports_sdpa for part in parts) and text.model_type not in _CHECKED_WITHOUT_SDPA:
         return f"{text.model_type} does not support SDPA, to which dense calls go"
-    layers = text.num_hidden_layers
-    if any(not -layers <= i < layers for i in config.dense_layers):
-        return f"dense_layers {config.dense_layers} are not all layers of a model with {layers}"
-    if config.layer_budgets and len(config.layer_budgets) != layers:
-        return f"layer_budgets has {len(config.layer_budgets)} factors, and the model has {layers} layers"
+    try:
+        policy.check_layers(text.num_hidden_layers)
+    except ValueError as error:
+        return str(error)
     return None
 
 

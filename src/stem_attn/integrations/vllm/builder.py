@@ -14,10 +14,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from stem_attn import backends
+from stem_attn.backends.base import Geometry
 from stem_attn.integrations.vllm.compat import PromptLengths, is_draft_layer, part_of
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
-from stem_attn.integrations.vllm.layers import is_dense_layer, layer_config
+from stem_attn.integrations.vllm.layers import layer_config, layer_index
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
 from stem_attn.integrations.vllm.settings import Settings, settings_of
 
@@ -64,13 +66,17 @@ class StemBuilder:
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)  # type: ignore[call-arg]
         self._settings = settings_of(vllm_config)
-        self._device_type = device.type
+        model = vllm_config.model_config
+        self._geometry = Geometry(device.type, model.dtype, model.get_head_size(), 0)
         self._prompt_lengths = PromptLengths()
         self._sparse_layers = 0
         self._dense_layers: Counter[str] = Counter()
         if self._settings is None:
             return
-        total = vllm_config.model_config.get_total_num_hidden_layers()
+        total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
+        policy = self._settings.policy
+        policy.check_layers(total)
+        self._backend = backends.expected("auto", device.type)
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
             impl = layer.impl
             if not isinstance(impl, StemImpl):
@@ -80,11 +86,12 @@ class StemBuilder:
                 reason = type(kv_cache_spec).__name__
             if reason is None and is_draft_layer(layer):
                 reason = "draft model"
-            if reason is None and is_dense_layer(name, self._settings.config, total):
+            index = layer_index(name)
+            if reason is None and index is not None and policy.is_dense_layer(index, total):
                 reason = "dense layer"
             impl.dense_reason = reason
             if reason is None:
-                impl.config = layer_config(name, self._settings.config, total)
+                impl.config = layer_config(name, self._settings.config, policy)
                 self._sparse_layers += 1
             else:
                 self._dense_layers[reason] += 1
@@ -132,7 +139,7 @@ class StemBuilder:
             Request(starts[row], starts[row + 1] - starts[row], k_lens[row], prefilling[row], lengths[row])
             for row in range(len(prefilling))
         ]
-        return split_batch(requests, settings.config, crossover=settings.crossover, device_type=self._device_type)
+        return split_batch(requests, settings.config, settings.policy, self._backend, self._geometry)
 
     def _dense_rest(self, common: Any, rests: Sequence[Rest]) -> DenseRest | None:
         """Make a batch of the tokens that are not sparse."""
@@ -141,10 +148,12 @@ class StemBuilder:
         places = [place for rest in rests for place in range(rest.q_start, rest.q_start + rest.q_len)]
         together = places[-1] - places[0] + 1 == len(places)
         device = common.seq_lens.device  # copies to it are not waited for
-        tokens = slice(places[0], places[-1] + 1) if together else torch.tensor(places).to(device, non_blocking=True)
-        rows = torch.tensor([rest.row for rest in rests])
+        indices = torch.tensor(places, dtype=torch.int64, device="cpu")
+        tokens = slice(places[0], places[-1] + 1) if together else indices.to(device, non_blocking=True)
+        rows = torch.tensor([rest.row for rest in rests], dtype=torch.int64, device="cpu")
         device_rows = rows.to(device, non_blocking=True)
-        starts = torch.tensor([0, *(rest.q_len for rest in rests)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        lengths = torch.tensor([0, *(rest.q_len for rest in rests)], dtype=torch.int32, device="cpu")
+        starts = lengths.cumsum(0, dtype=torch.int32)
         batch = part_of(
             common,
             query_start_loc=starts.to(device, non_blocking=True),

@@ -23,8 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from stem_attn.api import select_blocks
-from stem_attn.attention import block_sparse_attention
+from stem_attn.api import block_sparse_attention, select_blocks
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
 from stem_attn.integrations.vllm.compat import instruction_set, require_supported
 from stem_attn.integrations.vllm.counters import counters
@@ -131,19 +130,20 @@ def places(isa: str, dtype: torch.dtype, page_size: int, dim: int) -> tuple[Tens
         RuntimeError: vLLM's cache-write operator does not merely reorder the numbers.
     """
     numbers = page_size * dim
-    index = torch.arange(numbers).view(page_size, 1, dim)
-    slots = torch.arange(page_size)
-    packed = torch.zeros(2, numbers, dtype=torch.int64)
+    index = torch.arange(numbers, device="cpu").view(page_size, 1, dim)
+    slots = torch.arange(page_size, device="cpu")
+    packed = torch.zeros(2, numbers, dtype=torch.int64, device="cpu")
     for factor in (256, 1):  # a byte at a time, which every dtype holds exactly
-        page = torch.zeros(1, 1, 2 * page_size, dim, dtype=dtype)
+        page = torch.zeros(1, 1, 2 * page_size, dim, dtype=dtype, device="cpu")
         k_page, v_page = page.chunk(2, dim=2)
         codes = (index // factor % 256).to(dtype)
         ops.cpu_attn_reshape_and_cache(codes, codes, k_page, v_page, slots, isa)
         packed += page.view(2, numbers).long() * factor
     found = []
+    in_order = torch.arange(numbers, device="cpu")
     for order in packed:
         place = order.argsort()
-        if not torch.equal(order[place], torch.arange(numbers)):
+        if not torch.equal(order[place], in_order):
             raise RuntimeError(f"vLLM's {isa} cache holds keys and values in a form that stem-attn cannot read")
-        found.append(None if torch.equal(place, torch.arange(numbers)) else place)
+        found.append(None if torch.equal(place, in_order) else place)
     return found[0], found[1]

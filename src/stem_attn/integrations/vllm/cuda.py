@@ -22,6 +22,8 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from stem_attn import backends
+from stem_attn.api import stem_attention_paged
+from stem_attn.call import Call
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
 from stem_attn.integrations.vllm.compat import names_backends, require_supported
 from stem_attn.integrations.vllm.counters import counters
@@ -29,7 +31,7 @@ from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.register import NAME
 from stem_attn.integrations.vllm.settings import settings_of
-from stem_attn.paged import stem_attention_paged
+from stem_attn.layout import Layout
 
 require_supported()
 
@@ -83,7 +85,7 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         if self.dense_reason is None:  # better at startup than at the first long prompt
             device = config.device_config.device_type
             one = torch.empty(1, 1, 1, head_size, dtype=config.model_config.dtype, device=device)
-            backends.choose("triton", one, one, one, block_size=self.settings.config.block_size)
+            backends.for_call("triton", Call(Layout.dense(one, one, one), self.settings.config.block_size, self.scale))
 
     def attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
@@ -102,11 +104,11 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
                 seq_lens=[span.k_len for span in run],
                 block_table=attn_metadata.block_table[run[0].row : run[-1].row + 1],
                 config=self.config,
-                prompt_lens=[span.prompt_len for span in run],
+                prompt_len=[span.prompt_len for span in run],
                 scale=self.scale,
                 backend="triton",
                 out=output[tokens],
-                return_selections=True,
+                return_selection=True,
             )
             for selection in selections:
                 # The time that choosing takes is not counted: knowing it would mean waiting for the device.

@@ -78,7 +78,7 @@ class StemImpl:
             VLLM_VERSION,
             describe(settings),
             self.device_name,
-            settings.config.min_seq_len,
+            settings.policy.min_seq_len,
         )
 
     def forward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stem_attn.config import StemConfig
+from stem_attn.policy import PrefillPolicy
 
 
 def why_dense(
@@ -32,38 +33,25 @@ def why_dense(
     return None
 
 
-def is_dense_layer(layer_name: str, config: StemConfig, layers: int) -> bool:
-    """Tell whether a layer is one of `config.dense_layers`.
-
-    Args:
-        layer_name: vLLM's name of the attention layer, such as `model.layers.3.self_attn.attn`.
-        config: The method.
-        layers: Layers of the whole model, all pipeline stages together.
-    """
-    number = _number(layer_name)
-    return number is not None and number in {i % layers for i in config.dense_layers if -layers <= i < layers}
+def layer_index(layer_name: str) -> int | None:
+    """Return the index that vLLM's name of a layer holds, as 3 in `model.layers.3.self_attn.attn`; None: none."""
+    return next((int(part) for part in layer_name.split(".") if part.isdigit()), None)
 
 
-def layer_config(layer_name: str, config: StemConfig, layers: int) -> StemConfig:
-    """Return a layer's own config, with its factor of `config.layer_budgets`.
+def layer_config(layer_name: str, config: StemConfig, policy: PrefillPolicy) -> StemConfig:
+    """Return a layer's own config, with its factor of `policy.layer_budgets`.
 
     Args:
         layer_name: vLLM's name of the attention layer.
         config: The method.
-        layers: Layers of the whole model, all pipeline stages together.
+        policy: Checked against the number of layers.
 
     Raises:
-        ValueError: There are not as many factors as layers, or the name does not say which layer it is.
+        ValueError: There are factors, and the name does not say which layer it is.
     """
-    if not config.layer_budgets:
+    index = layer_index(layer_name)
+    if index is None:
+        if policy.layer_budgets:
+            raise ValueError(f"layer_budgets: {layer_name} does not say which of the model's layers it is")
         return config
-    if len(config.layer_budgets) != layers:
-        raise ValueError(f"layer_budgets has {len(config.layer_budgets)} factors, and the model has {layers} layers")
-    number = _number(layer_name)
-    if number is None or number >= layers:
-        raise ValueError(f"layer_budgets: {layer_name} is none of the model's {layers} layers")
-    return config.for_layer(number)
-
-
-def _number(layer_name: str) -> int | None:
-    return next((int(part) for part in layer_name.split(".") if part.isdigit()), None)
+    return policy.layer_config(config, index)

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stem_attn.backends.base import Backend, Geometry
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
-from stem_attn.integrations.crossover import sparse_is_faster
+from stem_attn.policy import PrefillPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,13 @@ class Split:
     unknown_prompt_len_tokens: int
 
 
-def split_batch(requests: Sequence[Request], config: StemConfig, *, crossover: bool, device_type: str) -> Split:
+def split_batch(
+    requests: Sequence[Request],
+    config: StemConfig,
+    policy: PrefillPolicy,
+    backend: Backend | None,
+    geometry: Geometry,
+) -> Split:
     """Take a batch apart into sparse spans and dense rests.
 
     With the prompt's length told, its tokens are sparse and all later ones dense, whatever step computes them: a
@@ -100,8 +107,9 @@ def split_batch(requests: Sequence[Request], config: StemConfig, *, crossover: b
     Args:
         requests: One a row of the batch; rows without tokens (padding) are skipped.
         config: The method; whether a prompt is sparse, all layers alike, is told without `layer_budgets`.
-        crossover: Whether prompts that keep too many blocks to be faster than dense attention go dense.
-        device_type: `torch.device.type`.
+        policy: Which prompts are sparse.
+        backend: What attends sparsely; None: nothing that says what it gains.
+        geometry: What is known of the calls before they come.
     """
     spans: list[Span] = []
     rests: list[Rest] = []
@@ -114,7 +122,9 @@ def split_batch(requests: Sequence[Request], config: StemConfig, *, crossover: b
         sparse_tokens = 0
         if prompt_tokens:
             span = _span(row, request, prompt_tokens)
-            reason = _why_dense(span, request.prompt_len is not None, config, crossover, device_type)
+            call = (span.prompt_len, BlockGrid(span.q_len, span.k_len, config.block_size))
+            told = None if request.prompt_len is None else (span.prompt_len,)
+            reason = policy.why_dense(config, (call,), told, backend, geometry)
             if reason is None:
                 sparse_tokens = prompt_tokens
                 spans.append(span)
@@ -140,12 +150,3 @@ def _span(row: int, request: Request, tokens: int) -> Span:
     k_len = request.k_len - request.q_len + tokens
     prompt_len = k_len if request.prompt_len is None else request.prompt_len
     return Span(row, request.q_start, tokens, k_len, prompt_len)
-
-
-def _why_dense(span: Span, told: bool, config: StemConfig, crossover: bool, device_type: str) -> str | None:
-    if span.prompt_len < config.min_seq_len:
-        return "short prompt"
-    call = (span.prompt_len, BlockGrid(span.q_len, span.k_len, config.block_size))
-    if crossover and not sparse_is_faster(device_type, config, (call,), (span.prompt_len,) if told else None):
-        return "no gain from sparsity"
-    return None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stem_attn.config import PRESETS, StemConfig, field_names, read_fields
+from stem_attn.config import StemConfig, field_names
 from stem_attn.integrations.vllm.register import is_stem
+from stem_attn.policy import PrefillPolicy, make_settings, policy_field_names, read_settings
 
 KEY = "stem"
-_OWN_KEYS = ("preset", "config_file", "crossover")
+_OWN_KEYS = ("preset", "config_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,55 +23,49 @@ class Settings:
 
     Args:
         config: The method.
-        preset: Name of the preset that `config` started from.
-        crossover: Whether prompts that keep too many blocks to be faster than dense attention go dense. Turn it off
-            to study accuracy.
+        policy: Which prompts and layers are sparse.
+        preset: Name of the preset that both started from.
     """
 
     config: StemConfig
+    policy: PrefillPolicy
     preset: str
-    crossover: bool
 
 
 def parse(given: Mapping[str, Any]) -> Settings:
     """Read the value of `additional_config["stem"]`.
 
-    Fields of StemConfig may stand in it, and `preset`, `config_file` (a JSON object of StemConfig fields) and
-    `crossover`. A field given here replaces the file's, and the file's the preset's.
+    Fields of StemConfig and of PrefillPolicy may stand in it, and `preset` and `config_file` (a JSON object of such
+    fields). A field given here replaces the file's, and the file's the preset's.
 
     Raises:
         ValueError: A key is unknown, a value is out of range, or the file cannot be read.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"additional_config[{KEY!r}] must be an object, got {type(given).__name__}")
-    unknown = sorted(set(given) - set(_OWN_KEYS) - set(field_names()))
+    known = (*_OWN_KEYS, *field_names(), *policy_field_names())
+    unknown = sorted(set(given) - set(known))
     if unknown:
-        known = ", ".join((*_OWN_KEYS, *field_names()))
-        raise ValueError(f"unknown key {', '.join(unknown)} in additional_config[{KEY!r}]; known: {known}")
+        raise ValueError(f"unknown key {', '.join(unknown)} in additional_config[{KEY!r}]; known: {', '.join(known)}")
     preset = given.get("preset", "default")
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    crossover = given.get("crossover", True)
-    if not isinstance(crossover, bool):
-        raise ValueError(f"crossover must be true or false, got {crossover!r}")
     from_file = _read_file(given["config_file"]) if "config_file" in given else {}
     inline = {name: value for name, value in given.items() if name not in _OWN_KEYS}
-    return Settings(StemConfig.preset(preset, **{**from_file, **inline}), preset, crossover)
+    return Settings(*make_settings({**from_file, **inline}, preset), preset)
 
 
 def _read_file(path: Any) -> dict[str, Any]:
     if not isinstance(path, str):
         raise ValueError(f"config_file must be a path, got {path!r}")
-    return read_fields(Path(path))
+    return read_settings(Path(path))
 
 
 def describe(settings: Settings) -> str:
     """Return the preset and what differs from it, for the log."""
-    preset = StemConfig.preset(settings.preset)
+    config, policy = StemConfig.preset(settings.preset), PrefillPolicy.preset(settings.preset)
+    both = [(settings.config, config, name) for name in field_names()]
+    both += [(settings.policy, policy, name) for name in policy_field_names()]  # type: ignore[misc]
     changed = [
-        f"{f.name}={getattr(settings.config, f.name)}"
-        for f in fields(StemConfig)
-        if f.init and getattr(settings.config, f.name) != getattr(preset, f.name)
+        f"{name}={getattr(mine, name)}" for mine, preset, name in both if getattr(mine, name) != getattr(preset, name)
     ]
     return f"preset {settings.preset}" + (f" with {', '.join(changed)}" if changed else "")
 

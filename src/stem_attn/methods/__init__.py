@@ -1,9 +1,8 @@
-"""Other ways of choosing blocks, to compare Stem with: all run on the same attention backends.
+"""Ways of choosing blocks: Stem and its rivals. All run on the same attention backends, in every layout.
 
-from stem_attn import baselines, block_sparse_attention
+from stem_attn import methods, stem_attention
 
-method = baselines.make("xattention", threshold=0.95)
-out = block_sparse_attention(q, k, v, method.select(q, k, v))
+out = stem_attention(q, k, v, method=methods.make("xattention", threshold=0.95))
 """
 
 from __future__ import annotations
@@ -12,19 +11,22 @@ import dataclasses
 from importlib import import_module
 from typing import Any
 
-from stem_attn.methods import Method, Stem
+from stem_attn.method import Method
+from stem_attn.methods.stem import Stem
+
+__all__ = ["METHODS", "Method", "Stem", "make", "name_of"]
 
 # Where each method is; imported when asked for.
 METHODS = {
-    "stem": "stem_attn.baselines.stem:stem",
-    "dense": "stem_attn.baselines.dense:Dense",
-    "oracle": "stem_attn.baselines.oracle:Oracle",
-    "uniform": "stem_attn.baselines.uniform:Uniform",
-    "a_shape": "stem_attn.baselines.a_shape:AShape",
-    "minference": "stem_attn.baselines.minference:MInference",
-    "flexprefill": "stem_attn.baselines.flexprefill:FlexPrefill",
-    "xattention": "stem_attn.baselines.xattention:XAttention",
-    "flashprefill": "stem_attn.baselines.flashprefill:FlashPrefill",
+    "stem": "stem_attn.methods.stem:stem",
+    "dense": "stem_attn.methods.dense:Dense",
+    "oracle": "stem_attn.methods.oracle:Oracle",
+    "uniform": "stem_attn.methods.uniform:Uniform",
+    "a_shape": "stem_attn.methods.a_shape:AShape",
+    "minference": "stem_attn.methods.minference:MInference",
+    "flexprefill": "stem_attn.methods.flexprefill:FlexPrefill",
+    "xattention": "stem_attn.methods.xattention:XAttention",
+    "flashprefill": "stem_attn.methods.flashprefill:FlashPrefill",
 }
 
 

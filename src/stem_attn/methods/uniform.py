@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from stem_attn.api import select_blocks
-from stem_attn.baselines.base import Baseline, Knob, check_whole
-from stem_attn.baselines.knob import first_rows_keep
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
+from stem_attn.methods.base import Knob, Rival, check_whole
+from stem_attn.methods.knob import first_rows_keep
 from stem_attn.selection import most_kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Uniform(Baseline):
+class Uniform(Rival):
     """Keep equally many blocks in every row, scored and forced as a Stem config says.
 
     By default `k` is the one whose kept blocks, over the whole prompt, come closest to those of the config's schedule:
@@ -42,8 +42,6 @@ class Uniform(Baseline):
     def __post_init__(self) -> None:
         if not isinstance(self.config, StemConfig):
             raise ValueError(f"config must be a StemConfig, got {type(self.config).__name__}")
-        if self.config.layer_budgets:
-            raise ValueError("config.layer_budgets has no effect on uniform top-k, which keeps the same in every layer")
         if self.k is not None:
             check_whole("k", self.k, 1)
 
@@ -82,7 +80,7 @@ def _equal_cost_k(config: StemConfig, prompt_len: int) -> int:
     grid = BlockGrid(prompt_len, prompt_len, config.block_size)
 
     def cost(config: StemConfig) -> int:
-        return int(most_kept(block_budget(config, prompt_len, grid), grid, config).sum())
+        return int(most_kept(budget_of(config, (prompt_len,)).rows(grid), grid, config).sum())
 
     wanted = cost(config)
     enough = 1 + bisect_left(range(1, grid.k_blocks), wanted, key=lambda k: cost(_constant(config, k)))

@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from stem_attn.api import stem_attention
-from stem_attn.attention import block_sparse_attention
+from stem_attn import backends
+from stem_attn.api import block_sparse_attention, stem_attention
+from stem_attn.backends.base import Geometry
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
-from stem_attn.integrations.crossover import sparse_is_faster
-from stem_attn.integrations.hf import dense, masks
+from stem_attn.integrations.hf import dense
+from stem_attn.integrations.hf.masks import Layout, layout
 from stem_attn.integrations.hf.state import State
 
 
-def prefill(
+def route(
     state: State,
     module: Any,
     query: Tensor,
@@ -33,48 +34,50 @@ def prefill(
         state: The model's settings and counters.
         module: The attention module, for the dense fallback.
         query: [B, Hq, L, D], L > 1.
-        key: [B, Hkv, n, D]; places that the mask does not cover are ignored.
+        key: [B, Hkv, n, D]; places of tokens not yet seen are ignored.
         value: [B, Hkv, n, Dv].
         mask: None (the queries are the first tokens), or a compact mask.
         scale: Factor of the logits, or None for 1 / sqrt(D).
         layer: The layer's index in the model, for its budget.
-        dense_layer: Whether the layer is one of `config.dense_layers`.
+        dense_layer: Whether the layer is one of `policy.dense_layers`.
 
     Returns:
         [B, L, Hq, Dv]; zeros at padded queries of sparse and banded calls.
 
     Raises:
-        ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size.
+        ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size; or the cache
+            holds other keys than those that the mask is for.
     """
     batch, _, q_len, _ = query.shape
-    if mask is None and state.prompt_len is None and q_len < state.config.min_seq_len:
+    dense.check_keys(module, query, key, mask)
+    tokens = layout(mask, batch, q_len)
+    seen, keys = tokens.seen, tokens.present
+    told_lens = state.prompt_lens(batch, layer, fresh=seen == q_len)
+    if mask is None and told_lens is None and q_len < state.policy.min_seq_len:
         # Nothing else can matter, and in short prompts the host's time shows.
         return _dense(state, module, query, key, value, mask, scale, "short prompt")
-    config = state.config if layer is None else state.config.for_layer(layer)
-    seen = q_len if mask is None else mask.shape[1]
-    padding = masks.Padding(((0, seen),) * batch, None, True) if mask is None else masks.read(mask)
-    told_lens = state.prompt_lens(batch)
-    reason = _why_dense(state, padding, told_lens, q_len, seen)
-    rows = padding.rows or ()
+    config = state.config if layer is None else state.policy.layer_config(state.config, layer)
+    reason = _why_dense(state, tokens, told_lens, q_len)
+    rows = tokens.rows or ()
     lens = told_lens or [end - first for first, end in rows]
-    window = padding.window if padding.window is not None and padding.window < max(lens, default=0) else None
+    window = tokens.window if tokens.window is not None and tokens.window < max(lens, default=0) else None
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
         reason = "dense layer"
-    keys = q_len if mask is None else masks.present_keys(mask, key)
-    if reason is None and window is None and state.crossover and state.method is None:
+    if reason is None and window is None and state.policy.crossover and state.method is None:
         calls = _calls(state, rows, lens, q_len, keys, seen)
-        told = None if told_lens is None else tuple(told_lens)
-        if not sparse_is_faster(query.device.type, config, calls, told):
-            reason = "no gain from sparsity"
+        device_type = query.device.type
+        geometry = Geometry(device_type, query.dtype, max(query.shape[3], value.shape[3]), seen)
+        backend = backends.expected(state.backend, device_type)
+        reason = state.policy.why_dense(config, calls, told_lens, backend, geometry)
     if reason is not None:
         return _dense(state, module, query, key, value, mask, scale, reason)
 
     if window is None:
-        state.count("sparse", batch * q_len)
+        state.counters.attended("sparse", batch * q_len)
         if told_lens is None and seen > q_len:
-            state.count_unknown_prompt_len()
+            state.counters.unknown_prompt_len()
     else:
-        state.count("banded", batch * q_len)
+        state.counters.attended("banded", batch * q_len)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
         if window is None:
@@ -107,7 +110,7 @@ def _dense(
     scale: float | None,
     reason: str,
 ) -> Tensor:
-    state.count_dense(reason, query.shape[0] * query.shape[2])
+    state.counters.dense(reason, query.shape[0] * query.shape[2])
     out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
     return out
 
@@ -134,12 +137,12 @@ def _present(first: int, end: int, seen: int, last: int) -> slice:
     return slice(max(first - seen + last, 0), end - seen + last)
 
 
-def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None, q_len: int, seen: int) -> str | None:
+def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len: int) -> str | None:
     """Say why this call is not for sparse or banded attention, or return None."""
-    few = seen > q_len and q_len < state.block_size  # a prompt's last short chunk, or a decode step of several
-    if padding.rows is None:
+    few = tokens.seen > q_len and q_len < state.block_size  # a prompt's last short chunk, or a decode step of several
+    if tokens.rows is None:
         return "decode" if few else "padding between tokens"
-    real = [end - first for first, end in padding.rows]
+    real = [end - first for first, end in tokens.rows]
     if told_lens is None:
         if few:
             return "decode"
@@ -147,7 +150,7 @@ def _why_dense(state: State, padding: masks.Padding, told_lens: list[int] | None
         if few:
             return "decode"
         raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {real}")
-    return "short prompt" if max(told_lens or real) < state.config.min_seq_len else None
+    return "short prompt" if max(told_lens or real) < state.policy.min_seq_len else None
 
 
 def _sparse(
@@ -161,7 +164,7 @@ def _sparse(
         selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
         residual = state.config.residual
         out = block_sparse_attention(q, k, v, selection, scale=scale, residual=residual, backend=state.backend)
-    state.count_selection(selection)
+    state.counters.selection(selection)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What the baselines have in common: an estimate from q, k and v, and a rule that keeps blocks by it."""
+"""What the rivals have in common: an estimate from q, k and v, and a rule that keeps blocks by it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from stem_attn.baselines.masks import causal_blocks, forced_blocks
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.checks import check_qkv, resolve_prompt_len, resolve_scale
+from stem_attn.methods.masks import causal_blocks, forced_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Knob:
     whole: bool = False
 
 
-class Baseline(ABC):
+class Rival(ABC):
     """A method that estimates which blocks matter and keeps some of them.
 
     The two steps are apart because the estimate does not depend on the knob, so that a search over the knob estimates
@@ -79,17 +79,22 @@ class Baseline(ABC):
         scale: float | None = None,
         prompt_len: int | Sequence[int] | Tensor | None = None,
     ) -> BlockSelection:
-        """Choose the key blocks that every query block keeps; see `stem_attn.methods.Method.select`.
+        """Choose the key blocks that every query block keeps; see `stem_attn.method.Method.select`.
 
         Raises:
             ValueError: The inputs do not fit together, or ask for gradients.
         """
         check_qkv(q, k, v)
         grid = BlockGrid(q.shape[2], k.shape[2], self.block_size)
-        lengths = resolve_prompt_len(prompt_len, q.shape[0], grid.k_len)
+        lengths = one_a_row(resolve_prompt_len(prompt_len, q.shape[0], grid.k_len), q.shape[0])
         estimate = self.estimate(q, k, v, grid, resolve_scale(scale, q.shape[3]))
         mask = self.mask(estimate, grid, lengths, q)
         return BlockSelection.from_mask(mask, block_size=grid.block_size, q_len=grid.q_len, k_len=grid.k_len)
+
+
+def one_a_row(lengths: tuple[int, ...], batch: int) -> list[int]:
+    """Return one length a batch row, from as many or from one for all."""
+    return list(lengths) * (batch // len(lengths))
 
 
 def check_block_size(value: Any) -> None:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number, check_whole
-from stem_attn.baselines.estimates import last_attention, pooled_logits
-from stem_attn.baselines.masks import rank, vertical_slash_blocks
 from stem_attn.blocks import BlockGrid
 from stem_attn.checks import check_qkv, resolve_scale
+from stem_attn.methods.base import Knob, Rival, check_block_size, check_number, check_whole
+from stem_attn.methods.estimates import last_attention, pooled_logits
+from stem_attn.methods.masks import rank, vertical_slash_blocks
 
 Pattern = Literal["vertical_slash", "block_sparse"]
 
@@ -24,7 +24,7 @@ _FEWEST_SLASHES = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MInference(Baseline):
+class MInference(Rival):
     """Keep the strongest vertical and slash lines of the last queries' attention, or the best mean-pooled blocks.
 
     The authors search offline which pattern, of which size, each head of a model gets, and give every other head the

@@ -65,7 +65,7 @@ def query_means(q: Tensor, grid: BlockGrid) -> Tensor:
 
 def key_means(k: Tensor, grid: BlockGrid) -> Tensor:
     """Average the keys of every block: float32 [B, Hkv, Kb, D]."""
-    counts = torch.full((grid.k_blocks,), grid.block_size, device=k.device)
+    counts = torch.full((grid.k_blocks,), grid.block_size, dtype=torch.int64, device=k.device)
     counts[-1] = grid.k_len - (grid.k_blocks - 1) * grid.block_size
     return (key_blocks(k, grid).sum(2, dtype=torch.float32) / counts[:, None]).view(*k.shape[:2], grid.k_blocks, -1)
 
@@ -124,7 +124,8 @@ def attention_mass(q: Tensor, k: Tensor, grid: BlockGrid, scale: float, *, strid
     A row sums to 1: it is the mean over its queries, or strided groups of them (see `attention_tiles`).
     """
     heads = q.shape[1] // k.shape[1]
-    mass = torch.zeros(q.shape[0] * k.shape[1], heads, grid.q_blocks, grid.k_blocks, device=q.device)
+    shape = q.shape[0] * k.shape[1], heads, grid.q_blocks, grid.k_blocks
+    mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     for which, rows, probabilities in attention_tiles(q, k, grid, scale, stride=stride):
         mass[which, :, rows, : probabilities.shape[4]] = probabilities.sum((3, 5))
     return (mass / mass.sum(-1, keepdim=True)).view(*q.shape[:2], grid.q_blocks, grid.k_blocks)
@@ -148,7 +149,7 @@ def last_attention(q: Tensor, k: Tensor, last: int, scale: float) -> tuple[Tenso
     keys = k.reshape(-1, k_len, dim)
     heads = queries.shape[1]
     distance = torch.arange(k_len - last, k_len, device=q.device)[:, None] - torch.arange(k_len, device=q.device)
-    vertical = torch.empty(len(queries), heads, k_len, device=q.device)
+    vertical = torch.empty(len(queries), heads, k_len, dtype=torch.float32, device=q.device)
     slash = torch.empty_like(vertical)
     for which, _ in tiles(len(queries), 1, heads * last * k_len):
         logits = (

@@ -1,4 +1,4 @@
-"""What a method of sparse attention is: a choice of key blocks. Stem is one; `stem_attn.baselines` has the others.
+"""What a method of sparse attention is: a choice of key blocks. Stem is one; `stem_attn.methods` has the others.
 
 Methods differ in their selection only. Every one of them runs on the same attention backends.
 """
@@ -6,14 +6,11 @@ Methods differ in their selection only. Every one of them runs on the same atten
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from stem_attn.api import select_blocks
 from stem_attn.blocks import BlockSelection
-from stem_attn.config import StemConfig
 
 
 class Method(Protocol):
@@ -42,33 +39,3 @@ class Method(Protocol):
             prompt_len: Tokens of the whole prompt, one int or one a batch row, for methods whose budget depends on
                 it. Default: Tk.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Stem:
-    """Stem as a method among others.
-
-    Args:
-        config: See `StemConfig`.
-        backend: `"auto"` or a name from `stem_attn.backends.available()`.
-    """
-
-    config: StemConfig = field(default_factory=StemConfig)
-    backend: str = "auto"
-
-    @property
-    def block_size(self) -> int:
-        """Tokens a block."""
-        return self.config.block_size
-
-    def select(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        prompt_len: int | Sequence[int] | Tensor | None = None,
-    ) -> BlockSelection:
-        """See `stem_attn.select_blocks`."""
-        return select_blocks(q, k, v, config=self.config, scale=scale, prompt_len=prompt_len, backend=self.backend)

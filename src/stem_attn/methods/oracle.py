@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number
-from stem_attn.baselines.estimates import attention_mass, attention_tiles, key_blocks
-from stem_attn.baselines.masks import best_share, forced_blocks
 from stem_attn.blocks import BlockGrid
+from stem_attn.methods.base import Knob, Rival, check_block_size, check_number
+from stem_attn.methods.estimates import attention_mass, attention_tiles, key_blocks
+from stem_attn.methods.masks import best_share, forced_blocks
 
 Measure = Literal["mass", "effect"]
 Scope = Literal["head", "layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Oracle(Baseline):
+class Oracle(Rival):
     """Keep the blocks of largest true attention mass or true effect on the output, to an exact density.
 
     A reference, not a method: it costs more than dense attention.
@@ -60,7 +60,8 @@ class Oracle(Baseline):
 def _effect(q: Tensor, k: Tensor, v: Tensor, grid: BlockGrid, scale: float) -> Tensor:
     values = key_blocks(v, grid).float()
     heads = q.shape[1] // k.shape[1]
-    effect = torch.full((len(values), heads, grid.q_blocks, grid.k_blocks), -torch.inf, device=q.device)
+    shape = len(values), heads, grid.q_blocks, grid.k_blocks
+    effect = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     for which, rows, tile in attention_tiles(q, k, grid, scale, width=v.shape[3]):
         probabilities, blocks = tile.float(), tile.shape[4]
         diagonal = forced_blocks(grid, 0, 1, q.device)[rows, :blocks]

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_whole
 from stem_attn.blocks import BlockGrid
+from stem_attn.methods.base import Knob, Rival, check_block_size, check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AShape(Baseline):
+class AShape(Rival):
     """Keep the blocks that hold the sink tokens, or a token of a query's window.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", https://arxiv.org/abs/2309.17453.

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob
 from stem_attn.blocks import BlockGrid
 from stem_attn.checks import check_qkv, resolve_prompt_len, resolve_scale
 from stem_attn.config import StemConfig
-from stem_attn.methods import Method, Stem
+from stem_attn.method import Method
+from stem_attn.methods.base import Knob, Rival, one_a_row
+from stem_attn.methods.stem import Stem
 
 # Stem's knob is the blocks of the first rows: its decay and everything else stay.
 _STEM = Knob("budget_bias", low=1, high=None, rising=True, whole=True)
@@ -55,7 +56,7 @@ def match_density(
     check_qkv(q, k, v)
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
-    knob = _STEM if isinstance(method, Stem) else method.knob if isinstance(method, Baseline) else None
+    knob = _STEM if isinstance(method, Stem) else method.knob if isinstance(method, Rival) else None
     if knob is None:
         raise ValueError(f"{type(method).__name__} has no knob that changes its density")
     measure = _measure(method, q, k, v, scale, prompt_len)
@@ -85,7 +86,7 @@ def match_density(
 def first_rows_keep(config: StemConfig, blocks: int) -> StemConfig:
     """Rescale a schedule: the first rows keep `blocks`, at any prompt length; decay, forced blocks and scoring stay."""
     return dataclasses.replace(
-        config, budget_ratio=0.0, budget_bias=blocks, budget_scale=1.0, budget_floor=1, dense_below=0, min_seq_len=0
+        config, budget_ratio=0.0, budget_bias=blocks, budget_scale=1.0, budget_floor=1, dense_below=0
     )
 
 
@@ -100,14 +101,14 @@ def _measure(
     method: Method, q: Tensor, k: Tensor, v: Tensor, scale: float | None, prompt_len: Any
 ) -> Callable[[Method], float]:
     """Return what tells the density of a method that differs from the given one in its knob only."""
-    if not isinstance(method, Baseline):
+    if not isinstance(method, Rival):
         return lambda turned: turned.select(q, k, v, scale=scale, prompt_len=prompt_len).density()
     grid = BlockGrid(q.shape[2], k.shape[2], method.block_size)
-    lengths = resolve_prompt_len(prompt_len, q.shape[0], grid.k_len)
+    lengths = one_a_row(resolve_prompt_len(prompt_len, q.shape[0], grid.k_len), q.shape[0])
     estimate = method.estimate(q, k, v, grid, resolve_scale(scale, q.shape[3]))
 
     def density(turned: Method) -> float:
-        kept = cast(Baseline, turned).mask(estimate, grid, lengths, q)
+        kept = cast(Rival, turned).mask(estimate, grid, lengths, q)
         return int(kept.sum()) / (q.shape[0] * q.shape[1] * grid.causal_blocks)
 
     return density

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number, check_whole
-from stem_attn.baselines.estimates import attention_mass
-from stem_attn.baselines.masks import causal_blocks, covered_before, forced_blocks
 from stem_attn.blocks import BlockGrid
+from stem_attn.methods.base import Knob, Rival, check_block_size, check_number, check_whole
+from stem_attn.methods.estimates import attention_mass
+from stem_attn.methods.masks import causal_blocks, covered_before, forced_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class XAttention(Baseline):
+class XAttention(Rival):
     """Keep, in every row, the fewest blocks whose estimated attention reaches the threshold.
 
     Query and key tokens form groups of `stride`; the logit of two groups is the mean over their antidiagonal, and a

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, check_block_size
 from stem_attn.blocks import BlockGrid
+from stem_attn.methods.base import Rival, check_block_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dense(Baseline):
+class Dense(Rival):
     """Keep every block.
 
     Args:

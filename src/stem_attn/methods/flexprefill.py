@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number, check_whole
-from stem_attn.baselines.estimates import key_means, last_attention, pooled_logits
-from stem_attn.baselines.masks import covered_before, rank, vertical_slash_blocks
 from stem_attn.blocks import BlockGrid
+from stem_attn.methods.base import Knob, Rival, check_block_size, check_number, check_whole
+from stem_attn.methods.estimates import key_means, last_attention, pooled_logits
+from stem_attn.methods.masks import covered_before, rank, vertical_slash_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class _Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlexPrefill(Baseline):
+class FlexPrefill(Rival):
     """Keep the lines or blocks whose estimated attention covers a share gamma of each head's.
 
     The attention of the last query block is computed, and estimated from mean-pooled queries and keys. Where the two

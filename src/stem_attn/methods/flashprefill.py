@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stem_attn.baselines.base import Baseline, Knob, check_block_size, check_number, check_whole
-from stem_attn.baselines.estimates import by_problem, key_means, present_queries, tiles
-from stem_attn.baselines.masks import forced_blocks
 from stem_attn.blocks import BlockGrid
+from stem_attn.methods.base import Knob, Rival, check_block_size, check_number, check_whole
+from stem_attn.methods.estimates import by_problem, key_means, present_queries, tiles
+from stem_attn.methods.masks import forced_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlashPrefill(Baseline):
+class FlashPrefill(Rival):
     """Keep the blocks whose energy is at least `alpha` times that of the row's best block.
 
     A block's energy is `exp(q . mean(k) / sqrt(d))`, summed over the row's queries, of blocks before the diagonal one.
@@ -55,7 +55,8 @@ class FlashPrefill(Baseline):
         keys = key_means(k, grid).flatten(0, 1)
         problems, heads = queries.shape[:2]
         absent = ~present_queries(grid, q.device)[:, :, None]
-        energy = torch.empty(problems, heads, grid.q_blocks, grid.k_blocks, device=q.device)
+        shape = problems, heads, grid.q_blocks, grid.k_blocks
+        energy = torch.empty(shape, dtype=torch.float32, device=q.device)
         for which, rows in tiles(problems, grid.q_blocks, heads * grid.block_size * grid.k_blocks):
             tile = queries[which, :, rows]
             logits = (tile.float().flatten(1, 3) @ keys[which].mT).mul_(scale).view(*tile.shape[:4], -1)
@@ -70,6 +71,6 @@ class FlashPrefill(Baseline):
     def keep(self, estimate: Tensor, grid: BlockGrid, lengths: list[int]) -> Tensor:
         kept = estimate >= (math.log(self.alpha) if self.alpha else -math.inf)
         kept |= forced_blocks(grid, self.sink_blocks, self.local_blocks, estimate.device)
-        blocks = -(-torch.tensor(lengths, device=estimate.device) // self.block_size)
+        blocks = -(-torch.tensor(lengths, dtype=torch.int64, device=estimate.device) // self.block_size)
         last = grid.block_ids(estimate.device) >= blocks[:, None] - self.last_blocks  # [B, Qb]
         return kept | last[:, None, :, None]

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from helpers import SMALL, make_qkv
-from stem_attn import BlockSelection, StemConfig, baselines, block_sparse_attention, select_blocks
-from stem_attn.baselines import estimates, masks
-from stem_attn.baselines.flexprefill import FlexPrefill
-from stem_attn.baselines.knob import match_density
-from stem_attn.baselines.minference import MInference
-from stem_attn.baselines.oracle import Oracle
-from stem_attn.baselines.uniform import Uniform
+from stem_attn import BlockSelection, StemConfig, block_sparse_attention, methods, select_blocks
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
-from stem_attn.methods import Stem
+from stem_attn.budget import budget_of
+from stem_attn.methods import Stem, estimates, masks
+from stem_attn.methods.flexprefill import FlexPrefill
+from stem_attn.methods.knob import match_density
+from stem_attn.methods.minference import MInference
+from stem_attn.methods.oracle import Oracle
+from stem_attn.methods.uniform import Uniform
 from stem_attn.reference import reference_attention
 
 SIZE = 16
@@ -25,7 +24,7 @@ LENGTH = 960
 
 # Settings that are sparse at a few hundred tokens in blocks of 16. One row a method.
 SPARSE = {
-    "stem": {f: getattr(SMALL, f) for f in ("block_size", "budget_ratio", "budget_bias", "tail_blocks", "min_seq_len")},
+    "stem": {f: getattr(SMALL, f) for f in ("block_size", "budget_ratio", "budget_bias", "tail_blocks")},
     "dense": {"block_size": SIZE},
     "oracle": {"block_size": SIZE, "density": 0.3},
     "uniform": {"config": SMALL},
@@ -47,7 +46,7 @@ CAUSAL = ("stem", "dense", "uniform", "a_shape", "minference block-sparse", "xat
 
 def build(row, **changes):
     name, params = EVERY[row]
-    return baselines.make(name, **{**params, **changes})
+    return methods.make(name, **{**params, **changes})
 
 
 def structured(q_len, k_len=None, *, sharp=2.0, **options):
@@ -76,7 +75,7 @@ def block_sums(x, grid):
 
 
 def test_every_method_is_in_the_registry_and_here():
-    assert set(SPARSE) == set(baselines.METHODS)
+    assert set(SPARSE) == set(methods.METHODS)
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (63, 63), (111, 111), (129, 400), (5, 200), (400, 400)])
@@ -220,7 +219,7 @@ def test_density_out_of_reach_is_refused():
 
 def test_stem_keeps_its_decay_at_any_density():
     q, k, v = structured(800)
-    matched = match_density(Stem(dataclasses.replace(SMALL, min_seq_len=5000)), q, k, v, 0.3)
+    matched = match_density(Stem(dataclasses.replace(SMALL, dense_below=5000)), q, k, v, 0.3)
     counts = matched.select(q, k, v).counts[0, 0]
     assert counts[-1] < 0.8 * counts.max()
 
@@ -246,9 +245,9 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", baselines.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_published_defaults(name):
-    method = baselines.make(name)
+    method = methods.make(name)
     expected = DEFAULTS[name]
     assert {field: getattr(method, field) for field in expected} == expected
     if name != "stem":
@@ -306,7 +305,7 @@ def test_every_field_has_an_effect(row, field):
 )
 def test_wrong_names_and_values_are_refused(name, params, message):
     with pytest.raises(ValueError, match=message):
-        baselines.make(name, **params)
+        methods.make(name, **params)
 
 
 def test_inputs_are_checked():
@@ -532,7 +531,7 @@ def test_a_shape_keeps_sinks_and_windows():
 
 @pytest.mark.parametrize("preset", ["default", "official", "paper"])
 def test_uniform_costs_what_its_config_costs(preset):
-    config = StemConfig.preset(preset, block_size=SIZE, min_seq_len=0)
+    config = StemConfig.preset(preset, block_size=SIZE)
     for tokens in (2000, 4096):
         q, k, v = make_qkv(tokens, heads=1, kv_heads=1, dim=16)
         wanted = select_blocks(q, k, v, config=config).density()
@@ -549,10 +548,9 @@ def test_uniform_costs_what_its_config_costs(preset):
 
 def test_uniform_is_085_of_the_first_rows_budget():
     # Far above the plateau of short rows, Eq. 4's k_uni is 0.85 k_start.
-    config = StemConfig.preset("paper", block_size=SIZE, min_seq_len=0, budget_ratio=0.05, budget_floor=1)
+    config = StemConfig.preset("paper", block_size=SIZE, budget_ratio=0.05, budget_floor=1)
     tokens = 400 * SIZE
-    grid = BlockGrid(tokens, tokens, SIZE)
-    start = int(block_budget(config, tokens, grid)[0])
+    start = int(budget_of(config, (tokens,)).blocks[0])
     assert Uniform(config=config).equal_cost_k(tokens) == pytest.approx(0.85 * start, abs=1)
 
 
@@ -602,9 +600,9 @@ def test_a_prompt_of_32k_tokens_needs_no_square_of_it():
             return out
 
     q, k, v = make_qkv(200, 32768, heads=2, kv_heads=1, dim=16)
-    methods = [build(row, **({"block_size": 32} if row not in ("uniform", "stem") else {})) for row in EVERY]
+    rivals = [build(row, **({"block_size": 32} if row not in ("uniform", "stem") else {})) for row in EVERY]
     with Watch():
-        for method in methods:
+        for method in rivals:
             method.select(q, k, v)
     assert largest <= 4 * estimates._TILE_NUMBERS
 

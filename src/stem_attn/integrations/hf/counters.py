@@ -1,0 +1,130 @@
+"""What a model's attention calls were: counted by any number of threads, and each kind logged once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from stem_attn.blocks import BlockSelection
+
+log = logging.getLogger("stem_attn.hf")
+
+# Reasons for dense attention that belong to normal use; every other one is logged as a warning.
+_EXPECTED = frozenset({"decode", "short prompt", "dense layer", "no gain from sparsity"})
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Count a model's attention calls since `enable` or `reset_stats`; one layer of one forward is one call.
+
+    Under torch.compile the calls that are dense by their form alone (decode, 4-D masks, training) leave no trace here,
+    because counting them would break the graph.
+
+    Args:
+        method: The method's name.
+        calls: All calls.
+        sparse: Calls that attended over the blocks that the method selects.
+        banded: Calls of sliding-window layers, exact over their window.
+        dense: Calls left to dense attention, by reason; "no gain from sparsity" where sparse would not be faster.
+        density: Kept over causal blocks, all sparse calls together, so that each call weighs as much as the
+            work that dense attention would have had; None before the first sparse call.
+        tokens: Query tokens by kind ("sparse", "banded", "dense"), padding included, summed over calls.
+        unknown_prompt_len: Sparse calls with a prefix whose whole prompt length nobody told; their budget is that
+            of the tokens seen so far.
+    """
+
+    method: str
+    calls: int
+    sparse: int
+    banded: int
+    dense: dict[str, int]
+    density: float | None
+    tokens: dict[str, int]
+    unknown_prompt_len: int
+
+
+class Counters:
+    """Count the calls of one model."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._logged: set[str] = set()
+        self._zero()
+
+    def _zero(self) -> None:
+        self._calls: Counter[str] = Counter()
+        self._dense: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._unknown_prompt_len = 0
+        self._causal_blocks = 0
+        self._kept_blocks: dict[str, Tensor] = {}  # by device, int64, so that counting never waits for the device
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            values = ((name, value) for name, value in vars(self).items() if name != "_lock")
+            return {name: value.copy() if hasattr(value, "copy") else value for name, value in values}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        vars(self).update(fields, _lock=threading.Lock())
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        with self._lock:
+            self._zero()
+
+    def selection(self, selection: BlockSelection) -> None:
+        """Note the density of one sparse call, or of one batch row of it."""
+        kept = selection.counts.sum()
+        device = str(kept.device)
+        batch, heads, _ = selection.counts.shape
+        with self._lock:
+            self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept
+            self._causal_blocks += batch * heads * selection.grid.causal_blocks
+
+    def unknown_prompt_len(self) -> None:
+        """Note a sparse call with a prefix whose whole prompt length is unknown, and warn once."""
+        with self._lock:
+            self._unknown_prompt_len += 1
+        message = "whole prompt length unknown, chunks are budgeted by the tokens seen so far: see prompt_length()"
+        self._say(message, logging.WARNING)
+
+    def attended(self, kind: str, tokens: int) -> None:
+        """Note one sparse or banded call of `tokens` query tokens."""
+        with self._lock:
+            self._calls[kind] += 1
+            self._tokens[kind] += tokens
+
+    def dense(self, reason: str, tokens: int) -> None:
+        """Note one dense call, and log its reason if it is new for this model."""
+        with self._lock:
+            self._calls["dense"] += 1
+            self._tokens["dense"] += tokens
+            self._dense[reason] += 1
+        self._say(f"dense attention: {reason}", logging.INFO if reason in _EXPECTED else logging.WARNING)
+
+    def _say(self, message: str, level: int) -> None:
+        with self._lock:
+            new = message not in self._logged
+            self._logged.add(message)
+        if new:
+            log.log(level, "%s (said once per model)", message)
+
+    def stats(self, method: str) -> Stats:
+        """Return the counts so far, of the method of this name."""
+        with self._lock:
+            kept = sum(int(n) for n in self._kept_blocks.values())
+            return Stats(
+                method=method,
+                calls=self._calls.total(),
+                sparse=self._calls["sparse"],
+                banded=self._calls["banded"],
+                dense=dict(self._dense),
+                density=kept / self._causal_blocks if self._causal_blocks else None,
+                tokens={kind: self._tokens[kind] for kind in ("sparse", "banded", "dense")},
+                unknown_prompt_len=self._unknown_prompt_len,
+            )
