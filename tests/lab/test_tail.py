@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from stem_attn.api import select_blocks
-from stem_attn.baselines.knob import match_density
 from stem_attn.config import StemConfig
 from stem_attn.lab.equal_density import select_at_density
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.named_methods import parse_methods
 from stem_attn.lab.tail import WithTail, tail_fields
+from stem_attn.methods.knob import match_density
 
 TOKENS, BLOCK = 4101, 32  # 129 blocks, the last one partial; long enough for the default to be sparse
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from stem_attn.api import select_blocks
-from stem_attn.baselines.base import Baseline, Knob
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
+from stem_attn.methods.base import Knob, Rival
 
 
 def tail_fields() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def tail_fields() -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WithTail(Baseline):
+class WithTail(Rival):
     """Choose blocks with a method, but for the last rows of the prompt, which keep what the default config keeps there.
 
     Args:
@@ -31,7 +31,7 @@ class WithTail(Baseline):
         config: The tail's; of the method's block size.
     """
 
-    method: Baseline
+    method: Rival
     at: float | None = None
     config: StemConfig = field(default_factory=StemConfig)
 

@@ -1,7 +1,7 @@
 """Several rounds of coreference: the text that an assistant wrote the n-th time it was asked for the same thing.
 
 Source: Vodrahalli et al., "Michelangelo", https://arxiv.org/abs/2409.12640, the task MRCR. There the texts are a
-model's; here they are lines of random words, so that nothing has to be downloaded and no text is like another.
+model's; here they are random words, so that nothing has to be downloaded and no text is like another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stem_attn.lab.tasks.samples import Request, Sample, draw_fitting, largest_s
 
 NEW_TOKENS = 80
 _ASKED_TIMES = 4
-_LINES = 3
+_PHRASES = 3
 _STEP = 2
 _ESTIMATE_ROUNDS = 64
 _KINDS = ("poem", "riddle", "song", "speech", "letter", "advertisement", "fairy tale", "prayer")
@@ -40,11 +40,11 @@ def samples(request: Request) -> Iterator[Sample]:
         return rng.choice(words[part])
 
     def text() -> str:
-        lines = (
+        phrases = (
             f"{draw('adjective')} {draw('noun')} {draw('verb')} {draw('adjective')} {draw('noun')}"
-            for _ in range(_LINES)
+            for _ in range(_PHRASES)
         )
-        return "\n".join(lines)
+        return ", ".join(phrases) + "."
 
     def prompt(size: int) -> Sample:
         wanted = (rng.choice(_KINDS), draw("noun"))
