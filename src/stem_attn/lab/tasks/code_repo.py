@@ -96,15 +96,16 @@ def _others(target: _Target, files: list[SourceFile], rng: random.Random) -> lis
 
 def _targets(file: SourceFile, files: dict[str, SourceFile]) -> list[_Target]:
     """Return the lines of a file that are the first to use a function or class of another file."""
+    tree = file.tree()
     origins = {
         alias.asname or alias.name: origin
-        for node in file.tree.body
+        for node in tree.body
         if isinstance(node, ast.ImportFrom) and (origin := _module(node, file, files)) is not None
         for alias in node.names
         if alias.name in origin.defines
     }
     first_use: dict[str, int] = {}
-    for node in ast.walk(file.tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in origins:
             first_use[node.id] = min(node.lineno - 1, first_use.get(node.id, node.lineno - 1))
     imported = tuple(dict.fromkeys(origins.values()))

@@ -80,9 +80,8 @@ class SourceFile:
         except (SyntaxError, tokenize.TokenError):
             return
 
-    @cached_property
     def tree(self) -> ast.Module:
-        """The module's syntax tree; empty where its syntax is newer than this Python's."""
+        """Return the module's syntax tree, which is too large to keep; empty where this Python does not know its syntax."""
         try:
             return ast.parse(self.text)
         except SyntaxError:
@@ -92,7 +91,7 @@ class SourceFile:
     def defines(self) -> frozenset[str]:
         """Names of the module's own functions and classes."""
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        return frozenset(node.name for node in self.tree.body if isinstance(node, kinds))
+        return frozenset(node.name for node in self.tree().body if isinstance(node, kinds))
 
 
 @cache
