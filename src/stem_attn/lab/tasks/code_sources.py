@@ -81,7 +81,7 @@ class SourceFile:
             return
 
     def tree(self) -> ast.Module:
-        """Return the module's syntax tree, which is too large to keep; empty where this Python does not know its syntax."""
+        """Return the module's syntax tree, which is too large to keep; empty if its syntax is newer than Python's."""
         try:
             return ast.parse(self.text)
         except SyntaxError:
