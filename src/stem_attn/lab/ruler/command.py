@@ -67,7 +67,7 @@ def ruler(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="dense, stem-PRESET, a baseline's name, or a variant's.",
+            help="dense, stem-PRESET, a rival's name, or a variant's.",
             rich_help_panel=METHOD,
         ),
     ] = "dense,stem-default",
