@@ -127,7 +127,7 @@ BAD = [
     (["prefill", "--new-tokens", "0"], "Invalid value for '--new-tokens'"),
     (["prefill", "--preset", "fast"], "unknown preset 'fast'"),
     (["prefill", "--set", "block_size=17"], "block_size must be a multiple of 16, got 17"),
-    (["prefill", "--set", "blocks=2"], "unknown config field blocks"),
+    (["prefill", "--set", "blocks=2"], "unknown setting blocks"),
     (["prefill", "--set", "decay=NaN"], "decay must be a finite number"),
     (["prefill", "--set", "decay"], "--set takes field=value"),
     (["prefill", "--dtype", "int3"], "--dtype must be one of"),

@@ -7,7 +7,7 @@ and every chunk asks for the same: never write to them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -31,6 +31,12 @@ class Budget:
     config: StemConfig
     prompt_lens: tuple[int, ...]
     blocks: Tensor
+    _pruning: list[int] = field(init=False, repr=False)  # rows before each row that do not keep everything
+
+    def __post_init__(self) -> None:
+        rows = torch.arange(self.blocks.shape[-1], device="cpu")
+        prune = (self.blocks <= rows).view(-1, len(rows)).any(0)
+        object.__setattr__(self, "_pruning", [0, *prune.cumsum(0).tolist()])
 
     def rows(self, grid: BlockGrid) -> Tensor:
         """Return the budget of the rows that a call holds: int32 [Qb], or [B, Qb]."""
@@ -38,7 +44,7 @@ class Budget:
 
     def keeps_everything(self, grid: BlockGrid) -> bool:
         """Tell whether every row of a call keeps all its causal blocks, so that there is nothing to score."""
-        return bool((self.rows(grid) > grid.block_ids()).all())
+        return self._pruning[grid.first_block] == self._pruning[grid.k_blocks]
 
 
 @lru_cache(maxsize=1024)  # layers may have budgets of their own

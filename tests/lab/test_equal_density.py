@@ -3,7 +3,7 @@ import torch
 
 from stem_attn import StemConfig
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.lab.equal_density import UnreachableDensityError, enclosing_budgets, select_at_density
 from stem_attn.lab.named_methods import NamedMethod
 
@@ -42,7 +42,7 @@ def test_official_keeps_scoring_decay_and_forced_blocks():
                      "forced_blocks"):  # fmt: skip
             assert getattr(config, name) == getattr(official, name)
         # Without the forced blocks on top, the first row beyond the budget keeps it all, and the last one 0.7 of it.
-        budget = block_budget(config, 1024, choice.selection.grid)
+        budget = budget_of(config, (1024,)).rows(choice.selection.grid)
         assert int(budget[config.budget_bias]) == config.budget_bias
         assert int(budget[-1]) == int(0.7 * config.budget_bias)
 

@@ -25,5 +25,5 @@ def test_uniform_is_the_official_method_without_its_decay():
 
 
 def test_variants_from_a_file_that_is_wrong(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read config file nowhere\.json"):
+    with pytest.raises(InputError, match=r"cannot read settings file nowhere\.json"):
         parse_methods("", ["tuned=config:nowhere.json"])

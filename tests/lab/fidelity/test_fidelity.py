@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import tiny_model
-from stem_attn import StemConfig
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import select_at_density
 from stem_attn.lab.fidelity.layer_numbers import DenseLayer, LayerNumbers, at_density
@@ -101,13 +101,13 @@ def test_interpolation_is_linear_in_density():
 
 def test_propagated_numbers_are_those_of_the_adapter():
     model, ids = tiny_model.model(), prompt()
-    config = StemConfig(block_size=BLOCK, budget_ratio=0.2, budget_bias=0, min_seq_len=0)
+    config = StemConfig(block_size=BLOCK, budget_ratio=0.2, budget_bias=0)
     fields = {"budget_ratio": 0.2, "budget_bias": 0, "min_seq_len": 0}
     (row,) = measure([Candidate(NamedMethod("mine", "stem-default", fields), None)], model, ids).propagated
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
-            hf.enable(model, config, crossover=False)
+            hf.enable(model, config, policy=PrefillPolicy(min_seq_len=0, crossover=False))
             model(ids, use_cache=False)
         density = hf.stats(model).density
         hf.disable(model)
@@ -179,7 +179,7 @@ def test_a_residual_is_part_of_a_methods_output():
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
-            hf.enable(model, mean.build(BLOCK).config, crossover=False)
+            hf.enable(model, mean.build(BLOCK).config, policy=PrefillPolicy(min_seq_len=0, crossover=False))
             model(ids, use_cache=False)
         hf.disable(model)
         numbers = compare_positions(model, *hidden, ids)

@@ -104,7 +104,7 @@ def test_summary_is_geometric_over_layers_and_plain_over_prompts(result):
         (["--variant", "mine"], "--variant takes NAME=METHOD,FIELD=VALUE"),
         (["--variant", "mine=nothing"], "unknown method 'nothing'"),
         (["--variant", "uniform=stem-official"], "the name uniform is taken"),
-        (["--variant", "mine=stem-official,betta=1"], "method mine: unknown config field betta"),
+        (["--variant", "mine=stem-official,betta=1"], "method mine: unknown setting betta"),
         (["--variant", "mine=xattention,stride=5"], "method mine: stride must divide block_size 16"),
         (["--block-size", "20"], "block_size must be a multiple of 16"),
         (["--densities", "0.1,2"], "--densities takes numbers above 0 and up to 1"),

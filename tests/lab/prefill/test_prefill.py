@@ -5,20 +5,21 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_model
-from stem_attn import StemConfig
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.prefill.run import compare
 
-SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0, min_seq_len=64)
-EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0, min_seq_len=64)
+SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0)
+EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0)
+POLICY = PrefillPolicy(min_seq_len=64, crossover=False)
 
 
 def ids(tokens: int = 400) -> torch.Tensor:
     return torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def run(model, config, prompt=None, **kwargs):
+def run(model, config, prompt=None, policy=POLICY, **kwargs):
     seen = []
 
     def on_start(name, calls):
@@ -27,7 +28,7 @@ def run(model, config, prompt=None, **kwargs):
 
     prompt = ids() if prompt is None else prompt
     kwargs = {"new_tokens": 8, "rounds": 1, **kwargs}
-    return compare(model, tiny_model.tokenizer(), prompt, config, on_start=on_start, **kwargs), seen
+    return compare(model, tiny_model.tokenizer(), prompt, config, policy, on_start=on_start, **kwargs), seen
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def test_fidelity_is_that_of_the_full_logits(monkeypatch):
     model, prompt = tiny_model.model(), ids()
     found, _ = run(model, SPARSE, prompt)
     dense = log_probs(model, prompt)
-    hf.enable(model, SPARSE)
+    hf.enable(model, SPARSE, policy=POLICY)
     stem = log_probs(model, prompt)
     stats = hf.stats(model)
     hf.disable(model)
@@ -88,7 +89,7 @@ def test_answers_are_the_greedy_continuations():
         return tiny_model.tokenizer().decode(tokens, skip_special_tokens=True)
 
     assert found.dense.answer == greedy()
-    hf.enable(model, SPARSE)
+    hf.enable(model, SPARSE, policy=POLICY)
     assert found.stem.answer == greedy()
     hf.disable(model)
     assert found.dense.answer
@@ -113,4 +114,4 @@ def test_measurements_hang_together_and_the_model_is_restored():
 
 def test_nothing_sparse_is_an_error():
     with pytest.raises(InputError, match="no layer ran sparse"):
-        run(tiny_model.model(), StemConfig(dense_layers=(0, 1), min_seq_len=64))
+        run(tiny_model.model(), SPARSE, policy=PrefillPolicy(dense_layers=(0, 1), min_seq_len=64))

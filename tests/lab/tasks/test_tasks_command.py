@@ -123,7 +123,7 @@ def test_a_run_without_time_begins_nothing(folder, capsys):
         (["--methods", ","], "nothing to measure"),
         (["--methods", "dense,flash"], "unknown method 'flash'"),
         (["--methods", "dense+tail"], "dense attention keeps everything"),
-        (["--variant", "a=stem-default,strides=3"], "unknown config field strides"),
+        (["--variant", "a=stem-default,strides=3"], "unknown setting strides"),
         (["--lengths", "200"], "does not fit"),
         (["--tasks", "code", "--lengths", "70"], "code_file does not fit 70 tokens"),
         (["--part", "3/2"], "--part takes I/N with I from 1 to N"),

@@ -118,7 +118,7 @@ def test_the_budget_counts_dense_layers(loaded):
     assert (record["budget"], record["layers"]) == (1.0, {"short prompt": 2})
 
 
-def test_baselines_run_with_their_own_budget_or_at_a_density(loaded):
+def test_rivals_run_with_their_own_budget_or_at_a_density(loaded):
     methods = (DENSE, NamedMethod("x", "xattention", {"threshold": 0.5}), NamedMethod("stem-official", "stem-official"))
     own = ran(loaded, methods=methods, samples=(0,))[0].records[1:]
     assert 0 < own[0]["budget"] < 1

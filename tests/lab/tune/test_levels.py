@@ -7,7 +7,7 @@ from stem_attn import StemConfig
 from stem_attn.lab.tune.levels import allocate, interpolate, levels, spread, toward
 
 LENGTH = 384
-CONFIG = StemConfig(block_size=16, stride=4, min_seq_len=0)
+CONFIG = StemConfig(block_size=16, stride=4)
 
 
 def test_levels_rise_to_everything_and_scales_give_them():
@@ -16,7 +16,7 @@ def test_levels_rise_to_everything_and_scales_give_them():
     assert densities == sorted(set(densities))
     assert densities[-1] == 1.0
     for preset in ("official", "paper"):
-        config = StemConfig.preset(preset, block_size=16, budget_floor=1, min_seq_len=0)
+        config = StemConfig.preset(preset, block_size=16, budget_floor=1)
         assert levels(config, 2048)[-1].density == 1.0
         assert len(levels(config, 2048)) > 50
     assert levels(dataclasses.replace(CONFIG, budget_bias=0, budget_ratio=0.0), LENGTH) == []

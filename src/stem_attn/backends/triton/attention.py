@@ -87,8 +87,10 @@ def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: T
             operands = Operands(call, q, k, v, scale, indices, counts, out, None, 0, call.layout.block_table, packing)
             launch(operands, portable_tile(q, v, call.block_size))
             return
-    for part, selection in zip(parts, selections, strict=True):
-        attend_part(call, part, selection, out[:, :, part.tokens], lse)
+        for part, selection in zip(parts, selections, strict=True):
+            attend_part(call, part, selection, out[:, :, part.tokens], None)
+        return
+    attend_part(call, parts[0], selections[0], out, lse)
 
 
 def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None) -> None:

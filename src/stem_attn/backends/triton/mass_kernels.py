@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from stem_attn.backends.triton.selection_kernels import finite_score
+
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)
 """The logit of what does not exist: finite, so that differences of two of them are numbers."""
@@ -164,4 +166,4 @@ def reduce_kernel(
     if VALUES:
         values = table + tl.num_programs(1) * (group * q_blocks + k_blocks) + head * k_blocks
         score += tl.load(values + tl.minimum(column, k_blocks - 1))
-    tl.store(scores + row * pitch + column, score, mask=held)
+    tl.store(scores + row * pitch + column, finite_score(score), mask=held)

@@ -15,8 +15,8 @@ from stem_attn.backends.triton.kernel_pages import token_offset
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
-LEAST_SCORE = tl.constexpr(-3.4028234663852886e38)
-"""Of a causal block: finite, so that it ranks before the future."""
+LARGEST_SCORE = tl.constexpr(1e38)
+"""Of a block that is not forced. Its negative is what ranks last: infinities stand for forced blocks and the future."""
 # Spreads are squares of what means are. Keys' are stored with this factor and queries' with its inverse in their
 # weight, so that both stay within float16's range of their block's means for magnitudes from 1e-3 to 1e4.
 BALANCE = tl.constexpr(1 / 16)
@@ -223,6 +223,12 @@ def zscore_kernel(
         tl.store(values + block, tl.sum(z, 1) * (weight / PER_BLOCK), mask=block < k_blocks)
 
 
+@triton.jit
+def finite_score(score):
+    """Bring what is no number, or too large a one, into the range of scores; a NaN ranks last."""
+    return tl.minimum(tl.maximum(score, -LARGEST_SCORE), LARGEST_SCORE)  # of a NaN and a number the number
+
+
 @triton.jit(do_not_specialize=["first_row", "rows", "all_rows", "k_blocks", "first_block"])
 def score_kernel(
     pooled,  # descriptor of [B * Hkv * Qb * group + B * Hkv * Kb, DEPTH]: all query heads of a KV head are one matrix
@@ -263,6 +269,7 @@ def score_kernel(
     acc *= tl.load(table + key)[None, :]
     if VALUES:
         acc += tl.load(table + tl.num_programs(1) * k_blocks + key)[None, :]
+    acc = finite_score(acc)
     scores += (head.to(tl.int64) * rows + first_slot) * pitch + first_column
     stored = (slot < rows - first_slot)[:, None] & (column < pitch - first_column)[None, :]
     tl.store(scores + slot[:, None] * pitch + column[None, :], acc, mask=stored)
@@ -270,7 +277,7 @@ def score_kernel(
 
 @triton.jit(do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "width"])
 def top_kernel(
-    scores,  # float32 [B * Hkv, rows * group, pitch]
+    scores,  # float32 [B * Hkv, rows * group, pitch]; finite
     keep,  # int32 [n], or [B, n], of the whole prompt: blocks that top-k takes, clipped to the causal ones; not read
     # if SHARED
     indices,  # int32 [B * Hkv, group, Qb, width]
@@ -307,7 +314,6 @@ def top_kernel(
     forced = causal & ((column < sink) | (column > diagonal - local))
     at = scores + (head * tl.num_programs(0) + slot) * pitch + column
     score = tl.load(at, mask=column < (diagonal // 16 + 1) * 16, other=0.0)
-    score = tl.where(score > LEAST_SCORE, score, LEAST_SCORE)  # what is no number ranks last
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0 equals 0
     key = tl.where(causal, bits ^ ((bits >> 31) & HIGHEST), LOWEST)
     if INSIDE:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stem_attn.backends.triton.selection_kernels import LEAST_SCORE
-
 
 @triton.jit(
     do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "least_at", "scope"]
@@ -107,8 +105,6 @@ def _load(scores, norm, live, first, diagonal, sink, local, CHUNK: tl.constexpr)
     forced = (column < sink) | (column > diagonal - local)
     mask = live[:, None] & (column < (diagonal // 16 + 1) * 16)[None, :]  # whole vectors
     score = tl.load(scores[:, None] + column[None, :], mask=mask, other=0.0) - norm[:, None]
-    score = tl.where(score > LEAST_SCORE, score, LEAST_SCORE)  # what is no number ranks last
-    score = tl.minimum(score, -LEAST_SCORE)  # infinity is for forced blocks
     score = tl.where(forced[None, :], float("inf"), score)
     return tl.where(live[:, None] & causal[None, :], score, float("-inf"))
 

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from stem_attn.config import StemConfig
 from stem_attn.lab import machine
+from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.results import Record
+from stem_attn.policy import PrefillPolicy
 
 _MIB = 2**20
 
@@ -54,7 +56,7 @@ def _facts(found: Record) -> Table:
 
 def _differences(config: dict[str, Any]) -> str:
     """Name the fields that say how much is kept, and those that differ from the package's default."""
-    default = json.loads(StemConfig().to_json())
+    default = plain_settings(StemConfig(), PrefillPolicy())
     always = ("block_size", "budget_ratio", "budget_bias", "decay")
     names = [name for name in config if name in always or config[name] != default[name]]
     return ", ".join(f"{name}={_plain(config[name])}" for name in names)

@@ -74,7 +74,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
             str,
             typer.Option(
                 metavar="NAME,...",
-                help="stem-PRESET, a baseline's name, one of these with +tail (the prompt's last rows then keep what "
+                help="stem-PRESET, a rival's name, one of these with +tail (the prompt's last rows then keep what "
                 "the default's tail keeps), or a variant's. Dense attention always runs too.",
                 rich_help_panel=METHOD,
             ),
