@@ -10,7 +10,7 @@ from torch import Tensor
 from stem_attn.config import StemConfig
 from stem_attn.integrations.hf import autocast, dense
 from stem_attn.integrations.hf.compiled import route_op
-from stem_attn.integrations.hf.masks import is_compact, last_queries_mask
+from stem_attn.integrations.hf.masks import is_compact
 from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 
@@ -55,10 +55,6 @@ def stem_attention_forward(
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
     """
     state: State = getattr(module, ATTRIBUTE, _unmanaged)
-    if attention_mask is None and key.shape[2] > query.shape[2] > 1 and dense.is_causal(module, kwargs):
-        # The mask function gave None for as many keys as queries. Since then the model has cut the queries to the last
-        # ones (Gemma 4), or made the mask for another layer (MiniMax). SDPA would take the first keys only.
-        attention_mask = last_queries_mask(query.shape[0], key.shape[2], query.device)
     reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:
         if not torch.compiler.is_compiling():
