@@ -127,7 +127,7 @@ BAD = [
     (["prefill", "--new-tokens", "0"], "Invalid value for '--new-tokens'"),
     (["prefill", "--preset", "fast"], "unknown preset 'fast'"),
     (["prefill", "--set", "block_size=17"], "block_size must be a multiple of 16, got 17"),
-    (["prefill", "--set", "blocks=2"], "unknown config field blocks"),
+    (["prefill", "--set", "blocks=2"], "unknown setting blocks"),
     (["prefill", "--set", "decay=NaN"], "decay must be a finite number"),
     (["prefill", "--set", "decay"], "--set takes field=value"),
     (["prefill", "--dtype", "int3"], "--dtype must be one of"),
@@ -148,6 +148,8 @@ BAD = [
     (["prefill", "--gguf", "{tmp}/broken.gguf"], "as a GGUF model"),
     (["prefill", "--model", "{model}", "--prompt-file", "{tmp}/short.txt"], "the prompt has 6 tokens, too short"),
     (["prefill", "--model", "{model}", "--prompt-file", "{tmp}/long.txt"], "has 3001 tokens and the answer up to 32"),
+    (["prefill", "--model", "{model}", "--new-tokens", "2048"], "--new-tokens 2048 leaves no room in the model's"),
+    (["prefill", "--seed", "-1"], "Invalid value for '--seed'"),
     (["prefill", "--model", "{model}", "--max-tokens", "9"], "--max-tokens 9 leaves no room"),
     (["prefill", "--model", "{model}", "--set", "dense_layers=[0, 1]"], "no layer ran sparse"),
 ]

@@ -1,5 +1,6 @@
 """The command `stem-attn`. The commands live next to their jobs; this module puts them together."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,13 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command line of this process and exit."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _fail(f"cannot print: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed once more at the very end
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -38,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     except (Abort, KeyboardInterrupt):
         print("stem-attn: interrupted", file=sys.stderr)
         return 130
-    except InputError as error:
+    except (InputError, OSError) as error:  # a full disk, a file that is gone
         return _fail(str(error))
     except Exception as error:
         # Its error classes have changed modules; they share this method.

@@ -1,23 +1,25 @@
-"""Configs and fields as they stand on a command line: a preset, a file, and changes."""
+"""The method and an adapter's policy as they stand on a command line: a preset, a file, and changes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stem_attn.config import PRESETS, StemConfig, field_names, read_fields
+from stem_attn.config import PRESETS, StemConfig, field_names
 from stem_attn.lab.errors import InputError
+from stem_attn.policy import PrefillPolicy, make_settings, policy_field_names, read_settings
 
 
-def config_from_options(
+def settings_from_options(
     preset: str,
     changes: Sequence[str],
     file: Path | None = None,
     own_presets: Mapping[str, Mapping[str, Any]] | None = None,
-) -> StemConfig:
-    """Build a config from `--preset NAME --config FILE --set field=value ...`; what comes later replaces.
+) -> tuple[StemConfig, PrefillPolicy]:
+    """Build a config and a policy from `--preset NAME --config FILE --set field=value ...`; what comes later replaces.
 
     Args:
         preset: Name of a preset.
@@ -28,16 +30,17 @@ def config_from_options(
     Raises:
         InputError: The preset or a field is unknown, a value is out of range, or the file cannot be read.
     """
-    presets = {**(own_presets or {}), **PRESETS}
-    if preset not in presets:
-        raise InputError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
-    fields = {**presets[preset], **(fields_from_file(file) if file is not None else {})}
+    own = own_presets or {}
+    if preset not in own and preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; known: {', '.join((*own, *PRESETS))}")
     for text in changes:
         name, equals, _ = text.partition("=")
         if not equals or not name.strip():
-            raise InputError(f"--set takes field=value, got {text!r}; fields: {', '.join(field_names())}")
+            known = ", ".join((*field_names(), *policy_field_names()))
+            raise InputError(f"--set takes field=value, got {text!r}; fields: {known}")
+    fields = {**own.get(preset, {}), **(fields_from_file(file) if file is not None else {}), **read_changes(changes)}
     try:
-        return StemConfig.from_dict({**fields, **read_changes(changes)})
+        return make_settings(fields, preset if preset in PRESETS else "default")
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -59,12 +62,22 @@ def read_changes(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def fields_from_file(path: Path) -> dict[str, Any]:
-    """Read a config file; see `config.read_fields`.
+    """Read a settings file; see `policy.read_settings`.
 
     Raises:
         InputError: It cannot be read, or holds something else.
     """
     try:
-        return read_fields(path)
+        return read_settings(path)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def plain_settings(config: StemConfig, policy: PrefillPolicy) -> dict[str, Any]:
+    """Return the fields of both as plain values: what a settings file holds.
+
+    `crossover` is left out: it is about speed on one machine, and no property of what was measured.
+    """
+    of_policy = dataclasses.asdict(policy)
+    del of_policy["crossover"]
+    return {**json.loads(config.to_json()), **json.loads(json.dumps(of_policy))}

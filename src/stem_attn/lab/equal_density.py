@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.baselines.knob import first_rows_keep, match_density
-from stem_attn.baselines.uniform import Uniform
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.config import Residual, StemConfig
 from stem_attn.lab.named_methods import NamedMethod
-from stem_attn.methods import Method, Stem
+from stem_attn.method import Method
+from stem_attn.methods import Stem
+from stem_attn.methods.knob import first_rows_keep, match_density
+from stem_attn.methods.uniform import Uniform
 from stem_attn.selection import most_kept
 
 _TOLERANCE = 0.0002  # of density, for knobs that are not whole numbers of blocks
@@ -69,7 +70,7 @@ class SomeRows:
         scale: float | None = None,
         prompt_len: int | Sequence[int] | Tensor | None = None,
     ) -> BlockSelection:
-        """See `stem_attn.methods.Method.select`."""
+        """See `stem_attn.method.Method.select`."""
         chosen = self.method.select(q, k, v, scale=scale, prompt_len=prompt_len)
         mask, rows = chosen.to_mask(), chosen.grid.block_ids(q.device)
         first, last = (round(share * chosen.grid.k_blocks) for share in (self.first, self.last))
@@ -114,7 +115,7 @@ def select_at_density(
     config = _schedule(method)
     if density is None:
         if layer is not None and isinstance(method, Stem):
-            method = Stem(method.config.for_layer(layer))
+            method = Stem(named.policy.layer_config(method.config, layer))
         chosen: Method = method if named.rows == (0.0, 1.0) else SomeRows(method, *named.rows)
         return (Choice(chosen, chosen.select(q, k, v, scale=scale)),)
     if config is None:
@@ -162,7 +163,7 @@ def enclosing_budgets(config: StemConfig, grid: BlockGrid, density: float) -> tu
     low, high = 1, grid.k_blocks
     for blocks in range(1, grid.k_blocks + 1):
         rescaled = first_rows_keep(config, blocks)
-        budget = block_budget(rescaled, grid.k_len, grid)
+        budget = budget_of(rescaled, (grid.k_len,)).rows(grid)
         if share(most_kept(budget, grid, rescaled)) <= density:
             low = blocks
         # Blocks forced on top of the budget may all be among its choices.

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stem_attn.config import StemConfig
 from stem_attn.integrations import hf
 from stem_attn.integrations.hf.forward import stem_attention_forward, why_dense
 from stem_attn.integrations.hf.register import NAME
 from stem_attn.lab.errors import InputError
+from stem_attn.policy import PrefillPolicy
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]
 """Called with a layer's index, q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] and the scale; returns the
@@ -59,7 +59,7 @@ def intercept(model: Any, attend: Attend) -> Iterator[Counter[str]]:
         return attend(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
     try:
-        hf.enable(model, StemConfig(min_seq_len=0), crossover=False)
+        hf.enable(model, policy=PrefillPolicy(min_seq_len=0, crossover=False))
     except ValueError as error:
         raise InputError(str(error)) from error
     ALL_ATTENTION_FUNCTIONS[NAME] = call  # shadows the registered function

@@ -46,6 +46,20 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def name(machine: dict[str, Any]) -> str:
+    """Return in a few words what a described machine computes with: its GPU, or else its processor."""
+    return str(machine["device"] if "compute_capability" in machine else machine["cpu"])
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    """Return what numbers of a described machine depend on most, in a line."""
+    if "compute_capability" in machine:
+        of = [f"driver {machine['driver']}", f"CUDA {machine['cuda']}"]
+    else:
+        of = [f"{machine['threads']} threads", machine["instruction_set"]]
+    return ", ".join([name(machine), *of, f"torch {machine['torch_build']}"])
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

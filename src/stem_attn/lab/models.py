@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stem_attn.lab.errors import InputError, first_line
@@ -121,7 +122,7 @@ def converted(gguf: Path) -> Path:
     except OSError as error:
         if not _is_intact(folder, source):  # another process was not faster either
             raise InputError(
-                f"cannot write the converted model to {folder.parent} ({error.strerror}); "
+                f"cannot write the converted model to {folder.parent} ({error.strerror or error}); "
                 f"set {CACHE_VARIABLE} to a folder of your own"
             ) from error
     return folder
@@ -172,7 +173,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.__dict__.pop(name, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # its own class for a full disk
+        raise OSError(str(error)) from error
     tokenizer.save_pretrained(folder)
     # Some versions of transformers lose parts of a GGUF's tokenizer; the model then reads text it never saw.
     if AutoTokenizer.from_pretrained(folder)(_SAMPLE).input_ids != tokenizer(_SAMPLE).input_ids:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stem_attn import baselines
+from stem_attn import methods
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab.configs import fields_from_file, read_changes
 from stem_attn.lab.errors import InputError
 from stem_attn.methods import Method, Stem
+from stem_attn.policy import PrefillPolicy, make_settings
 
 _STEM = "stem-"
 _CONFIG = "config:"
@@ -27,7 +28,7 @@ class NamedMethod:
 
     Args:
         name: How tables and plots call it.
-        base: `stem-PRESET`, or a name from `baselines.METHODS`.
+        base: `stem-PRESET`, or a name from `methods.METHODS`.
         fields: What differs from the preset or from the published defaults.
         rows: Of the prompt's query rows, which ones the method decides about, as shares from 0 to 1; the others keep
             everything.
@@ -47,14 +48,31 @@ class NamedMethod:
         fields = {"block_size": block_size, **self.fields}
         try:
             if self.base.startswith(_STEM):
-                return Stem(StemConfig.preset(self.base.removeprefix(_STEM), **fields))
+                return Stem(make_settings(fields, self.base.removeprefix(_STEM))[0])
             if self.base == "uniform":
                 # Everything but the schedule is the official method's, so that the schedule alone is compared.
                 official = StemConfig.preset("official", block_size=fields.pop("block_size"))
-                return baselines.make("uniform", config=official, **fields)
-            return baselines.make(self.base, **fields)
+                return methods.make("uniform", config=official, **fields)
+            return methods.make(self.base, **fields)
         except (ValueError, TypeError) as error:
             raise InputError(f"method {self.name}: {error}") from error
+
+    @property
+    def policy(self) -> PrefillPolicy:
+        """Which prompts and layers an adapter computes sparsely: Stem's as its preset and `fields` say, others all.
+
+        What is slower than dense attention is measured all the same.
+
+        Raises:
+            InputError: A field is unknown, or a value is out of range.
+        """
+        if not self.base.startswith(_STEM):
+            return PrefillPolicy(min_seq_len=0, crossover=False)
+        try:
+            policy = make_settings(self.fields, self.base.removeprefix(_STEM))[1]
+        except ValueError as error:
+            raise InputError(f"method {self.name}: {error}") from error
+        return dataclasses.replace(policy, crossover=False)
 
     @property
     def density_is_its_own(self) -> bool:
@@ -62,16 +80,15 @@ class NamedMethod:
         return self.base == "dense" or bool(self.fields.get("layer_budgets"))
 
     def check_layers(self, layers: int) -> None:
-        """Refuse budgets by layer that are not for a model of so many layers.
+        """Refuse what is not for a model of so many layers.
 
         Raises:
-            InputError: There are not as many.
+            InputError: The policy names layers that the model lacks, or has not a budget for each.
         """
-        factors = self.fields.get("layer_budgets") or ()
-        if factors and len(factors) != layers:
-            raise InputError(
-                f"method {self.name}: layer_budgets has {len(factors)} factors, and the model has {layers} layers"
-            )
+        try:
+            self.policy.check_layers(layers)
+        except ValueError as error:
+            raise InputError(f"method {self.name}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -81,7 +98,7 @@ class NamedMethod:
 def known_methods() -> tuple[str, ...]:
     """Return the names that need no definition."""
     presets = tuple(f"{_STEM}{preset}" for preset in PRESETS)
-    return (*presets, *(name for name in baselines.METHODS if name != "stem"))
+    return (*presets, *(name for name in methods.METHODS if name != "stem"))
 
 
 def parse_methods(names: str, variants: Iterable[str] = ()) -> list[NamedMethod]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from stem_attn.lab import devices
-from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.errors import InputError
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
+
+Number = TypeVar("Number", int, float)
 
 MODEL, PROMPT, METHOD, OUTPUT = "Model", "Prompt", "Method", "Output"
 """The panels of --help."""
@@ -38,6 +41,9 @@ DtypeOption = Annotated[
     typer.Option(
         help="float32, bfloat16, float16 or auto: float32 on the CPU, bfloat16 elsewhere.", rich_help_panel=MODEL
     ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of everything random.", rich_help_panel=PROMPT)
 ]
 LengthOption = Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of a prompt.", rich_help_panel=PROMPT)]
 TextFileOption = Annotated[
@@ -109,10 +115,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     Raises:
         InputError: There is none, or something else among them.
     """
-    try:
-        numbers = [int(part) for part in listed(text)]
-    except ValueError:
-        numbers = []
+    numbers = _numbers(int, text)
     if not numbers or min(numbers) < 1:
         raise InputError(f"{option} takes positive whole numbers separated by commas, such as 4096,8192; got {text!r}")
     return numbers
@@ -124,10 +127,7 @@ def densities(option: str, text: str) -> list[float]:
     Raises:
         InputError: There is none, or something else among them.
     """
-    try:
-        shares = [float(part) for part in listed(text)]
-    except ValueError:
-        shares = []
+    shares = _numbers(float, text)
     if not shares or not all(0 < share <= 1 for share in shares):
         raise InputError(f"{option} takes numbers above 0 and up to 1, separated by commas; got {text!r}")
     return shares
@@ -139,7 +139,6 @@ def load_model(model: str | None, gguf: Path | None, device: str, dtype: str) ->
     Raises:
         InputError: See `models.load`.
     """
-    require("transformers", "gguf", extra="demo")
     from transformers.utils import logging
 
     from stem_attn.lab import models
@@ -148,3 +147,11 @@ def load_model(model: str | None, gguf: Path | None, device: str, dtype: str) ->
         logging.disable_progress_bar()
     where = devices.pick_device(device)
     return models.load(model, gguf, device=where, dtype=devices.pick_dtype(dtype, where))
+
+
+def _numbers(kind: Callable[[str], Number], text: str) -> list[Number]:
+    """Return the numbers of a list, none where one of them is something else."""
+    try:
+        return [kind(part) for part in listed(text)]
+    except ValueError:
+        return []

@@ -140,6 +140,8 @@ def show(view: RenderableType, *, stderr: bool = False) -> None:
     width = None if stream.isatty() else _PIPED_WIDTH
     try:
         Console(stderr=stderr, width=width, highlight=False).print(view)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: no reason to say anything
+        raise
     except OSError as error:
         raise InputError(f"cannot print: {error.strerror}") from error
 
@@ -153,6 +155,8 @@ def print_text(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: no reason to say anything
+        raise
     except OSError as error:
         raise InputError(f"cannot print: {error.strerror}") from error
 

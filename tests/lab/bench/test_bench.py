@@ -73,8 +73,17 @@ def test_the_gate_lets_correct_methods_through(q_len, k_len, dtype):
 
 
 @pytest.mark.parametrize("preset", ["default", "official", "paper"])
+@pytest.mark.parametrize("head_dim", [2, 3, 33, 80])
+def test_the_gate_knows_every_head_dim(head_dim, preset):
+    case = Case(Shape(4, 2, head_dim), 1, 700, 700, torch.float32, CPU)
+    record = run(case, StemConfig.preset(preset, block_size=16))
+    assert record["failed"] == []
+    assert len(record["methods"]) == 4
+
+
+@pytest.mark.parametrize("preset", ["default", "official", "paper"])
 def test_the_gate_knows_every_preset(preset):
-    config = StemConfig.preset(preset, block_size=16, min_seq_len=0)
+    config = StemConfig.preset(preset, block_size=16)
     record = run(make_case(1500, 1500), config, ("cpu",))
     assert record["failed"] == []
     assert len(record["methods"]) == 3
@@ -99,14 +108,14 @@ def test_ratios_are_ratios_of_medians():
 
 def spoiled_backend(monkeypatch, spoil):
     """Let the CPU backend's attention give `spoil(out)`."""
-    backend = backends.choose("cpu", *make_case(16, 16).inputs(0), block_size=16)
-    attend = type(backend).attend
+    backend = type(backends.by_name("cpu"))
+    attend = backend.attend
 
-    def wrong(self, *args, **kwargs):
-        out, lse = attend(self, *args, **kwargs)
-        return spoil(out), lse
+    def wrong(self, call, selections, out, lse):
+        attend(self, call, selections, out, lse)
+        out.copy_(spoil(out))
 
-    monkeypatch.setattr(type(backend), "attend", wrong)
+    monkeypatch.setattr(backend, "attend", wrong)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +155,12 @@ def attend(q, k, v, selection):
 
 
 def test_a_wrong_selection_is_an_error(monkeypatch):
-    backend = backends.choose("cpu", *make_case(16, 16).inputs(0), block_size=16, select=True)
+    def worst(self, call, part, config, budget):
+        grid = call.grid(part)
+        scores = torch.rand(*part.q.shape[:2], grid.q_blocks, grid.k_blocks)
+        return select_top_blocks(scores, budget.rows(grid), grid, config, call.k.shape[1])
 
-    def worst(self, q, k, v, *, config, scale, budget):
-        grid = BlockSelection.band(
-            batch=1, heads=1, window=1, block_size=16, q_len=q.shape[2], k_len=k.shape[2], device="cpu"
-        ).grid
-        scores = torch.rand(q.shape[0], q.shape[1], grid.q_blocks, grid.k_blocks)
-        return select_top_blocks(scores, budget, grid, config, k.shape[1])
-
-    monkeypatch.setattr(type(backend), "select", worst)
+    monkeypatch.setattr(type(backends.by_name("cpu")), "select", worst)
     record = run(make_case(900, 900))
     assert [(f["name"], f["part"]) for f in record["failed"]] == [("cpu", "selection"), ("cpu", "whole")]
 
@@ -244,6 +249,9 @@ def test_the_command_writes_table_json_csv_and_plot(tmp_path):
         (("--layers", "2"), "--layers has no meaning without --ttft"),
         (("--ttft", "--q-len", "8"), "--q-len has no meaning with --ttft"),
         (("--json", "no/such/folder/a.json"), "cannot write"),
+        (("--seed", str(2**64)), "Invalid value for '--seed'"),
+        (("--set", "residual=mean"), "take --set residual=none"),
+        (("--methods", ","), "unknown method (none)"),
         (("--repeats", "0"), "Invalid value for '--repeats'"),
     ],
 )

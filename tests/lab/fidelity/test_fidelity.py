@@ -2,11 +2,9 @@ import pytest
 import torch
 
 import tiny_model
-from stem_attn import StemConfig
-from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
-from stem_attn.lab.equal_density import UnreachableDensityError, enclosing_budgets, select_at_density
+from stem_attn.lab.equal_density import select_at_density
 from stem_attn.lab.fidelity.layer_numbers import DenseLayer, LayerNumbers, at_density
 from stem_attn.lab.fidelity.paper_tests import PAPER_TESTS
 from stem_attn.lab.fidelity.run import Candidate, Found, measure_prompt
@@ -36,61 +34,6 @@ def measure(candidates, model=None, ids=None, logit_stride=1):
         logit_stride=logit_stride, on_step=lambda step: None, found=found,
     )  # fmt: skip
     return found
-
-
-@pytest.mark.parametrize("name", ["stem-official", "stem-default", "stem-paper", "uniform", "xattention", "oracle"])
-@pytest.mark.parametrize("density", [0.3, 0.6])
-def test_methods_reach_the_density(name, density):
-    q, k, v = qkv()
-    choices = select_at_density(NamedMethod(name, name), BLOCK, density, q, k, v, None)
-    reached = [choice.selection.density() for choice in choices]
-    if name.startswith("stem") or name == "uniform":
-        assert reached[0] <= density <= reached[-1]
-        # Neighbouring budgets differ by at most one block a row.
-        rows = BlockGrid(1024, 1024, BLOCK)
-        assert reached[-1] - reached[0] <= rows.q_blocks / rows.causal_blocks
-    else:
-        assert reached == [pytest.approx(density, abs=0.005)]
-
-
-def test_official_keeps_scoring_decay_and_forced_blocks():
-    q, k, v = qkv()
-    for choice in select_at_density(OFFICIAL, BLOCK, 0.4, q, k, v, None):
-        config = choice.method.config
-        official = StemConfig.preset("official", block_size=BLOCK)
-        for name in ("stride", "value_term", "value_weight", "decay", "decay_from", "sink_blocks", "local_blocks",
-                     "forced_blocks"):  # fmt: skip
-            assert getattr(config, name) == getattr(official, name)
-        # Without the forced blocks on top, the first row beyond the budget keeps it all, and the last one 0.7 of it.
-        budget = block_budget(config, 1024, choice.selection.grid)
-        assert int(budget[config.budget_bias]) == config.budget_bias
-        assert int(budget[-1]) == int(0.7 * config.budget_bias)
-
-
-def test_bounds_enclose_what_forced_blocks_on_top_give():
-    q, k, v = qkv()
-    grid = BlockGrid(1024, 1024, BLOCK)
-    config = StemConfig.preset("official", block_size=BLOCK)
-    low, high = enclosing_budgets(config, grid, 0.4)
-    below, above = select_at_density(OFFICIAL, BLOCK, 0.4, q, k, v, None)
-    assert low <= below.method.config.budget_bias < above.method.config.budget_bias <= high
-    assert above.method.config.budget_bias == below.method.config.budget_bias + 1
-
-
-def test_too_little_is_said():
-    q, k, v = qkv()
-    with pytest.raises(UnreachableDensityError, match=r"stem-official keeps at least 0\.25\d\d of .*, not 0.05"):
-        select_at_density(OFFICIAL, BLOCK, 0.05, q, k, v, None)
-
-
-def test_a_method_of_some_rows_keeps_everything_in_the_others():
-    q, k, v = qkv()
-    early = NamedMethod("early", "stem-official", rows=(0.0, 0.5))
-    below, above = select_at_density(early, BLOCK, 0.9, q, k, v, None)
-    assert below.selection.density() <= 0.9 <= above.selection.density()
-    causal = torch.arange(1, 65)
-    assert (below.selection.counts[..., 32:] == causal[32:]).all()
-    assert (below.selection.counts[..., :32] < causal[:32]).any()
 
 
 def test_layer_numbers_are_those_of_plain_attention():
@@ -158,13 +101,13 @@ def test_interpolation_is_linear_in_density():
 
 def test_propagated_numbers_are_those_of_the_adapter():
     model, ids = tiny_model.model(), prompt()
-    config = StemConfig(block_size=BLOCK, budget_ratio=0.2, budget_bias=0, min_seq_len=0)
+    config = StemConfig(block_size=BLOCK, budget_ratio=0.2, budget_bias=0)
     fields = {"budget_ratio": 0.2, "budget_bias": 0, "min_seq_len": 0}
     (row,) = measure([Candidate(NamedMethod("mine", "stem-default", fields), None)], model, ids).propagated
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
-            hf.enable(model, config, crossover=False)
+            hf.enable(model, config, policy=PrefillPolicy(min_seq_len=0, crossover=False))
             model(ids, use_cache=False)
         density = hf.stats(model).density
         hf.disable(model)
@@ -236,7 +179,7 @@ def test_a_residual_is_part_of_a_methods_output():
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
-            hf.enable(model, mean.build(BLOCK).config, crossover=False)
+            hf.enable(model, mean.build(BLOCK).config, policy=PrefillPolicy(min_seq_len=0, crossover=False))
             model(ids, use_cache=False)
         hf.disable(model)
         numbers = compare_positions(model, *hidden, ids)

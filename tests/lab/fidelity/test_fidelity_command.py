@@ -5,10 +5,7 @@ import pytest
 
 import tiny_model
 from stem_attn import cli
-from stem_attn.lab.errors import InputError
 from stem_attn.lab.fidelity.report import markdown, ratio_to, summarize
-from stem_attn.lab.named_methods import NamedMethod, known_methods, parse_methods
-from stem_attn.lab.texts import DOCUMENTS, excerpts
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +104,7 @@ def test_summary_is_geometric_over_layers_and_plain_over_prompts(result):
         (["--variant", "mine"], "--variant takes NAME=METHOD,FIELD=VALUE"),
         (["--variant", "mine=nothing"], "unknown method 'nothing'"),
         (["--variant", "uniform=stem-official"], "the name uniform is taken"),
-        (["--variant", "mine=stem-official,betta=1"], "method mine: unknown config field betta"),
+        (["--variant", "mine=stem-official,betta=1"], "method mine: unknown setting betta"),
         (["--variant", "mine=xattention,stride=5"], "method mine: stride must divide block_size 16"),
         (["--block-size", "20"], "block_size must be a multiple of 16"),
         (["--densities", "0.1,2"], "--densities takes numbers above 0 and up to 1"),
@@ -127,54 +124,3 @@ def test_bad_arguments_are_one_clear_line(folder, tmp_path, capsys, arguments, m
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2
     assert message in error
-
-
-def test_methods_and_variants_are_read():
-    named_methods = parse_methods(
-        "uniform, mine,stem-default", ["mine=stem-official,budget_ratio=[[160, 0.2], [null, 0.1]],value_term=none"]
-    )
-    assert [named.name for named in named_methods] == ["uniform", "mine", "stem-default"]
-    assert named_methods[1].fields == {"budget_ratio": [[160, 0.2], [None, 0.1]], "value_term": "none"}
-    assert named_methods[1].build(64).config.value_term == "none"
-    assert named_methods[1].build(64).block_size == 64
-    assert "stem" not in known_methods()
-    for name in known_methods():
-        assert NamedMethod(name, name).build(32).block_size == 32
-    with pytest.raises(InputError, match="unknown method 'stem'"):
-        parse_methods("stem")
-
-
-def test_uniform_is_the_official_method_without_its_decay():
-    uniform = NamedMethod("uniform", "uniform").build(32)
-    assert (uniform.config.value_term, uniform.config.forced_blocks) == ("zscore", "on_top")
-
-
-def test_excerpts_do_not_overlap_and_come_from_every_document():
-    tokenizer = tiny_model.tokenizer()
-    found = excerpts(tokenizer, 1000, 7)
-    texts = [document() for document in DOCUMENTS]
-    assert [one.source for one in found[:3]] == [source for _, source in texts] == [one.source for one in found[3:6]]
-    for one, later in zip(found, found[3:], strict=False):
-        assert one.first_character + one.characters == later.first_character
-    text, _ = texts[0]
-    assert tokenizer.decode(found[3].ids[0]) == text[found[3].first_character :][: found[3].characters]
-    assert {one.ids.shape for one in found} == {(1, 1000)}
-
-
-def test_excerpts_begin_as_the_model_wants_its_texts_to(tmp_path):
-    tokenizer = tiny_model.tokenizer()
-    plain = tokenizer.__class__.__call__
-    text = tmp_path / "text.txt"
-    text.write_text("abcdefgh" * 100)
-
-    class Opening(tokenizer.__class__):
-        def __call__(self, text, add_special_tokens=True, **kwargs):
-            encoded = plain(self, text, **kwargs)
-            if add_special_tokens:
-                encoded["input_ids"] = [256, *encoded["input_ids"]]
-            return encoded
-
-    tokenizer.__class__ = Opening
-    first, second = excerpts(tokenizer, 100, 2, [text])
-    assert first.ids[0, 0] == second.ids[0, 0] == 256
-    assert (first.characters, second.first_character) == (99, 99)

@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,22 +5,21 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_model
-from stem_attn import StemConfig
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.prefill.measure import AttentionClock, PeakMemory
 from stem_attn.lab.prefill.run import compare
-from stem_attn.lab.prompts import build_prompt, make_needle, public_text
 
-SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0, min_seq_len=64)
-EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0, min_seq_len=64)
+SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0)
+EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0)
+POLICY = PrefillPolicy(min_seq_len=64, crossover=False)
 
 
 def ids(tokens: int = 400) -> torch.Tensor:
     return torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def run(model, config, prompt=None, **kwargs):
+def run(model, config, prompt=None, policy=POLICY, **kwargs):
     seen = []
 
     def on_start(name, calls):
@@ -31,7 +28,7 @@ def run(model, config, prompt=None, **kwargs):
 
     prompt = ids() if prompt is None else prompt
     kwargs = {"new_tokens": 8, "rounds": 1, **kwargs}
-    return compare(model, tiny_model.tokenizer(), prompt, config, on_start=on_start, **kwargs), seen
+    return compare(model, tiny_model.tokenizer(), prompt, config, policy, on_start=on_start, **kwargs), seen
 
 
 @torch.no_grad()
@@ -54,7 +51,7 @@ def test_fidelity_is_that_of_the_full_logits(monkeypatch):
     model, prompt = tiny_model.model(), ids()
     found, _ = run(model, SPARSE, prompt)
     dense = log_probs(model, prompt)
-    hf.enable(model, SPARSE)
+    hf.enable(model, SPARSE, policy=POLICY)
     stem = log_probs(model, prompt)
     stats = hf.stats(model)
     hf.disable(model)
@@ -92,7 +89,7 @@ def test_answers_are_the_greedy_continuations():
         return tiny_model.tokenizer().decode(tokens, skip_special_tokens=True)
 
     assert found.dense.answer == greedy()
-    hf.enable(model, SPARSE)
+    hf.enable(model, SPARSE, policy=POLICY)
     assert found.stem.answer == greedy()
     hf.disable(model)
     assert found.dense.answer
@@ -117,86 +114,4 @@ def test_measurements_hang_together_and_the_model_is_restored():
 
 def test_nothing_sparse_is_an_error():
     with pytest.raises(InputError, match="no layer ran sparse"):
-        run(tiny_model.model(), StemConfig(dense_layers=(0, 1), min_seq_len=64))
-
-
-def test_attention_clock_sees_only_attention():
-    model = tiny_model.model()
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def slow(*args, **kwargs):
-        time.sleep(0.05)
-        return before(*args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", slow)
-    try:
-        with AttentionClock(model, lambda: None) as clock, torch.no_grad():
-            time.sleep(0.2)
-            model(ids(32))
-    finally:
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", before)
-    assert 0.1 <= clock.seconds < 0.2
-
-
-def test_peak_memory_sees_what_was_freed_again():
-    size = 200 * 2**20
-    with PeakMemory(torch.device("cpu")) as memory:
-        held = torch.ones(size // 4)
-        time.sleep(0.05)
-        del held
-    assert 0.9 * size < memory.bytes < 1.2 * size
-
-
-def test_public_text_is_long_and_plain():
-    text, name = public_text()
-    assert len(text) > 200_000
-    assert "Python" in name
-    assert "compound statement" in text
-
-
-def test_needle_follows_from_the_seed_and_is_new_to_the_text():
-    text, _ = public_text()
-    needle = make_needle(text, 3)
-    assert make_needle(text, 3) == needle
-    assert make_needle(text, 4) != needle
-    assert needle.answer in needle.sentence
-    assert needle.answer not in needle.question
-    assert needle.answer not in text
-    assert make_needle(f"{text} {needle.answer}", 3).answer != needle.answer
-
-
-@pytest.mark.parametrize("max_tokens", [300, 1000, 1999])
-def test_embedded_prompt_fits_and_holds_its_needle(max_tokens):
-    tokenizer = tiny_model.tokenizer()
-    text, source = public_text()
-    needle = make_needle(text, 0)
-    prompt = build_prompt(tokenizer, text, source=source, needle=needle, max_tokens=max_tokens)
-    assert max_tokens - 16 <= prompt.tokens <= max_tokens
-    assert prompt.cut
-    said = tokenizer.decode(prompt.ids[0])
-    assert said.count(needle.answer) == 1
-    assert said.index(needle.sentence) < said.index(needle.question)
-    assert prompt.question == needle.question
-
-
-def test_own_text_is_whole_unless_cut():
-    tokenizer = tiny_model.tokenizer()
-    prompt = build_prompt(tokenizer, "abc " * 50, source="mine", question="Why?")
-    assert tokenizer.decode(prompt.ids[0]) == "abc " * 50 + "\n\nWhy?\n"
-    assert not prompt.cut
-    cut = build_prompt(tokenizer, "abc " * 50, source="mine", question="Why?", max_tokens=100)
-    assert cut.tokens <= 100
-    assert cut.cut
-    assert tokenizer.decode(cut.ids[0]).endswith("\n\nWhy?\n")
-
-
-def test_chat_template_is_used():
-    tokenizer = tiny_model.tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    prompt = build_prompt(tokenizer, "text", source="mine", question="Why?")
-    assert tokenizer.decode(prompt.ids[0]) == "[user]text\n\nWhy?[assistant]"
-
-
-def test_no_room_for_text_is_an_error():
-    with pytest.raises(InputError, match="--max-tokens 10 leaves no room"):
-        build_prompt(tiny_model.tokenizer(), "text", source="mine", question="Why though?", max_tokens=10)
+        run(tiny_model.model(), SPARSE, policy=PrefillPolicy(dense_layers=(0, 1), min_seq_len=64))

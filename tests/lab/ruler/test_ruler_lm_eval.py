@@ -3,13 +3,14 @@
 import pytest
 
 import tiny_model
-from stem_attn import StemConfig
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations.hf import disable, enable, stats
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval brings forty packages, pandas and pyarrow among them")
 
-SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0, min_seq_len=256)
-EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0, min_seq_len=256)
+SPARSE = StemConfig(block_size=16, budget_ratio=0.2, budget_bias=0)
+EVERYTHING = StemConfig(block_size=16, budget_ratio=1.0, decay=1.0)
+POLICY = PrefillPolicy(min_seq_len=256, crossover=False)
 NEW_TOKENS = 8
 
 
@@ -64,9 +65,9 @@ def responses(model, task, batch_size):
 def test_generation_is_sparse_in_its_prefill_and_dense_where_all_is_kept(batch_size):
     model = tiny_model.model()
     dense = responses(model, GENERATION, batch_size)
-    everything = responses(enable(model, EVERYTHING, crossover=False), GENERATION, batch_size)
+    everything = responses(enable(model, EVERYTHING, policy=POLICY), GENERATION, batch_size)
     assert everything == dense
-    sparse = responses(enable(model, SPARSE, crossover=False), GENERATION, batch_size)
+    sparse = responses(enable(model, SPARSE, policy=POLICY), GENERATION, batch_size)
     assert sparse != dense
     counts = stats(model)
     layers, calls = 2, 2 // batch_size
@@ -80,9 +81,9 @@ def test_generation_is_sparse_in_its_prefill_and_dense_where_all_is_kept(batch_s
 def test_log_likelihoods_are_sparse_too():
     model = tiny_model.model()
     dense = [float(number) for ((number, _),) in responses(model, PERPLEXITY, 1)]
-    kept = [float(number) for ((number, _),) in responses(enable(model, EVERYTHING, crossover=False), PERPLEXITY, 1)]
+    kept = [float(number) for ((number, _),) in responses(enable(model, EVERYTHING, policy=POLICY), PERPLEXITY, 1)]
     assert kept == pytest.approx(dense, abs=1e-3)
     assert stats(model).sparse > 0
-    sparse = [float(number) for ((number, _),) in responses(enable(model, SPARSE, crossover=False), PERPLEXITY, 1)]
+    sparse = [float(number) for ((number, _),) in responses(enable(model, SPARSE, policy=POLICY), PERPLEXITY, 1)]
     assert sparse != pytest.approx(dense, abs=1e-3)
     assert stats(model).sparse > 0

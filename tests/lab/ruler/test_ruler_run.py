@@ -146,7 +146,7 @@ def test_the_budget_counts_dense_layers(loaded):
     assert (record["budget"], record["layers"]) == (1.0, {"short prompt": 2})
 
 
-def test_baselines_run_with_their_own_budget_or_at_a_density(loaded):
+def test_rivals_run_with_their_own_budget_or_at_a_density(loaded):
     methods = (NamedMethod("x", "xattention", {"threshold": 0.5}), NamedMethod("stem-official", "stem-official"))
     own = ruler(loaded, methods=methods, samples=1)[0].records
     assert 0 < own[0]["budget"] < 1
@@ -291,8 +291,9 @@ def test_the_command_writes_tables_and_json(folder, tmp_path, capsys):
         (["--lengths", "4096"], "--lengths 4096 is more than the model's context of 2048"),
         (["--template", "llama"], "--template must be one of auto, base, chat"),
         (["--template", "chat", "--lengths", "1024"], "has no chat template"),
+        (["--methods", ","], "nothing to measure"),
         (["--methods", "dense,flash"], "unknown method 'flash'"),
-        (["--variant", "a=stem-default,strides=3"], "unknown config field strides"),
+        (["--variant", "a=stem-default,strides=3"], "unknown setting strides"),
         (["--lengths", "200"], "does not fit"),
         (["--out", "/nowhere/answers.jsonl"], "cannot use /nowhere/answers.jsonl for --out"),
         (["--json", "/nowhere/ruler.json"], "cannot write /nowhere/ruler.json"),

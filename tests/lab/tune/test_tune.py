@@ -8,17 +8,19 @@ import torch
 
 import tiny_model
 from stem_attn import StemConfig, cli
-from stem_attn.config import PRESETS, read_fields
 from stem_attn.integrations import hf
 from stem_attn.integrations.vllm import settings
+from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.named_methods import parse_methods
 from stem_attn.lab.ruler.sparse import running
-from stem_attn.lab.tune.levels import allocate, interpolate, levels, spread, toward
+from stem_attn.lab.tune.levels import levels
 from stem_attn.lab.tune.run import check, parse_target, tune, with_layer_budgets
+from stem_attn.policy import PrefillPolicy, make_settings, read_settings
 
 LENGTH = 384
-CONFIG = StemConfig(block_size=16, stride=4, min_seq_len=0)
+CONFIG = StemConfig(block_size=16, stride=4)
+POLICY = PrefillPolicy(min_seq_len=0, crossover=False)
 
 
 def prompts(count):
@@ -31,56 +33,7 @@ def silent(step):
 
 
 def search(model, target, ids):
-    return tune(model, ids, CONFIG, parse_target(target), logit_stride=1, on_step=silent)
-
-
-def test_levels_rise_to_everything_and_scales_give_them():
-    found = levels(CONFIG, LENGTH)
-    densities = [level.density for level in found]
-    assert densities == sorted(set(densities))
-    assert densities[-1] == 1.0
-    for preset in ("official", "paper"):
-        config = StemConfig.preset(preset, block_size=16, budget_floor=1, min_seq_len=0)
-        assert levels(config, 2048)[-1].density == 1.0
-        assert len(levels(config, 2048)) > 50
-    assert levels(dataclasses.replace(CONFIG, budget_bias=0, budget_ratio=0.0), LENGTH) == []
-
-
-def test_spread_holds_both_ends():
-    assert spread(3, 10) == [0, 1, 2]
-    found = spread(100, 10)
-    assert (found[0], found[-1]) == (0, 99)
-    assert found[1] - found[0] < found[-1] - found[-2]
-
-
-def test_interpolation_passes_through_what_was_measured_and_never_rises():
-    densities = [0.1, 0.2, 0.3, 0.5, 1.0]
-    filled = interpolate([0.4, 0.5, 0.1, 0.0], [0, 1, 3, 4], densities)
-    assert filled.tolist() == pytest.approx([0.4, 0.4, (0.4**2 * 0.1) ** (1 / 3), 0.1, 0.0])
-
-
-def test_allocation_is_the_best_of_all():
-    densities = [0.1, 0.2, 0.4, 1.0]
-    curve = torch.tensor([0.5, 0.3, 0.1, 0.0], dtype=torch.float64)
-    damage = torch.stack([curve, 10 * curve, 0.1 * curve])
-    for mean_density in (0.1, 0.2, 0.3, 0.5, 1.0):
-        chosen = allocate(damage, densities, mean_density)
-        used = sum(densities[level] for level in chosen) / 3
-        assert used <= mean_density + 1e-12
-        cost = sum(float(row[level]) for row, level in zip(damage, chosen, strict=True))
-        every = torch.cartesian_prod(*[torch.arange(4)] * 3)
-        for other in every.tolist():
-            if sum(densities[level] for level in other) / 3 <= used + 1e-12:
-                assert sum(float(row[level]) for row, level in zip(damage, other, strict=True)) >= cost - 1e-12
-    assert allocate(damage, densities, 1.0) == [3, 3, 3]
-    assert allocate(damage, densities, 0.0) == [0, 0, 0]
-
-
-def test_part_of_the_way_to_an_allocation():
-    densities = [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert toward([0, 4], 0.3, 1.0, densities) == [0, 4]
-    assert toward([0, 4], 0.3, 0.5, densities) == [1, 3]
-    assert toward([0, 4], 0.3, 0.0, densities) == [2, 2]
+    return tune(model, ids, CONFIG, POLICY, parse_target(target), logit_stride=1, on_step=silent)
 
 
 @pytest.mark.parametrize("text", ["kl", "kl=x", "kl=0", "kl=inf", "top1=0", "top1=1.5", "ppl=3"])
@@ -100,7 +53,7 @@ def test_the_target_is_reached_and_the_file_gives_what_was_measured(target):
     assert found.outcome == found.by_layer.reaches.outcome
     # Through the adapter: the same density, and the same predictions.
     expected = [model(one).logits for one in ids]
-    hf.enable(model, StemConfig.from_json(found.config.to_json()), crossover=False)
+    hf.enable(model, found.config, policy=found.policy)
     agree, kl = [], []
     with torch.no_grad():
         for one, dense in zip(ids, expected, strict=True):
@@ -119,7 +72,7 @@ def test_a_layer_that_matters_gets_more(sensitive):
     with torch.no_grad():
         model.model.layers[1 - sensitive].self_attn.o_proj.weight *= 0.01
     found = search(model, "kl=0.1", prompts(1))
-    factors = found.config.layer_budgets
+    factors = found.policy.layer_budgets
     assert factors[sensitive] > 1.2 * factors[1 - sensitive]
     assert found.sensitivity[sensitive] > 10 * found.sensitivity[1 - sensitive]
     assert found.outcome.density < found.uniform.reaches.outcome.density
@@ -130,7 +83,7 @@ def test_an_impossible_target_gives_dense_and_an_easy_one_the_least():
     dense = search(model, "kl=1e-13", ids)
     assert dense.is_dense
     assert dense.outcome.density == 1
-    hf.enable(model, dense.config, crossover=False)
+    hf.enable(model, dense.config, policy=dense.policy)
     model(ids[0])
     assert hf.stats(model).density is None or hf.stats(model).density == 1
     hf.disable(model)
@@ -141,19 +94,20 @@ def test_an_impossible_target_gives_dense_and_an_easy_one_the_least():
 
 def test_dense_layers_stay_dense_and_are_not_counted():
     model, ids = tiny_model.model(), prompts(1)
-    config = dataclasses.replace(CONFIG, dense_layers=(-1,))
-    found = tune(model, ids, config, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
+    policy = dataclasses.replace(POLICY, dense_layers=(-1,))
+    found = tune(model, ids, CONFIG, policy, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
     assert list(found.outcome.densities) == [0]
-    assert found.config.layer_budgets[1] == 1.0
-    config = dataclasses.replace(CONFIG, dense_layers=(0, 1))
-    with pytest.raises(InputError, match="or all are in dense_layers"):
-        tune(model, ids, config, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
+    assert found.policy.layer_budgets[1] == 1.0
+    for layers, said in (((0, 1), "or all are in dense_layers"), ((2,), "not all layers of a model with 2")):
+        policy = dataclasses.replace(POLICY, dense_layers=layers)
+        with pytest.raises(InputError, match=said):
+            tune(model, ids, CONFIG, policy, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
 
 
 def test_too_short_prompts_leave_nothing_to_choose():
-    model, config = tiny_model.model(), dataclasses.replace(CONFIG, min_seq_len=4096)
+    model, config = tiny_model.model(), dataclasses.replace(CONFIG, dense_below=100)
     with pytest.raises(InputError, match="at 384 tokens this config has no budgets to choose from"):
-        tune(model, prompts(1), config, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
+        tune(model, prompts(1), config, POLICY, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
 
 
 def test_held_out_numbers_are_those_of_other_prompts():
@@ -178,12 +132,12 @@ def test_command_writes_a_config_and_a_record(folder, tmp_path, capsys):
     out = tmp_path / "tuned.json"
     arguments = ["tune", "--model", folder, "--out", str(out), "--target", "kl=0.02", "--held-out", "1", *BASIC]
     assert cli.run(arguments) == 0
-    config = StemConfig.from_json(out.read_text())
-    assert (len(config.layer_budgets), config.block_size) == (2, 16)
+    config, policy = make_settings(read_settings(out))
+    assert (len(policy.layer_budgets), config.block_size) == (2, 16)
     record = json.loads((tmp_path / "tuned.tune.json").read_text())
     assert record["config"] == json.loads(out.read_text())
     assert record["tuned"]["kl_nats"] <= 0.02
-    assert [row["factor"] for row in record["layers"]] == list(config.layer_budgets)
+    assert [row["factor"] for row in record["layers"]] == list(policy.layer_budgets)
     assert [text["sha256"] for text in record["texts"]] == list({text["sha256"]: 0 for text in record["texts"]})
     assert {run["stage"] for run in record["runs"]} == {"uniform", "sensitivity", "recipe", "tuned"}
     assert record["held_out"]["tuned"]["kl_nats"] > 0
@@ -206,7 +160,7 @@ def test_command_says_so_where_only_dense_reaches_the_target(folder, tmp_path, c
     [
         (["--target", "kl=none"], "--target takes kl=NATS"),
         (["--set", "min_seq_len=4096"], "below this config's min_seq_len of 4096"),
-        (["--config", "nowhere.json"], "cannot read config file nowhere.json: No such file"),
+        (["--config", "nowhere.json"], "cannot read settings file nowhere.json: No such file"),
         (["--out", "nowhere/tuned.json"], "cannot write nowhere/tuned.json"),
         (["--length", "4096"], "--length 4096 is more than the model's context of 2048 tokens"),
         (["--set", "block_size=20"], "block_size must be a multiple of 16"),
@@ -224,7 +178,7 @@ def two_files(tmp_path):
     files = []
     for name, scales in (("few", {0: 0.4, 1: 0.6}), ("many", {0: 1.2, 1: 0.6})):
         files.append(tmp_path / f"{name}.json")
-        files[-1].write_text(with_layer_budgets(CONFIG, scales, 2).to_json())
+        files[-1].write_text(json.dumps(plain_settings(*with_layer_budgets(CONFIG, POLICY, scales, 2))))
     return files
 
 
@@ -278,19 +232,5 @@ def test_bench_reads_the_file(two_files, capsys):
 
 def test_vllm_reads_the_file(two_files):
     read = settings.parse({"config_file": str(two_files[0]), "decay": 0.5})
-    assert read.config == dataclasses.replace(StemConfig.from_json(two_files[0].read_text()), decay=0.5)
-
-
-def test_a_file_and_overrides_stand_in_their_order(tmp_path):
-    from stem_attn.lab.configs import config_from_options
-
-    file = tmp_path / "config.json"
-    file.write_text('{"block_size": 64, "decay": 0.5}')
-    config = config_from_options("mine", ["decay=0.6"], file, {"mine": {**PRESETS["paper"], "stride": 2}})
-    assert (config.block_size, config.decay, config.stride, config.budget_floor) == (64, 0.6, 2, 54)
-    assert read_fields(file) == {"block_size": 64, "decay": 0.5}
-
-
-def test_variants_from_a_file_that_is_wrong(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read config file nowhere\.json"):
-        parse_methods("", ["tuned=config:nowhere.json"])
+    config, policy = make_settings({**read_settings(two_files[0]), "decay": 0.5})
+    assert (read.config, read.policy) == (config, policy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.configs import config_from_options
+from stem_attn.lab.configs import plain_settings, settings_from_options
 from stem_attn.lab.devices import DTYPES, name_of, pick_device, pick_dtype
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import (
@@ -22,6 +21,7 @@ from stem_attn.lab.options import (
     DtypeOption,
     JsonOption,
     PresetOption,
+    SeedOption,
     SetOption,
     listed,
     whole_numbers,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from stem_attn.config import StemConfig
+    from stem_attn.policy import PrefillPolicy
 
 _ROUNDS = {"attention": 10, "ttft": 3}
 _PROBLEM = "Problem"
@@ -76,10 +77,7 @@ def bench(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.", rich_help_panel=_PROBLEM)] = 1,
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the random inputs and of the rows that are checked.", rich_help_panel=_PROBLEM),
-    ] = 0,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     preset: PresetOption = "default",
@@ -126,11 +124,16 @@ def bench(
     from stem_attn.lab.bench.gate import GateError
     from stem_attn.lab.bench.report import render
 
-    config = config_from_options(preset, override or [], config_file)
-    if config.layer_budgets and not ttft:
+    config, policy = settings_from_options(preset, override or [], config_file)
+    if policy.layer_budgets and not ttft:
         raise InputError(
             "the config has budgets by layer, and without --ttft one layer is measured: give it a budget with "
             "--set layer_budgets=[] --set budget_scale=FACTOR"
+        )
+    if config.residual != "none" and not ttft:
+        raise InputError(
+            f"the benchmark checks and times attention over the kept blocks: take --set residual=none, not "
+            f"{config.residual}"
         )
     where = pick_device(device)
     if where.type not in ("cpu", "cuda"):
@@ -143,13 +146,14 @@ def bench(
         if value is not None:
             raise InputError(f"{option} has no meaning {'with' if ttft else 'without'} --ttft")
     settings: Record = {
+        "kind": kind,
         "shape": shape,
         "lengths": whole_numbers("--lengths", lengths),
         "batch": batch,
         "dtype": name_of(pick_dtype(dtype, where)),
         "device": str(where),
         "preset": preset,
-        "config": json.loads(config.to_json()),
+        "config": plain_settings(config, policy),
         "repeats": repeats or _ROUNDS[kind],
         "seed": seed,
     }
@@ -167,8 +171,8 @@ def bench(
             if not 1 <= (q_len or length) <= length:
                 raise InputError(f"--q-len must be from 1 to the length {length}, got {q_len}")
     files = _files(out, json_path, csv_path, plot)
-    report = {**new_record(kind, settings, where), "cases": []}
-    cases = _ttft_cases(report, config, where, layers) if ttft else _attention_cases(report, config, where)
+    report = {**new_record("bench", settings, where), "cases": []}
+    cases = _ttft_cases(report, config, policy, where, layers) if ttft else _attention_cases(report, config, where)
     try:
         for case in cases:
             report["cases"].append(case)
@@ -194,20 +198,24 @@ def _attention_cases(report: Record, config: StemConfig, device: torch.device) -
         yield run_case(case, config, s["methods"], rounds=s["repeats"], seed=s["seed"], say=_say)
 
 
-def _ttft_cases(report: Record, config: StemConfig, device: torch.device, layers: int | None) -> Iterator[Record]:
+def _ttft_cases(
+    report: Record, config: StemConfig, policy: PrefillPolicy, device: torch.device, layers: int | None
+) -> Iterator[Record]:
     from stem_attn.lab.bench import ttft
 
     s = report["settings"]
     _say("building the model")
     model = ttft.build_model(s["shape"], layers, max(s["lengths"]), DTYPES[s["dtype"]], device, s["seed"])
     report["model"] = {"name": model.name, "layers": model.layers}
-    if len(config.layer_budgets) not in (0, model.layers):
-        raise InputError(
-            f"layer_budgets has {len(config.layer_budgets)} factors, and the model has {model.layers} layers"
-        )
+    try:
+        policy.check_layers(model.layers)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     report["check"] = ttft.check_adapter(model, config, s["seed"])
     for length in s["lengths"]:
-        yield ttft.measure(model, config, length, batch=s["batch"], rounds=s["repeats"], seed=s["seed"], say=_say)
+        yield ttft.measure(
+            model, config, policy, length, batch=s["batch"], rounds=s["repeats"], seed=s["seed"], say=_say
+        )
 
 
 def _files(out: Path | None, json_path: str | None, csv_path: Path | None, plot: Path | None) -> dict[str, Path]:

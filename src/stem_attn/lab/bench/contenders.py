@@ -18,11 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from stem_attn import backends
-from stem_attn.api import select_blocks, stem_attention
-from stem_attn.attention import block_sparse_attention
+from stem_attn.api import block_sparse_attention, select_blocks, stem_attention
 from stem_attn.blocks import BlockSelection
+from stem_attn.call import Call
+from stem_attn.checks import resolve_scale
 from stem_attn.config import StemConfig
 from stem_attn.lab.timing import Work
+from stem_attn.layout import Layout
 
 Part = Literal["dense", "attention", "selection", "whole"]
 
@@ -83,8 +85,9 @@ def _backend(name: str, p: Problem) -> list[Contender]:
     if reason:
         raise UnavailableError(reason)
     try:
-        backends.choose(name, p.q, p.k, p.v, block_size=p.config.block_size)
-    except ValueError as error:
+        call = Call(Layout.dense(p.q, p.k, p.v), p.config.block_size, resolve_scale(None, p.q.shape[3]))
+        backends.selector_of(backends.for_call(name, call), call)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: of what makes its selections
         raise UnavailableError(str(error)) from error
     whole: dict[str, Any] = {"config": p.config, "backend": name}
     return [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
 from stem_attn.lab.bench.cases import Case
 from stem_attn.reference import reference_row
@@ -139,7 +139,7 @@ def check_selection(
         GateError: A row keeps a block that it should not, or lacks one.
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    budget = block_budget(config, grid.k_len, grid).tolist()
+    budget = budget_of(config, (grid.k_len,)).rows(grid).tolist()
     kv_heads = k.shape[1]
     scopes = {"head": q.shape[1], "group": kv_heads, "layer": 1}[config.budget_scope]
     sampled = sorted({(s.batch, (token + grid.offset) // grid.block_size) for s in samples for token in s.tokens})

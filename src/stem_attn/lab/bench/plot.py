@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from stem_attn.lab import machine
 from stem_attn.lab.results import Record
 
 # Colour-blind safe; one colour a kernel in every plot.
@@ -37,7 +38,7 @@ def draw(report: Record) -> bytes:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    draw_both = _draw_ttft if report["command"] == "ttft" else _draw_attention
+    draw_both = _draw_ttft if report["settings"]["kind"] == "ttft" else _draw_attention
     title = draw_both(report, left, right)
     lengths = sorted({case["k_len"] for case in report["cases"]})
     for axes in (left, right):
@@ -112,7 +113,7 @@ def _draw_attention(report: Record, left: Any, right: Any) -> str:
     case = report["cases"][0]
     return (
         f"{case['heads']}/{case['kv_heads']} heads of {case['head_dim']}, batch {case['batch']}, "
-        f"{report['settings']['dtype']}, preset {report['settings']['preset']}, {_device(report)}"
+        f"{report['settings']['dtype']}, preset {report['settings']['preset']}, {machine.name(report['machine'])}"
     )
 
 
@@ -133,13 +134,8 @@ def _draw_ttft(report: Record, left: Any, right: Any) -> str:
     right.set_ylabel("times faster than dense")
     left.set_title("time to first token", fontsize=10)
     right.set_title("speed-up of the whole prefill", fontsize=10)
-    settings = report["settings"]
-    return f"{report['model']['name']}, {settings['dtype']}, preset {settings['preset']}, {_device(report)}"
-
-
-def _device(report: Record) -> str:
-    machine = report["machine"]
-    return str(machine["device"] if "compute_capability" in machine else machine["cpu"])
+    settings, where = report["settings"], machine.name(report["machine"])
+    return f"{report['model']['name']}, {settings['dtype']}, preset {settings['preset']}, {where}"
 
 
 def _tokens(length: float) -> str:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from stem_attn.lab import machine
 from stem_attn.lab.results import Record
 
 _LEGEND = (
@@ -19,7 +20,7 @@ _LEGEND = (
 
 def render(report: Record) -> Group:
     """Draw what a terminal shows: the machine, and a table a case or of the whole model."""
-    if report["command"] == "ttft":
+    if report["settings"]["kind"] == "ttft":
         return Group(_machine_line(report), _ttft_table(report))
     cases = (part for case in report["cases"] for part in _case(case))
     return Group(_machine_line(report), *cases, Text(_LEGEND, "dim"))
@@ -88,14 +89,8 @@ def _title(case: Record) -> str:
 
 def _machine_line(report: Record) -> str:
     """Name the device, the versions and the settings in one line."""
-    m = report["machine"]
-    s = report["settings"]
-    where = (
-        f"{m['device']}, driver {m['driver']}, CUDA {m['cuda']}"
-        if "compute_capability" in m
-        else f"{m['cpu']}, {m['threads']} threads, {m['instruction_set']}"
-    )
-    return f"{where}, torch {m['torch_build']}, {s['dtype']}, preset {s['preset']}"
+    settings = report["settings"]
+    return f"{machine.in_words(report['machine'])}, {settings['dtype']}, preset {settings['preset']}"
 
 
 def _ttft_table(report: Record) -> RenderableType:
@@ -119,7 +114,7 @@ def _ttft_table(report: Record) -> RenderableType:
 
 def csv_rows(report: Record) -> list[Record]:
     """Return one row a measurement."""
-    return _ttft_rows(report) if report["command"] == "ttft" else _attention_rows(report)
+    return _ttft_rows(report) if report["settings"]["kind"] == "ttft" else _attention_rows(report)
 
 
 def _attention_rows(report: Record) -> list[Record]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
 from stem_attn.lab.bench import contenders
 from stem_attn.lab.bench.cases import Case
@@ -45,7 +45,7 @@ def run_case(
     # The selection that all attention kernels are given comes from plain torch, whatever the backends do.
     grid = BlockGrid(case.q_len, case.k_len, config.block_size)
     scores = block_scores(q, k, v, config, case.shape.head_dim**-0.5)
-    selection = select_top_blocks(scores, block_budget(config, case.k_len, grid), grid, config, k.shape[1])
+    selection = select_top_blocks(scores, budget_of(config, (case.k_len,)).rows(grid), grid, config, k.shape[1])
     del scores
     check_selection(q, k, v, selection, config, samples)
     problem = Problem(q, k, v, config, selection)

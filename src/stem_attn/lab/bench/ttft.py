@@ -17,6 +17,7 @@ from stem_attn.config import StemConfig
 from stem_attn.lab.bench.gate import GateError
 from stem_attn.lab.results import Record
 from stem_attn.lab.shapes import MODELS
+from stem_attn.policy import PrefillPolicy
 
 _CHECK_TOKENS = 1024
 _FACTOR = 2.0  # of the difference between two dense kernels
@@ -74,11 +75,8 @@ def check_adapter(model: RandomModel, config: StemConfig, seed: int) -> Record:
         dense = _last_logits(model, tokens)
     with sdpa_kernel(SDPBackend.MATH):
         unfused = _last_logits(model, tokens)
-    everything = replace(
-        config, budget_ratio=1.0, budget_scale=1.0, dense_below=0, min_seq_len=0, dense_layers=(), layer_budgets=(),
-        decay=1.0,
-    )  # fmt: skip
-    hf.enable(model.module, config=everything, crossover=False)
+    everything = replace(config, budget_ratio=1.0, budget_scale=1.0, dense_below=0, decay=1.0)
+    hf.enable(model.module, everything, policy=PrefillPolicy(min_seq_len=0, crossover=False))
     try:
         kept = _last_logits(model, tokens)
         sparse = hf.stats(model.module).sparse
@@ -97,6 +95,7 @@ def check_adapter(model: RandomModel, config: StemConfig, seed: int) -> Record:
 def measure(
     model: RandomModel,
     config: StemConfig,
+    policy: PrefillPolicy,
     length: int,
     *,
     batch: int,
@@ -109,6 +108,7 @@ def measure(
     Args:
         model: From `build_model`.
         config: The method's settings.
+        policy: Which layers and prompts are sparse.
         length: Tokens of a prompt.
         batch: Prompts.
         rounds: Measurements of each; one more of each warms up and is not counted.
@@ -128,7 +128,7 @@ def measure(
         for name in ("dense", "stem"):
             say(f"{length} tokens: {name}, " + (f"round {r} of {rounds}" if r else "warm-up"))
             if name == "stem":
-                hf.enable(model.module, config=config)
+                hf.enable(model.module, config, policy=policy)
             try:
                 with _dense_kernel(model.device):
                     seconds, peak, logits = _timed(model, tokens)

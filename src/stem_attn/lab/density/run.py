@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from stem_attn import StemConfig, block_sparse_attention, stem_attention
-from stem_attn.baselines.knob import match_density
 from stem_attn.lab.results import Record
 from stem_attn.lab.shapes import SHAPES
 from stem_attn.lab.timing import Work, peak_extra_mib, time_rounds
 from stem_attn.methods import Stem
+from stem_attn.methods.knob import match_density
 
 _ALIKE_TOKENS = 48
 _SHARPEST, _FLATTEST = 2.5, 0.3

@@ -63,7 +63,7 @@ def fidelity(
         str,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="stem-official, stem-default, stem-paper, and the baselines. Compared at every density.",
+            help="stem-official, stem-default, stem-paper, and Stem's rivals. Compared at every density.",
             rich_help_panel=METHOD,
         ),
     ] = "stem-official,stem-default,uniform,xattention,flexprefill,minference,flashprefill,a_shape,oracle,dense",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stem_attn.attention import block_sparse_attention
-from stem_attn.baselines.estimates import attention_mass
+from stem_attn.api import block_sparse_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.checks import resolve_scale
 from stem_attn.lab.equal_density import Choice, mix, share_above
+from stem_attn.methods.estimates import attention_mass
 
 POSITION_BINS = 8
 _DENSE_BLOCK = 128

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stem_attn.lab import machine
 from stem_attn.lab.fidelity.report import Summary, summarize
 from stem_attn.lab.results import Record
 
@@ -195,10 +196,9 @@ def _pyplot() -> Any:
 
 
 def _title(record: Record) -> str:
-    settings, model, machine = record["settings"], record["model"], record["machine"]
-    where = machine["device"] if "compute_capability" in machine else machine["cpu"]
+    settings, model = record["settings"], record["model"]
     count = len(record["texts"])
     return (
         f"{model['name']}, {model['dtype']}, {count} prompt{'s' * (count > 1)} of {settings['length']} tokens, "
-        f"block {settings['block_size']}, {where}"
+        f"block {settings['block_size']}, {machine.name(record['machine'])}"
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stem_attn.lab import machine
 from stem_attn.lab.results import Record
 
 REFERENCE = "stem-official"
@@ -119,20 +120,19 @@ def _summary(method: str, target: float | None, layers: list[Record], runs: list
 
 
 def _setting(record: Record) -> str:
-    settings, model, machine = record["settings"], record["model"], record["machine"]
+    settings, model = record["settings"], record["model"]
     texts = "\n".join(
         f"- {text['tokens']} tokens of {text['source']}, from character {text['first_character']} "
         f"(sha256 `{text['sha256'][:16]}`)"
         for text in record["texts"]
     )
     others = ", ".join(f"{reason}: {calls} layers" for reason, calls in record["other_calls"].items())
-    where = machine["device"] if "compute_capability" in machine else machine["cpu"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items())
     return (
         f"{model['name']}, {model['dtype']}, {settings['length']} tokens, block {settings['block_size']}, "
         f"{model['measured_layers']} full attention layers measured"
         + (f" (left exact: {others})" if others else "")
-        + f". {where}; {versions}.\n\nPrompts:\n\n{texts}"
+        + f". {machine.name(record['machine'])}; {versions}.\n\nPrompts:\n\n{texts}"
     )
 
 

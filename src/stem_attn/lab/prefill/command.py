@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.configs import config_from_options
+from stem_attn.lab.configs import plain_settings, settings_from_options
 from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import (
@@ -22,15 +21,16 @@ from stem_attn.lab.options import (
     GgufOption,
     JsonOption,
     ModelOption,
+    SeedOption,
     SetOption,
     load_model,
 )
 from stem_attn.lab.results import Record, check_json, deliver, new_record
 
 if TYPE_CHECKING:
-    from stem_attn.config import StemConfig
     from stem_attn.lab.models import LoadedModel
     from stem_attn.lab.prompts import Prompt
+    from stem_attn.policy import PrefillPolicy
 
 # The published presets are made for long prompts: of a few thousand tokens their fixed minimum of 128-token blocks
 # keeps nearly everything. Smaller blocks and a budget in proportion to the prompt keep 25% to 30%.
@@ -76,9 +76,7 @@ def prefill(
     new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.", rich_help_panel=PROMPT)
     ] = 32,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Chooses the hidden fact and its place.", rich_help_panel=PROMPT)
-    ] = 0,
+    seed: SeedOption = 0,
     preset: Annotated[
         str,
         typer.Option(
@@ -101,7 +99,7 @@ def prefill(
 
     require("transformers", "gguf", "psutil", extra="demo")
     # Everything that can be refused without the model is refused before it loads.
-    config = config_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
+    config, policy = settings_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
     check_dtype(dtype)
     check_json(json_path)
     own = read_text(prompt_file) if prompt_file is not None else None
@@ -111,13 +109,17 @@ def prefill(
     from stem_attn.lab.prefill.run import compare
 
     loaded = load_model(model, gguf, device, dtype)
+    if new_tokens >= loaded.context_tokens:
+        raise InputError(f"--new-tokens {new_tokens} leaves no room in the model's context of {loaded.context_tokens}")
     prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)
-    _check_length(prompt, loaded, config, new_tokens)
-    result = compare(loaded.model, loaded.tokenizer, prompt.ids, config, new_tokens=new_tokens, on_start=_progress)
+    _check_length(prompt, loaded, policy, new_tokens)
+    result = compare(
+        loaded.model, loaded.tokenizer, prompt.ids, config, policy, new_tokens=new_tokens, on_start=_progress
+    )
 
     settings: Record = {
         "preset": preset,
-        "config": json.loads(config.to_json()),
+        "config": plain_settings(config, policy),
         "new_tokens": new_tokens,
         "seed": seed,
     }
@@ -156,15 +158,15 @@ def _prompt(
     return build_prompt(loaded.tokenizer, text, source=source, question=question, needle=needle, max_tokens=max_tokens)
 
 
-def _check_length(prompt: Prompt, loaded: LoadedModel, config: StemConfig, new_tokens: int) -> None:
+def _check_length(prompt: Prompt, loaded: LoadedModel, policy: PrefillPolicy, new_tokens: int) -> None:
     if prompt.tokens + new_tokens > loaded.context_tokens:
         raise InputError(
             f"the prompt has {prompt.tokens} tokens and the answer up to {new_tokens}, but the model's context holds "
-            f"{loaded.context_tokens}; cut the text with --max-tokens {max(1, loaded.context_tokens - new_tokens)}"
+            f"{loaded.context_tokens}; cut the text with --max-tokens {loaded.context_tokens - new_tokens}"
         )
-    if prompt.tokens < config.min_seq_len:
+    if prompt.tokens < policy.min_seq_len:
         raise InputError(
-            f"the prompt has {prompt.tokens} tokens, too short: with this config Stem starts at {config.min_seq_len} "
+            f"the prompt has {prompt.tokens} tokens, too short: with this config Stem starts at {policy.min_seq_len} "
             f"(min_seq_len) and leaves shorter prompts to dense attention"
         )
 

@@ -11,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stem_attn.config import StemConfig
+from stem_attn.lab import machine
+from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.results import Record
+from stem_attn.policy import PrefillPolicy
 
 _MIB = 2**20
 
@@ -36,15 +39,12 @@ def render(found: Record) -> Group:
 
 
 def _facts(found: Record) -> Table:
-    prompt, machine, settings = found["prompt"], found["machine"], found["settings"]
+    prompt, settings = found["prompt"], found["settings"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     facts.add_row("model", f"{found['model']}, {found['dtype']}, {found['layers']} layers")
-    threads = f", {machine['threads']} threads, {machine['instruction_set']}" if "threads" in machine else ""
-    facts.add_row(
-        "machine", f"{machine['cpu'] if threads else machine['device']}{threads}, torch {machine['torch_build']}"
-    )
+    facts.add_row("machine", machine.in_words(found["machine"]))
     cut = ", cut to fit" if prompt["cut"] else ""
     facts.add_row("prompt", f"{prompt['tokens']} tokens of {prompt['source']}{cut}")
     if prompt["needle"] is not None:
@@ -56,7 +56,7 @@ def _facts(found: Record) -> Table:
 
 def _differences(config: dict[str, Any]) -> str:
     """Name the fields that say how much is kept, and those that differ from the package's default."""
-    default = json.loads(StemConfig().to_json())
+    default = plain_settings(StemConfig(), PrefillPolicy())
     always = ("block_size", "budget_ratio", "budget_bias", "decay")
     names = [name for name in config if name in always or config[name] != default[name]]
     return ", ".join(f"{name}={_plain(config[name])}" for name in names)

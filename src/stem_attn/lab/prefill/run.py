@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from stem_attn.lab.devices import synchronize
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.logits import compare_positions, keep_hidden
 from stem_attn.lab.prefill.measure import AttentionClock, PeakMemory
+from stem_attn.policy import PrefillPolicy
 
 _WARM_UP_TOKENS = 256
 
@@ -86,6 +88,7 @@ def compare(
     tokenizer: Any,
     ids: Tensor,
     config: StemConfig,
+    policy: PrefillPolicy,
     *,
     new_tokens: int,
     on_start: OnStart,
@@ -100,6 +103,7 @@ def compare(
         tokenizer: Its tokenizer.
         ids: int64 [1, T], the prompt.
         config: The method.
+        policy: Which layers are sparse; whether that pays on this machine does not count.
         new_tokens: Most tokens of each answer.
         on_start: Told when a prefill starts.
         rounds: Prefills of each side; the fastest counts.
@@ -108,7 +112,7 @@ def compare(
         InputError: The model cannot run with Stem, or no layer ran sparse.
     """
     ids = ids.to(model.device)
-    with _stem(model, config):
+    with _stem(model, config, policy):
         pass  # learn at once whether the model can
     _run_prompt(model, ids[:, :_WARM_UP_TOKENS], "warm-up", on_start)
 
@@ -116,7 +120,7 @@ def compare(
     passes: dict[str, list[_Pass]] = {"dense": [], "stem": []}
     answers: dict[str, str] = {}
     for number in range(1, rounds + 1):
-        for side, attention in (("dense", nullcontext()), ("stem", _stem(model, config))):
+        for side, attention in (("dense", nullcontext()), ("stem", _stem(model, config, policy))):
             with attention:
                 done = _run_prompt(model, ids, f"{side} {number}/{rounds}", on_start)
                 if side == "stem":
@@ -144,9 +148,9 @@ def compare(
 
 
 @contextmanager
-def _stem(model: Any, config: StemConfig) -> Iterator[None]:
+def _stem(model: Any, config: StemConfig, policy: PrefillPolicy) -> Iterator[None]:
     try:
-        hf.enable(model, config, crossover=False)
+        hf.enable(model, config, policy=dataclasses.replace(policy, crossover=False))
     except ValueError as error:
         raise InputError(str(error)) from error
     try:

@@ -20,6 +20,7 @@ from stem_attn.lab.options import (
     GgufOption,
     JsonOption,
     ModelOption,
+    SeedOption,
     VariantOption,
     listed,
     load_model,
@@ -54,7 +55,7 @@ def ruler(
     samples: Annotated[
         int, typer.Option(min=1, metavar="N", help="Prompts of each task and length.", rich_help_panel=PROMPT)
     ] = 10,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts.", rich_help_panel=PROMPT)] = 42,
+    seed: SeedOption = 42,
     template: Annotated[
         str,
         typer.Option(
@@ -66,7 +67,7 @@ def ruler(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="dense, stem-PRESET, a baseline's name, or a variant's.",
+            help="dense, stem-PRESET, a rival's name, or a variant's.",
             rich_help_panel=METHOD,
         ),
     ] = "dense,stem-default",
@@ -121,6 +122,8 @@ def ruler(
         chat=template == "chat",
         seed=seed,
     )
+    if not settings.methods:
+        raise InputError("nothing to measure: name some --methods or a --variant")
     for named in settings.methods:
         named.build(block_size)
         if density is not None and named.fields.get("layer_budgets"):

@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from stem_attn.lab import machine
 from stem_attn.lab.results import Record
 
 
@@ -20,12 +21,12 @@ def render(found: Record) -> Group:
 
 
 def _facts(found: Record) -> Table:
-    machine, settings = found["machine"], found["settings"]
+    settings = found["settings"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['threads']} threads"
-    facts.add_row("model", f"{found['model']}, {found['dtype']}, {where}, torch {machine['torch_build']}")
+    facts.add_row("model", f"{found['model']}, {found['dtype']}")
+    facts.add_row("machine", machine.in_words(found["machine"]))
     form = "the model's chat format" if settings["chat"] else "plain text"
     facts.add_row("prompts", f"{settings['samples']} a task and length, seed {settings['seed']}, {form}")
     density = settings["density"]

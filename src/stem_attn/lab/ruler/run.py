@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.devices import name_of
 from stem_attn.lab.equal_density import UnreachableDensityError
 from stem_attn.lab.errors import InputError
@@ -176,7 +176,7 @@ def _method_settings(named: NamedMethod, settings: Settings) -> dict[str, Any]:
     if named.base == "dense":
         return {"base": "dense"}
     method = named.build(settings.block_size)
-    fields = json.loads(method.config.to_json()) if isinstance(method, Stem) else asdict(cast(Any, method))
+    fields = plain_settings(method.config, named.policy) if isinstance(method, Stem) else asdict(cast(Any, method))
     return {"base": named.base, "density": settings.density, **fields}
 
 

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.attention import block_sparse_attention
-from stem_attn.config import StemConfig
+from stem_attn.api import block_sparse_attention
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import select_at_density
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.intercept import intercept
 from stem_attn.lab.named_methods import NamedMethod
-from stem_attn.methods import Stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,8 @@ def running(model: Any, named: NamedMethod, block_size: int, density: float | No
         return
     method = named.build(block_size)
     if density is None:
-        # Stem brings its own min_seq_len; the others select whatever the length.
-        adapter = StemConfig() if isinstance(method, Stem) else StemConfig(min_seq_len=0)
         try:
-            hf.enable(model, adapter, method=method, crossover=False)
+            hf.enable(model, method=method, policy=named.policy)
         except ValueError as error:
             raise InputError(str(error)) from error
         try:

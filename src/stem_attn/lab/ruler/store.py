@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_attn.lab.errors import InputError
+from stem_attn.lab.results import print_text
 
 
 class Store:
@@ -32,12 +33,23 @@ class Store:
         return self._records.get(_text(key))
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
-        """Keep records; each has its `key`."""
+        """Keep records; each has its `key`.
+
+        Raises:
+            InputError: The file cannot be written. The records are printed, as the lines that would stand there.
+        """
         new = {_text(record["key"]): record for record in records}
         self._records |= new
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(record) + "\n" for record in new.values())
+            text = "".join(json.dumps(record) + "\n" for record in new.values())
+            try:
+                with self._file.open("a", encoding="utf-8") as lines:
+                    lines.write(text)
+            except OSError as error:
+                print_text(text)
+                raise InputError(
+                    f"cannot write {self._file}: {error.strerror}; the last {len(new)} answers were printed"
+                ) from error
 
 
 def _text(key: dict[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stem_attn.lab.configs import config_from_options
+from stem_attn.lab.configs import plain_settings, settings_from_options
 from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import (
@@ -67,17 +66,17 @@ def tune(
     """Find the budget of every layer that reaches a fidelity target at least cost, and write a config file.
 
     The file is what --config of other commands, config:FILE of --variant, vLLM's config_file and
-    StemConfig.from_json read. Budgets scale with the prompt; tune at the length that matters to you.
+    stem_attn.policy.read_settings read. Budgets scale with the prompt; tune at the length that matters to you.
     """
     require("transformers", "gguf", extra="demo")
     from stem_attn.lab.tune.run import parse_target
 
     # Everything that can be refused without the model is refused before it loads.
     wanted = parse_target(target)
-    config = config_from_options(preset, override or [], config_file)
-    if length < config.min_seq_len:
+    config, policy = settings_from_options(preset, override or [], config_file)
+    if length < policy.min_seq_len:
         raise InputError(
-            f"--length {length} is below this config's min_seq_len of {config.min_seq_len}, and nothing would be "
+            f"--length {length} is below this config's min_seq_len of {policy.min_seq_len}, and nothing would be "
             f"sparse: take longer prompts or --set min_seq_len={length}"
         )
     check_dtype(dtype)
@@ -104,21 +103,22 @@ def tune(
         "held_out": held_out,
         "logit_stride": logit_stride,
         "preset": preset,
-        "config": json.loads(config.to_json()),
+        "config": plain_settings(config, policy),
         "seed": _SEED,
     }
     record: Record = {
         **new_record("tune", settings, loaded.model.device),
-        "target": str(wanted),
         "model": {"name": loaded.name, "dtype": name_of(loaded.model.dtype)},
         "texts": [text.describe() for text in texts],
     }
     with named_steps("tune", "forward") as on_step:
         start = time.perf_counter()
-        found = search.tune(loaded.model, ids[:prompts], config, wanted, logit_stride=logit_stride, on_step=on_step)
+        found = search.tune(
+            loaded.model, ids[:prompts], config, policy, wanted, logit_stride=logit_stride, on_step=on_step
+        )
         record["seconds"] = round(time.perf_counter() - start, 1)
         record |= search.describe(found, wanted)
-        write_files({record_path: to_json(record), out: found.config.to_json() + "\n"})
+        write_files({record_path: to_json(record), out: to_json(record["config"])})
         if held_out:
             record["held_out"] = search.check(
                 loaded.model, ids[prompts:], found, logit_stride=logit_stride, on_step=on_step

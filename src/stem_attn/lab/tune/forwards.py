@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.api import keep_everything, stem_attention
-from stem_attn.attention import block_sparse_attention
-from stem_attn.blocks import BlockGrid
+from stem_attn.api import block_sparse_attention, stem_attention
+from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.intercept import Attend, intercept
 from stem_attn.lab.logits import compare_positions, keep_hidden
 from stem_attn.lab.progress import OnStep
+from stem_attn.policy import PrefillPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class Prompts:
     Args:
         model: A transformers causal language model.
         ids: int64 [1, T] each, all of one length.
-        config: Its block size and `dense_layers` hold for every run.
+        config: Its block size holds for every run.
+        policy: Its `dense_layers` stay dense.
         logit_stride: Compare the predictions of every so many positions.
         curve: Configs whose attention error is measured in every layer, on the dense forward's q, k, v.
         on_step: Told what each forward is for.
@@ -63,6 +64,7 @@ class Prompts:
         model: Any,
         ids: Sequence[Tensor],
         config: StemConfig,
+        policy: PrefillPolicy,
         *,
         logit_stride: int,
         curve: Sequence[StemConfig],
@@ -73,12 +75,11 @@ class Prompts:
         self._stride, self._on_step = logit_stride, on_step
         self._grid = BlockGrid(ids[0].shape[1], ids[0].shape[1], config.block_size)
         self.layer_count = model.config.get_text_config().num_hidden_layers
-        dense_layers = {layer % self.layer_count for layer in config.dense_layers}
         measured: dict[int, list[Tensor]] = {}  # by layer, a tensor a prompt
 
         def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             exact = self._dense_attention(q, k, v, scale)
-            if layer not in dense_layers:
+            if not policy.is_dense_layer(layer, self.layer_count):
                 tried = (stem_attention(q, k, v, config=one, scale=scale) for one in curve)
                 lost = [(out.float() - exact.float()).square().sum() for out in tried]
                 power = exact.float().square().sum()
@@ -125,7 +126,8 @@ class Prompts:
         return Outcome(fmean(densities.values()), fmean(kl), fmean(top1), densities)
 
     def _dense_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        return block_sparse_attention(q, k, v, keep_everything(q, self._grid), scale=scale)
+        everything = BlockSelection.everything(batch=1, heads=q.shape[1], grid=self._grid, device=q.device)
+        return block_sparse_attention(q, k, v, everything, scale=scale)
 
     def _forward(self, ids: Tensor, attend: Attend) -> Any:
         """Return the last hidden states of a forward with a function in the place of full attention."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
 from stem_attn.selection import most_kept
 
@@ -48,7 +48,7 @@ def levels(config: StemConfig, length: int) -> list[Level]:
     found: dict[float, Level] = {}
     for scale in scales:
         scaled = dataclasses.replace(config, budget_scale=scale)
-        kept = int(most_kept(block_budget(scaled, length, grid), grid, scaled).sum())
+        kept = int(most_kept(budget_of(scaled, (length,)).rows(grid), grid, scaled).sum())
         density = kept / grid.causal_blocks
         found.setdefault(density, Level(scale, density))
     return list(found.values())

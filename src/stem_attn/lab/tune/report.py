@@ -36,7 +36,7 @@ def _layers(layers: list[Record]) -> Table:
 
 
 def _totals(found: Record) -> Table:
-    table = Table(title=f"All tuned layers together, target {found['target']}")
+    table = Table(title=f"All tuned layers together, target {found['settings']['target']}")
     for column in ("prompts", "budgets", "density", "KL, nats", "same top-1"):
         table.add_column(column, justify="right" if column not in ("prompts", "budgets") else "left")
     rows = [("tuned on", "by layer", found["tuned"]), ("tuned on", "uniform", found["uniform"])]
@@ -55,13 +55,13 @@ def _totals(found: Record) -> Table:
 
 
 def _notes(found: Record, path: str) -> list[str]:
-    at = found["density_at_target"]
+    at, target = found["density_at_target"], found["settings"]["target"]
     notes = []
     if found["only_dense"]:
-        notes.append(f"No sparse budget reaches {found['target']}. The config keeps everything: dense attention.")
+        notes.append(f"No sparse budget reaches {target}. The config keeps everything: dense attention.")
     else:
         notes.append(
-            f"{found['target']} takes density {at['tuned']:.4f} by layer and {at['uniform']:.4f} uniform, both "
+            f"{target} takes density {at['tuned']:.4f} by layer and {at['uniform']:.4f} uniform, both "
             f"interpolated: {at['tuned'] / at['uniform']:.3f} of it."
         )
     notes.append(f"{found['seconds']:g} s; {len(found['runs'])} choices of budgets tried. Written to {path}")

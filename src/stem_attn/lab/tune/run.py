@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,13 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
+from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.equal_density import mix, share_above
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.progress import OnStep
 from stem_attn.lab.tune.forwards import Outcome, Prompts
 from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
+from stem_attn.policy import PrefillPolicy
 
 _CURVE_LEVELS = 10  # levels at which attention errors are measured
 _BISECTIONS = 6
@@ -127,7 +128,8 @@ class Tuned:
     """The answer, and what it was found by.
 
     Args:
-        config: With `layer_budgets`.
+        config: The method, its budget scaled by the layers' mean.
+        policy: With `layer_budgets`.
         outcome: Its own, on the calibration prompts, run as written.
         uniform: The same budget in every layer.
         by_layer: Budgets by layer.
@@ -140,6 +142,7 @@ class Tuned:
     """
 
     config: StemConfig
+    policy: PrefillPolicy
     outcome: Outcome
     uniform: Bracket
     by_layer: Bracket
@@ -155,14 +158,22 @@ class Tuned:
 
 
 def tune(
-    model: Any, ids: Sequence[Tensor], config: StemConfig, target: Target, *, logit_stride: int, on_step: OnStep
+    model: Any,
+    ids: Sequence[Tensor],
+    config: StemConfig,
+    policy: PrefillPolicy,
+    target: Target,
+    *,
+    logit_stride: int,
+    on_step: OnStep,
 ) -> Tuned:
     """Find budgets by layer that reach a target on some prompts at least density.
 
     Args:
         model: A transformers causal language model.
         ids: int64 [1, T] each, all of one length: the calibration prompts.
-        config: The method; its schedule is scaled by layer. Its own `budget_scale` and `layer_budgets` are replaced.
+        config: The method; its schedule is scaled by layer. Its own `budget_scale` is replaced.
+        policy: Its `dense_layers` stay dense; its `layer_budgets` are replaced.
         target: To reach, mean over prompts.
         logit_stride: Compare the predictions of every so many positions.
         on_step: Told what each forward is for.
@@ -170,28 +181,36 @@ def tune(
     Raises:
         InputError: The model has no layer to tune, or the prompts are too short for budgets to differ.
     """
-    config = dataclasses.replace(config, budget_scale=1.0, layer_budgets=())
+    config, policy = _even(config, policy)
+    try:
+        policy.check_layers(model.config.get_text_config().num_hidden_layers)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     steps = levels(config, ids[0].shape[1])
     if len(steps) < 3:
         raise InputError(
             f"at {ids[0].shape[1]} tokens this config has no budgets to choose from: take a longer --length, or "
-            f"--set a smaller block_size, budget_floor, dense_below or min_seq_len"
+            f"--set a smaller block_size, budget_floor or dense_below"
         )
     at = spread(len(steps), _CURVE_LEVELS)
     prompts = Prompts(
         model,
         ids,
         config,
+        policy,
         logit_stride=logit_stride,
         curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at],
         on_step=on_step,
     )
-    return _Search(prompts, config, steps, target).answer(at)
+    return _Search(prompts, config, policy, steps, target).answer(at)
 
 
 class _Search:
-    def __init__(self, prompts: Prompts, config: StemConfig, steps: list[Level], target: Target) -> None:
-        self.prompts, self.config, self.steps, self.target = prompts, config, steps, target
+    def __init__(
+        self, prompts: Prompts, config: StemConfig, policy: PrefillPolicy, steps: list[Level], target: Target
+    ) -> None:
+        self.prompts, self.config, self.policy = prompts, config, policy
+        self.steps, self.target = steps, target
         self.layers = prompts.layers
         self.densities = [step.density for step in steps]
         self.trials: list[Trial] = []
@@ -205,14 +224,14 @@ class _Search:
             level = min(level, len(self.steps) - 2)  # dense is at no one's expense
             sensitivity = self.sensitivity(level)
             by_layer, recipe = self.by_layer(uniform, curves, list(sensitivity.values()), level)
-        config = with_layer_budgets(self.config, by_layer.reaches.scales, self.prompts.layer_count)
-        written = self.prompts.run({layer: config.for_layer(layer) for layer in self.layers}, "as written")
+        config, policy = with_layer_budgets(self.config, self.policy, by_layer.reaches.scales, self.prompts.layer_count)
+        written = self.prompts.run(_by_layer(config, policy, self.layers), "as written")
         scales = [step.scale for step in self.steps]
         errors = {
             layer: float(curve[scales.index(by_layer.reaches.scales[layer])]) ** 0.5
             for layer, curve in zip(self.layers, curves, strict=True)
         }
-        return Tuned(config, written, uniform, by_layer, recipe, sensitivity, errors, self.trials)
+        return Tuned(config, policy, written, uniform, by_layer, recipe, sensitivity, errors, self.trials)
 
     def least_uniform(self) -> tuple[Bracket, int]:
         """Bisect one level for all layers."""
@@ -300,17 +319,20 @@ def scaled(config: StemConfig, scales: Mapping[int, float]) -> dict[int, StemCon
     return {layer: dataclasses.replace(config, budget_scale=scale) for layer, scale in scales.items()}
 
 
-def with_layer_budgets(config: StemConfig, scales: Mapping[int, float], layers: int) -> StemConfig:
-    """Write scales into a config: their mean as `budget_scale`, the rest as `layer_budgets`.
+def with_layer_budgets(
+    config: StemConfig, policy: PrefillPolicy, scales: Mapping[int, float], layers: int
+) -> tuple[StemConfig, PrefillPolicy]:
+    """Write scales into a config and a policy: their mean as `budget_scale`, the rest as `layer_budgets`.
 
     Args:
-        config: Its own `budget_scale` and `layer_budgets` are replaced.
+        config: Its own `budget_scale` is replaced.
+        policy: Its own `layer_budgets` are replaced.
         scales: By layer; layers without one get the mean.
         layers: Of the model.
     """
     mean = round(sum(scales.values()) / len(scales), 4)
     factors = tuple(round(scales.get(layer, mean) / mean, 4) for layer in range(layers))
-    return dataclasses.replace(config, budget_scale=mean, layer_budgets=factors)
+    return dataclasses.replace(config, budget_scale=mean), dataclasses.replace(policy, layer_budgets=factors)
 
 
 def check(model: Any, ids: Sequence[Tensor], tuned: Tuned, *, logit_stride: int, on_step: OnStep) -> dict[str, Any]:
@@ -323,9 +345,9 @@ def check(model: Any, ids: Sequence[Tensor], tuned: Tuned, *, logit_stride: int,
         logit_stride: Compare the predictions of every so many positions.
         on_step: Told what each forward is for.
     """
-    config = dataclasses.replace(tuned.config, budget_scale=1.0, layer_budgets=())
-    prompts = Prompts(model, ids, config, logit_stride=logit_stride, curve=[], on_step=on_step)
-    own = prompts.run({layer: tuned.config.for_layer(layer) for layer in prompts.layers}, "held out, tuned")
+    config, policy = _even(tuned.config, tuned.policy)
+    prompts = Prompts(model, ids, config, policy, logit_stride=logit_stride, curve=[], on_step=on_step)
+    own = prompts.run(_by_layer(tuned.config, tuned.policy, prompts.layers), "held out, tuned")
     uniform = prompts.run(scaled(config, tuned.uniform.reaches.scales), "held out, uniform")
     steps = levels(config, ids[0].shape[1])
     above = next((i for i, step in enumerate(steps) if step.density >= own.density), len(steps) - 1)
@@ -345,7 +367,7 @@ def check(model: Any, ids: Sequence[Tensor], tuned: Tuned, *, logit_stride: int,
 def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
     """Return an answer as plain values: its config, its layers, and every run."""
     return {
-        "config": json.loads(tuned.config.to_json()),
+        "config": plain_settings(tuned.config, tuned.policy),
         "only_dense": tuned.is_dense,
         "recipe": tuned.recipe,
         "tuned": numbers(tuned.outcome),
@@ -357,7 +379,7 @@ def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
         "layers": [
             {
                 "layer": layer,
-                "factor": tuned.config.layer_budgets[layer],
+                "factor": tuned.policy.layer_budgets[layer],
                 "density": tuned.outcome.densities[layer],
                 "error": tuned.errors[layer],
                 "sensitivity_nats": tuned.sensitivity.get(layer),
@@ -369,6 +391,15 @@ def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
             for trial in tuned.trials
         ],
     }
+
+
+def _even(config: StemConfig, policy: PrefillPolicy) -> tuple[StemConfig, PrefillPolicy]:
+    """Return the method and the policy with the same budget in every layer, as the schedule says."""
+    return dataclasses.replace(config, budget_scale=1.0), dataclasses.replace(policy, layer_budgets=())
+
+
+def _by_layer(config: StemConfig, policy: PrefillPolicy, layers: Sequence[int]) -> dict[int, StemConfig]:
+    return {layer: policy.layer_config(config, layer) for layer in layers}
 
 
 def numbers(outcome: Outcome) -> dict[str, float]:
