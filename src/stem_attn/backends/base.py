@@ -11,8 +11,8 @@ from torch import Tensor
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import Residual, StemConfig
 from stem_attn.residual import add_means
-from stem_attn.scoring import block_scores
-from stem_attn.selection import select_top_blocks
+from stem_attn.scoring import row_scores
+from stem_attn.selection import select_rows
 
 
 class Backend(ABC):
@@ -61,7 +61,9 @@ class Backend(ABC):
             budget: int32 [Qb] or [B, Qb] on the CPU; blocks, not yet clipped to the causal ones.
         """
         grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-        return select_top_blocks(block_scores(q, k, v, config, scale), budget, grid, config, k.shape[1])
+        scores = row_scores(q, k, v, config, scale)
+        heads = (q.shape[1], k.shape[1])
+        return select_rows(scores.rows, scores.step, budget, grid, config, q.shape[0], *heads, q.device)
 
     def select_paged(
         self,
