@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stem_attn import StemConfig
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
+from stem_attn.policy import policy_field_names
 
 BLOCK = 16
 VOCAB = 128
 
 # Everything kept: sparse must then equal dense.
-KEEP_ALL = StemConfig(block_size=BLOCK, stride=4, budget_ratio=1.0, decay=1.0, min_seq_len=0)
+KEEP_ALL = StemConfig(block_size=BLOCK, stride=4, budget_ratio=1.0, decay=1.0)
 # Really sparse, about half of the blocks at 200 tokens.
-SPARSE = StemConfig(block_size=BLOCK, stride=4, budget_ratio=0.2, budget_bias=1, tail_blocks=0, min_seq_len=0)
+SPARSE = StemConfig(block_size=BLOCK, stride=4, budget_ratio=0.2, budget_bias=1, tail_blocks=0)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -97,8 +98,10 @@ def tiny_model(model_type: str, attn_implementation: str = "sdpa", **overrides: 
 
 
 def enable(model: PreTrainedModel, config: StemConfig, **options: Any) -> PreTrainedModel:
-    """Enable Stem whether or not it is faster."""
-    return hf.enable(model, config, crossover=False, **options)
+    """Enable Stem at any length and whether or not it is faster; fields of the policy may be given too."""
+    policy = {name: options.pop(name) for name in policy_field_names() if name in options}
+    policy = PrefillPolicy(**{"min_seq_len": 0, "crossover": False, **policy})
+    return hf.enable(model, config, policy=policy, **options)
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_models import COMMON, FAMILIES, KEEP_ALL, enable, relative_error, tokens
 from stem_attn.integrations import hf
-from test_hf_families import KINDS, LENGTH, dense_logits, run
+from test_hf_families import KINDS, LENGTH, run
 
 pytestmark = pytest.mark.slow
 
@@ -124,8 +124,7 @@ def test_everything_kept_equals_dense(model_type, caplog):
     torch.manual_seed(0)
     model, ids = AutoModelForCausalLM.from_config(small_config(model_type)).eval(), tokens(2, LENGTH)
     assert sum(p.numel() for p in model.parameters()) < 20e6
-    kinds = [kind for kind in KINDS if not (kind == "prefix" and model_type in NO_PREFIX)]
-    expected = dense_logits(model, model_type, ids, kinds)
+    expected = {kind: run(model, ids, kind) for kind in KINDS if not (kind == "prefix" and model_type in NO_PREFIX)}
     enable(model, KEEP_ALL)
     for kind in expected:
         hf.reset_stats(model)

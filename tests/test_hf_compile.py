@@ -54,7 +54,7 @@ def test_settings_are_read_when_the_graph_runs():
 
 @torch.no_grad()
 def test_short_prompts_and_a_cached_prefix_under_compile():
-    model, ids = enable(tiny_model("llama"), StemConfig(block_size=BLOCK, min_seq_len=150)), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), StemConfig(block_size=BLOCK), min_seq_len=150), tokens(1, LENGTH)
     cache = model(ids[:, :120], use_cache=True).past_key_values
     expected = model(ids[:, 120:], past_key_values=cache).logits
     cache.crop(-(LENGTH - 120))

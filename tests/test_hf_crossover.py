@@ -5,12 +5,15 @@ import logging
 import pytest
 import torch
 
+import hf_models
 from hf_models import BLOCK, KEEP_ALL, relative_error, tiny_model, tokens
-from stem_attn import StemConfig, select_blocks
+from stem_attn import PrefillPolicy, StemConfig, select_blocks
+from stem_attn.backends.base import Geometry
+from stem_attn.backends.cpu import CpuBackend
+from stem_attn.backends.triton import TritonBackend
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.integrations import hf
-from stem_attn.integrations.crossover import sparse_is_faster
 from stem_attn.selection import most_kept
 
 LENGTH = 400
@@ -18,9 +21,12 @@ REASON = "no gain from sparsity"
 
 
 def with_ratio(ratio, **fields):
-    return StemConfig(
-        block_size=BLOCK, stride=4, budget_ratio=ratio, budget_bias=1, tail_blocks=0, min_seq_len=0, **fields
-    )
+    return StemConfig(block_size=BLOCK, stride=4, budget_ratio=ratio, budget_bias=1, tail_blocks=0, **fields)
+
+
+def enable(model, config, **options):
+    """At any length, but dense where sparse would not be faster."""
+    return hf_models.enable(model, config, crossover=True, **options)
 
 
 FEW = with_ratio(0.1)  # density 0.22
@@ -29,7 +35,7 @@ MANY = with_ratio(0.5)  # density 0.71
 
 def bound(config, length, prompt_len=None, q_len=None):
     grid = BlockGrid(q_len or length, length, config.block_size)
-    kept = most_kept(block_budget(config, prompt_len or length, grid), grid, config)
+    kept = most_kept(budget_of(config, (prompt_len or length,)).rows(grid), grid, config)
     return int(kept.sum()) / grid.causal_blocks
 
 
@@ -61,8 +67,11 @@ def test_the_bound_is_the_density_or_above_it(forced_blocks, q_len, prompt_len):
     ],
 )
 def test_presets_by_device_and_length(device_type, preset, tokens, faster):
-    config = StemConfig.preset(preset, min_seq_len=0)
-    assert sparse_is_faster(device_type, config, ((tokens, BlockGrid(tokens, tokens, 128)),), None) is faster
+    backend = TritonBackend() if device_type == "cuda" else CpuBackend()
+    calls = [(tokens, BlockGrid(tokens, tokens, 128))]
+    geometry = Geometry(device_type, torch.bfloat16, 128, 0)
+    reason = PrefillPolicy(min_seq_len=0).why_dense(StemConfig.preset(preset), calls, None, backend, geometry)
+    assert reason == (None if faster else REASON)
 
 
 @pytest.mark.parametrize(("config", "faster"), [(FEW, True), (MANY, False), (KEEP_ALL, False)])
@@ -71,14 +80,14 @@ def test_a_model_goes_dense_above_the_crossover(config, faster):
     assert (bound(config, LENGTH) < 0.5) == faster
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     expected = model(ids).logits
-    hf.enable(model, config)
+    enable(model, config)
     for seed in (1, 2):  # whatever the values are
         logits = model(tokens(1, LENGTH, seed)).logits
         assert (hf.stats(model).sparse, hf.stats(model).dense) == ((2, {}) if faster else (0, {REASON: 2}))
         if seed == 1:
             assert torch.equal(logits, expected) == (not faster)
         hf.reset_stats(model)
-    hf.enable(model, config, crossover=False)
+    hf_models.enable(model, config)
     model(ids)
     assert (hf.stats(model).sparse, hf.stats(model).dense) == (2, {})
 
@@ -88,7 +97,7 @@ def test_chunks_of_a_told_prompt_are_decided_alike():
     ids, chunk = tokens(1, LENGTH), 10 * BLOCK
     assert bound(MANY, LENGTH, q_len=LENGTH - 2 * chunk) < 0.5 < bound(MANY, LENGTH)  # the last chunk by itself
     for config, dense in ((FEW, 0), (MANY, 6)):
-        model = hf.enable(tiny_model("llama"), config, prompt_len=LENGTH)
+        model = enable(tiny_model("llama"), config, prompt_len=LENGTH)
         expected = model(ids).logits
         hf.reset_stats(model)
         cache, parts = None, []
@@ -102,7 +111,7 @@ def test_chunks_of_a_told_prompt_are_decided_alike():
 
 @torch.no_grad()
 def test_a_chunk_that_keeps_everything_is_dense():
-    model, ids = hf.enable(tiny_model("llama"), FEW), tokens(1, LENGTH)
+    model, ids = enable(tiny_model("llama"), FEW), tokens(1, LENGTH)
     with hf.prompt_length(model, LENGTH):
         model(ids[:, : 2 * BLOCK])
         assert hf.stats(model).dense == {REASON: 2}
@@ -116,18 +125,18 @@ def test_a_chunk_that_keeps_everything_is_dense():
 def test_padded_rows_are_decided_together():
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, : LENGTH - 3 * BLOCK] = 0
-    model, ids = hf.enable(tiny_model("llama"), FEW), tokens(2, LENGTH)
+    model, ids = enable(tiny_model("llama"), FEW), tokens(2, LENGTH)
     model(ids, attention_mask=mask)  # the short row keeps everything, the long one has nearly all the work
     assert hf.stats(model).sparse == 2
     assert model(ids, attention_mask=torch.zeros_like(mask)).logits.isfinite().all()
-    hf.enable(model, MANY)
+    enable(model, MANY)
     model(ids, attention_mask=mask)
     assert hf.stats(model).dense == {REASON: 2}
 
 
 @torch.no_grad()
 def test_bands_are_left_alone():
-    model = hf.enable(tiny_model("mistral", sliding_window=40), KEEP_ALL)
+    model = enable(tiny_model("mistral", sliding_window=40), KEEP_ALL)
     model(tokens(1, LENGTH))
     assert (hf.stats(model).banded, hf.stats(model).dense) == (2, {})
 
@@ -135,7 +144,7 @@ def test_bands_are_left_alone():
 @torch.no_grad()
 def test_the_reason_is_no_warning(caplog):
     with caplog.at_level(logging.INFO, "stem_attn.hf"):
-        hf.enable(tiny_model("llama"), KEEP_ALL)(tokens(1, LENGTH))
+        enable(tiny_model("llama"), KEEP_ALL)(tokens(1, LENGTH))
     assert [(r.levelname, r.message) for r in caplog.records] == [
         ("INFO", f"dense attention: {REASON} (said once per model)")
     ]

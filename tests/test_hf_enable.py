@@ -12,9 +12,10 @@ import weakref
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_models import BLOCK, COMMON, FAMILIES, KEEP_ALL, SPARSE, enable, relative_error, tiny_config, tiny_model, tokens
-from stem_attn import StemConfig
+from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_config, tiny_model, tokens
+from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
 
 LENGTH = 200
@@ -30,46 +31,17 @@ def untouched(model):
     )
 
 
-REFUSED = {
-    "bloom": "attention interface",
-    "gptj": "attention interface",
-    "falcon": "attention interface",
-    "xglm": "attention interface",
-    "mpt": "attention interface",
-    "mamba": "no attention layers",
-    "gpt_neo": "attention interface",
-    "bigbird_pegasus": "does not support SDPA",
-    "deepseek_v32": "indexer",
-}
-SIZES = {  # of those that do not take the common ones
-    "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128},
-    "bigbird_pegasus": {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 128},
-    "gpt_neo": {"hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128},
-    "deepseek_v32": {**COMMON, **FAMILIES["deepseek_v3"], "index_head_dim": 16, "index_n_heads": 2, "index_topk": 32},
-}
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_models_that_cannot_be_routed_are_refused(family):
-    config = AutoConfig.for_model(family, **SIZES[family]) if family in SIZES else tiny_config(family)
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=REFUSED[family]):
-        hf.enable(model)
-    assert untouched(model)
-    with pytest.raises(ValueError, match="not enabled"):
-        hf.stats(model)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"config": "fast"}, "unknown preset 'fast'"),
         ({"config": {"block_size": 64}}, "must be a StemConfig or a preset's name, got dict"),
-        ({"config": StemConfig(dense_layers=(0, 2))}, r"dense_layers \(0, 2\) are not all layers of a model with 2"),
-        ({"config": StemConfig(layer_budgets=(1.0,))}, "layer_budgets has 1 factors, and the model has 2 layers"),
-        ({"config": StemConfig(layer_budgets=(1, 2)), "method": "uniform"}, "layer_budgets has no effect on uniform"),
-        ({"config": StemConfig(layer_budgets=(1, 2)), "method": "xattention"}, "layer_budgets has no effect on method"),
+        ({"policy": PrefillPolicy(dense_layers=(0, 2))}, r"dense_layers \(0, 2\) are not all layers of a model with 2"),
+        ({"policy": PrefillPolicy(layer_budgets=(1.0,))}, "layer_budgets has 1 factors, and the model has 2 layers"),
+        ({"policy": PrefillPolicy(layer_budgets=(1, 2)), "method": "uniform"}, "layer_budgets has no effect on method"),
+        ({"policy": PrefillPolicy(layer_budgets=(1, 2)), "method": "xattention"}, "no effect on method 'xattention'"),
+        ({"config": StemConfig(decay=0.5), "method": "xattention"}, "config.decay has no effect on method"),
+        ({"policy": {"min_seq_len": 0}}, "policy must be a PrefillPolicy, got dict"),
         ({"prompt_len": 0}, "at least 1 token; got 0"),
         ({"prompt_len": [5, "x"]}, "one int a batch row"),
         ({"prompt_len": True}, "got True"),
@@ -83,9 +55,114 @@ def test_wrong_arguments_are_refused(arguments, message):
     assert untouched(model)
 
 
-def test_only_transformers_models_are_accepted():
-    with pytest.raises(ValueError, match=r"must be a transformers PreTrainedModel .* got Linear"):
-        hf.enable(torch.nn.Linear(2, 2))
+class Peft(torch.nn.Module):
+    """As much of a PeftModel as matters: it hands what it lacks to its model, and is none itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+    def get_base_model(self):
+        return self.base_model.model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model.model, name)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "hint"),
+    [
+        (Peft, r"got Peft: enable the model inside, which is its .get_base_model\(\)"),
+        (torch.compile, "got OptimizedModule: enable the model inside, which is its ._orig_mod"),
+        (torch.nn.DataParallel, "got DataParallel: enable the model inside, which is its .module"),
+        (lambda model: torch.nn.Linear(2, 2), "got Linear$"),
+    ],
+)
+def test_wrappers_are_refused_and_say_where_the_model_is(wrap, hint):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=f"must be a transformers PreTrainedModel, {hint}"):
+        hf.enable(wrap(model))
+    assert untouched(model)
+
+
+@torch.no_grad()
+def test_the_model_in_a_wrapper_runs_within_it():
+    model, ids = tiny_model("llama"), tokens(2, LENGTH)
+    wrapper = Peft(model)
+    enable(wrapper.get_base_model(), SPARSE)
+    wrapper.generate(ids, max_new_tokens=2, do_sample=False)
+    assert hf.stats(model).sparse == 2
+
+
+@torch.no_grad()
+def test_accelerates_hooks_stay():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    seen = []
+
+    class Note(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    hooks.add_hook_to_module(model.model.layers[0].self_attn, Note())
+    enable(model, SPARSE)
+    model(ids)
+    hf.disable(model)
+    model(ids)
+    assert seen == [model.model.layers[0].self_attn] * 2
+
+
+@torch.no_grad()
+def test_layers_added_before_and_after():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    new = LlamaDecoderLayer(model.config, 2).eval()
+    enable(model, SPARSE, layer_budgets=(1.0, 1.0))
+    model.model.layers.append(new)
+    model.config.num_hidden_layers = 3
+    model(ids, use_cache=False)
+    assert hf.stats(model).sparse == 2  # nobody has enabled the new one
+    model.config.num_hidden_layers = 2
+    for budgets in ((1.0, 1.0), (1.0,)):
+        with pytest.raises(ValueError, match=r"layer_budgets has \d factors, and the model has 3 layers"):
+            enable(model, SPARSE, layer_budgets=budgets)
+    assert hf.stats(model).sparse == 2  # as it was before
+    enable(model, SPARSE, layer_budgets=(1.0, 1.0, 1.0), dense_layers=(2,))
+    model.config.num_hidden_layers = 3
+    model(ids, use_cache=False)
+    assert (hf.stats(model).sparse, hf.stats(model).dense) == (2, {"dense layer": 1})
+
+
+def test_a_layer_with_a_config_of_its_own_is_refused():
+    model = tiny_model("llama")
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn has a config object of its own"):
+        enable(model, SPARSE)
+    assert untouched(model)
+    model.model.layers[2].self_attn.config = model.config
+    enable(model, SPARSE)
+
+
+def test_a_failed_enable_leaves_an_enabled_model_as_it_was(monkeypatch):
+    model = enable(tiny_model("llama"), SPARSE)
+    with torch.no_grad():
+        expected = model(tokens(1, LENGTH)).logits
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model, "set_attn_implementation", refuse)
+    with pytest.raises(ValueError, match="cannot run with stem: no"):
+        enable(model, KEEP_ALL)
+    with torch.no_grad():
+        assert torch.equal(model(tokens(1, LENGTH)).logits, expected)
+    assert hf.stats(model).sparse == 4
+    hf.disable(model)
+    assert untouched(model)
 
 
 def test_nothing_is_left_when_transformers_refuses(monkeypatch):
@@ -165,8 +242,7 @@ def test_presets_by_name():
 @torch.no_grad()
 def test_dense_layers_count_from_both_ends():
     for layers, indices in (((-1,), {2}), ((0, -1), {0, 2}), ((1,), {1})):
-        config = StemConfig(block_size=BLOCK, min_seq_len=0, dense_layers=layers)
-        model = enable(tiny_model("llama", num_hidden_layers=3), config)
+        model = enable(tiny_model("llama", num_hidden_layers=3), StemConfig(block_size=BLOCK), dense_layers=layers)
         model(tokens(1, LENGTH))
         assert hf.stats(model).dense == {"dense layer": len(indices)}
         assert hf.stats(model).sparse == 3 - len(indices)
@@ -177,7 +253,7 @@ def test_layers_have_budgets_of_their_own():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
 
     def density(*factors):
-        enable(model, dataclasses.replace(SPARSE, budget_ratio=0.4, layer_budgets=factors))
+        enable(model, dataclasses.replace(SPARSE, budget_ratio=0.4), layer_budgets=factors)
         model(ids)
         assert hf.stats(model).sparse == 2
         return hf.stats(model).density
@@ -194,21 +270,20 @@ def test_budgets_of_dense_and_banded_layers_are_not_read():
     model, ids = tiny_model("gemma3_text", sliding_window=40), tokens(1, LENGTH)
     outputs = []
     for first in (0.2, 5.0):
-        enable(model, dataclasses.replace(SPARSE, layer_budgets=(first, 1.0)))
+        enable(model, SPARSE, layer_budgets=(first, 1.0))
         outputs.append(model(ids).logits)
     assert torch.equal(*outputs)
-    hf.enable(model, dataclasses.replace(SPARSE, layer_budgets=(1.0, 100.0)))
+    enable(model, SPARSE, layer_budgets=(1.0, 100.0), crossover=True)
     model(ids)
     assert hf.stats(model).dense == {"no gain from sparsity": 1}  # its factor reaches everything
-    enable(model, dataclasses.replace(SPARSE, layer_budgets=(1.0, 1.0), dense_layers=(1,)))
+    enable(model, SPARSE, layer_budgets=(1.0, 1.0), dense_layers=(1,))
     model(ids)
     assert hf.stats(model).dense == {"dense layer": 1}
 
 
 @torch.no_grad()
 def test_short_prompts_compare_the_whole_prompt():
-    config = StemConfig(block_size=BLOCK, min_seq_len=LENGTH)
-    model = enable(tiny_model("llama"), config)
+    model = enable(tiny_model("llama"), StemConfig(block_size=BLOCK), min_seq_len=LENGTH)
     model(tokens(1, LENGTH - 1))
     assert hf.stats(model).dense == {"short prompt": 2}
     with hf.prompt_length(model, LENGTH):  # the first chunk of a prompt that is long enough
@@ -270,6 +345,51 @@ def test_output_attentions_custom_masks_packing_and_bidirectional_are_dense():
         real = inputs["attention_mask"].bool()[0] if reason == "padding between tokens" else slice(None)
         assert relative_error(model(ids, **inputs).logits[0, real], expected[0, real]) < 1e-6, reason
         assert hf.stats(model).dense == {reason: 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gemma3_text", "qwen2", "phi3", "mixtral", "olmo"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_attention_weights_are_those_of_the_model(family, padded):
+    window = {"sliding_window": 40} if family in ("gemma2", "gemma3_text") else {}
+    model, ids = tiny_model(family, "eager", **window), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    inputs = {"attention_mask": mask} if padded else {}
+    real = mask.bool() if padded else torch.ones_like(ids).bool()
+    expected = model(ids, output_attentions=True, **inputs)
+    enable(model, SPARSE)
+    actual = model(ids, output_attentions=True, **inputs)
+    assert len(actual.attentions) == len(expected.attentions) == 2
+    for weights, right in zip(actual.attentions, expected.attentions, strict=True):
+        assert torch.equal(weights.transpose(1, 2)[real], right.transpose(1, 2)[real])
+    assert torch.equal(actual.logits[real], expected.logits[real])
+    step = model.generate(
+        ids, **inputs, max_new_tokens=2, do_sample=False, output_attentions=True, return_dict_in_generate=True
+    )
+    assert [part[0].shape[2] for part in step.attentions] == [LENGTH, 1]
+
+
+@torch.no_grad()
+def test_attention_weights_asked_for_in_the_config_or_in_training():
+    model, ids = tiny_model("llama", "eager"), tokens(1, LENGTH)
+    enable(model.train(), SPARSE)
+    assert model(ids, output_attentions=True).attentions[0].shape == (1, 4, LENGTH, LENGTH)
+    assert hf.stats(model).dense == {"training": 2}
+    hf.disable(model.eval())
+    model.config.output_attentions = True
+    enable(model, SPARSE)
+    assert model(ids).attentions[0].shape == (1, 4, LENGTH, LENGTH)
+    assert model(ids, output_attentions=False).attentions is None
+    assert hf.stats(model).sparse == 2
+
+
+@torch.no_grad()
+def test_a_model_loaded_with_sdpa_has_no_attention_weights_as_before():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    before = model(ids, output_attentions=True).attentions
+    enable(model, SPARSE)
+    assert model(ids, output_attentions=True).attentions == before
 
 
 @torch.no_grad()

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
-from stem_attn import StemConfig, baselines
+from stem_attn import PrefillPolicy, StemConfig, methods
 from stem_attn.integrations import hf
 from stem_attn.methods import Stem
 
 LENGTH = 600
-ADAPTER = StemConfig(min_seq_len=0)
+ANY_LENGTH = PrefillPolicy(min_seq_len=0, crossover=False)
 
 # Fields that keep everything at this length, and fields that do not. One row a method.
 FIELDS = {
-    "stem": ({"min_seq_len": 5000}, {"budget_ratio": 0.1, "budget_bias": 1, "tail_blocks": 0, "min_seq_len": 0}),
+    "stem": ({"dense_below": 5000}, {"budget_ratio": 0.1, "budget_bias": 1, "tail_blocks": 0}),
     "dense": ({}, None),
     "oracle": ({"density": 1.0}, {"density": 0.2}),
     "uniform": ({"config": KEEP_ALL}, {"config": SPARSE, "k": 4}),
@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def method(name, fields):
-    return baselines.make(name, **(fields if "config" in fields else {"block_size": BLOCK, **fields}))
+    return methods.make(name, **(fields if "config" in fields else {"block_size": BLOCK, **fields}))
 
 
 def logits_of(model, ids, mask=None):
@@ -39,7 +39,7 @@ def logits_of(model, ids, mask=None):
 
 
 def test_every_method_is_here():
-    assert set(FIELDS) == set(baselines.METHODS)
+    assert set(FIELDS) == set(methods.METHODS)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -47,14 +47,12 @@ def test_a_method_equals_dense_where_it_keeps_everything_and_not_elsewhere(name)
     model, ids = tiny_model("llama"), tokens(2, LENGTH)
     dense = logits_of(model, ids)
     everything, sparse = FIELDS[name]
-    config = {} if name == "stem" else {"config": ADAPTER}
-    hf.enable(model, method=method(name, everything), crossover=False, **config)
+    hf.enable(model, method=method(name, everything), policy=ANY_LENGTH)
     assert relative_error(logits_of(model, ids), dense) < 1e-5
-    if name != "stem":
-        stats = hf.stats(model)
-        assert (stats.method, stats.sparse, stats.calls, stats.density) == (name, 2, 2, 1.0)
+    stats = hf.stats(model)
+    assert (stats.method, stats.sparse, stats.calls, stats.density) == (name, 2, 2, 1.0)
     if sparse is not None:
-        hf.enable(model, method=method(name, sparse), crossover=False, **config)
+        hf.enable(model, method=method(name, sparse), policy=ANY_LENGTH)
         assert relative_error(logits_of(model, ids), dense) > 1e-3
         stats = hf.stats(model)
         assert stats.method == name
@@ -67,41 +65,41 @@ def test_a_method_equals_dense_where_it_keeps_everything_and_not_elsewhere(name)
 @pytest.mark.parametrize("name", sorted(set(FIELDS) - {"stem"}))
 def test_by_name_it_has_its_published_defaults(name):
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    hf.enable(model, ADAPTER, method=name)
+    hf.enable(model, method=name, policy=ANY_LENGTH)
     by_name = logits_of(model, ids)
     assert hf.stats(model).method == name
-    built = baselines.make("uniform", config=ADAPTER) if name == "uniform" else baselines.make(name)
-    hf.enable(model, ADAPTER, method=built)
+    built = methods.make(name)
+    hf.enable(model, method=built, policy=ANY_LENGTH)
     assert torch.equal(logits_of(model, ids), by_name)
     assert hf.stats(model).sparse == 2
 
 
 def test_stem_by_name_or_instance_is_stem_with_its_config():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    hf.enable(model, SPARSE, crossover=False)
+    hf.enable(model, SPARSE, policy=ANY_LENGTH)
     expected = logits_of(model, ids)
     for arguments in ({"config": SPARSE, "method": "stem"}, {"method": Stem(SPARSE)}):
-        hf.enable(model, crossover=False, **arguments)
+        hf.enable(model, policy=ANY_LENGTH, **arguments)
         assert torch.equal(logits_of(model, ids), expected)
         assert hf.stats(model).method == "stem"
-    hf.enable(model, method=Stem(KEEP_ALL))  # Stem's crossover
+    hf.enable(model, method=Stem(KEEP_ALL), policy=PrefillPolicy(min_seq_len=0))  # Stem's crossover
     logits_of(model, ids)
     assert hf.stats(model).dense == {"no gain from sparsity": 2}
 
 
 def test_uniform_by_name_takes_the_whole_config():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    hf.enable(model, SPARSE, method="uniform")
+    hf.enable(model, SPARSE, method="uniform", policy=ANY_LENGTH)
     by_name = logits_of(model, ids)
     assert hf.stats(model).density < 0.7
-    hf.enable(model, ADAPTER, method=baselines.make("uniform", config=SPARSE))
+    hf.enable(model, method=methods.make("uniform", config=SPARSE), policy=ANY_LENGTH)
     assert torch.equal(logits_of(model, ids), by_name)
 
 
-def test_the_config_gives_dense_layers_and_the_shortest_sparse_prompt():
+def test_the_policy_gives_dense_layers_and_the_shortest_sparse_prompt():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     dense_blocks = method("dense", {})  # keeps everything, and yet runs sparse: there is no crossover
-    hf.enable(model, StemConfig(min_seq_len=LENGTH, dense_layers=(0,)), method=dense_blocks)
+    hf.enable(model, policy=PrefillPolicy(min_seq_len=LENGTH, dense_layers=(0,)), method=dense_blocks)
     logits_of(model, ids)
     logits_of(model, ids[:, 1:])
     stats = hf.stats(model)
@@ -113,11 +111,11 @@ def test_the_config_gives_dense_layers_and_the_shortest_sparse_prompt():
 def test_the_config_gives_what_stands_for_pruned_blocks(name):
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     dense = logits_of(model, ids)
-    base = ADAPTER if name == "xattention" else SPARSE
+    base = StemConfig() if name == "xattention" else SPARSE
     chosen = method(name, {"threshold": 0.3}) if name == "xattention" else name
-    hf.enable(model, base, method=chosen, crossover=False)
+    hf.enable(model, base, method=chosen, policy=ANY_LENGTH)
     pruned = logits_of(model, ids)
-    hf.enable(model, dataclasses.replace(base, residual="mean"), method=chosen, crossover=False)
+    hf.enable(model, dataclasses.replace(base, residual="mean"), method=chosen, policy=ANY_LENGTH)
     returned = logits_of(model, ids)
     assert hf.stats(model).sparse == 2
     # A random model attends almost evenly, so that the means come near to dense attention.
@@ -128,7 +126,7 @@ def test_padded_rows_choose_what_they_choose_alone():
     model, ids = tiny_model("llama"), tokens(2, LENGTH)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :77] = 0
-    hf.enable(model, ADAPTER, method=method("xattention", {"threshold": 0.5}))
+    hf.enable(model, method=method("xattention", {"threshold": 0.5}), policy=ANY_LENGTH)
     together = logits_of(model, ids, mask)
     torch.testing.assert_close(together[0], logits_of(model, ids[:1])[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together[1, 77:], logits_of(model, ids[1:, 77:])[0], atol=1e-5, rtol=1e-4)
@@ -136,7 +134,7 @@ def test_padded_rows_choose_what_they_choose_alone():
 
 def test_chunks_equal_one_pass_with_a_method_that_looks_back():
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    hf.enable(model, ADAPTER, method=method("flashprefill", {"alpha": 1.0}))
+    hf.enable(model, method=method("flashprefill", {"alpha": 1.0}), policy=ANY_LENGTH)
     whole = logits_of(model, ids)
     cut = 20 * BLOCK
     with torch.no_grad(), hf.prompt_length(model, LENGTH):
@@ -149,7 +147,7 @@ def test_chunks_equal_one_pass_with_a_method_that_looks_back():
 @pytest.mark.parametrize("name", ["xattention", "uniform"])
 def test_copies_keep_the_method(name, duplicate):
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    hf.enable(model, ADAPTER, method=method(name, FIELDS[name][1]))
+    hf.enable(model, method=method(name, FIELDS[name][1]), policy=ANY_LENGTH)
     twin = duplicate(model)
     assert torch.equal(logits_of(twin, ids), logits_of(model, ids))
     assert hf.stats(twin) == hf.stats(model)
@@ -158,7 +156,7 @@ def test_copies_keep_the_method(name, duplicate):
 def test_a_method_runs_within_a_compiled_graph():
     torch._dynamo.reset()
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    hf.enable(model, ADAPTER, method=method("xattention", {"threshold": 0.5}))
+    hf.enable(model, method=method("xattention", {"threshold": 0.5}), policy=ANY_LENGTH)
     with torch.no_grad():
         cache = model(ids[:, :300], use_cache=True).past_key_values
         expected = model(ids[:, 300:], past_key_values=cache).logits

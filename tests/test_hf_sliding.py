@@ -44,7 +44,7 @@ def test_band_equals_sdpa(family, window):
 def test_short_prompts_get_the_windowed_mask(kind):
     model, ids = tiny_model("gemma3_text", sliding_window=40), tokens(2, LENGTH)
     expected = run(model, ids, kind)
-    enable(model, StemConfig(block_size=BLOCK, min_seq_len=4096))
+    enable(model, StemConfig(block_size=BLOCK), min_seq_len=4096)
     assert relative_error(run(model, ids, kind), expected) < 1e-6
     stats = hf.stats(model)
     assert stats.dense == {"short prompt": stats.calls}
@@ -73,8 +73,8 @@ def test_a_window_wider_than_the_prompt_is_full_attention():
 
 @torch.no_grad()
 def test_a_band_stands_for_dense_in_dense_layers():
-    config = StemConfig(block_size=BLOCK, min_seq_len=0, dense_layers=(0, -1))
-    model = enable(tiny_model("gemma3_text", sliding_window=40), config)
+    model = tiny_model("gemma3_text", sliding_window=40)
+    enable(model, StemConfig(block_size=BLOCK), dense_layers=(0, -1))
     model(tokens(1, LENGTH))
     assert hf.stats(model).banded == 1
     assert hf.stats(model).dense == {"dense layer": 1}

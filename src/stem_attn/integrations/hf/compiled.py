@@ -30,6 +30,20 @@ def route_op(
     return out
 
 
+def refuse_export() -> None:
+    """Raise if torch.export or torch.jit.trace is at work.
+
+    Raises:
+        ValueError: It is.
+    """
+    # Not torch.compiler.is_exporting(): within dynamo torch before 2.14 takes that for a constant.
+    if getattr(torch.compiler, "_is_exporting_flag", False) or torch._C._get_tracing_state():
+        raise ValueError(
+            "a model with stem attention cannot be exported: the graph would refer to settings that live in this "
+            "process only; call hf.disable(model) first"
+        )
+
+
 # It reads masks on the host, which a CUDA graph must not record; older torch has no such tag.
 _TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 

@@ -60,8 +60,8 @@ def check_keys(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> 
     Raises:
         ValueError: They are more or fewer: the layers' caches have unequal lengths, or their keys were compressed.
     """
-    held = layout(mask, query.shape[0], query.shape[2]).held
-    if key.shape[2] != held:
+    held = query.shape[2] if mask is None else layout(mask, query.shape[0], query.shape[2]).held
+    if key.shape[2] != held and not (mask is None and key.shape[2] > held):  # unused places of a static cache
         layer = getattr(module, "layer_idx", None)
         raise ValueError(
             f"layer {layer} has keys of {key.shape[2]} tokens, but its mask is for {held}: "

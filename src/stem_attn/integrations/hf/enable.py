@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from stem_attn import backends, methods
 from stem_attn.checks import resolve_config
 from stem_attn.config import StemConfig, field_names
+from stem_attn.integrations.hf.configs import exchange, give_back, take_own
 from stem_attn.integrations.hf.counters import Stats
-from stem_attn.integrations.hf.refuse import why_refused
-from stem_attn.integrations.hf.register import NAME, register
+from stem_attn.integrations.hf.refuse import calls_interface, why_refused
+from stem_attn.integrations.hf.register import NAME, make_known
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 from stem_attn.integrations.hf.told import normalize, telling
 from stem_attn.method import Method
@@ -61,33 +62,62 @@ def enable(
             is then as it was before.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel (not a wrapper), got {type(model).__name__}")
+        raise ValueError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}{_inner_model_hint(model)}"
+        )
     preset, config = config, resolve_config(config)
     if policy is None:
         policy = PrefillPolicy.preset(preset) if isinstance(preset, str) else PrefillPolicy()
     if not isinstance(policy, PrefillPolicy):
         raise ValueError(f"policy must be a PrefillPolicy, got {type(policy).__name__}")
     config, selector = _resolve_method(config, method, backend)
+    if selector is not None and policy.layer_budgets:
+        raise ValueError(f"policy.layer_budgets has no effect on method {method!r}: only Stem has budgets by layer")
     backends.check_name(backend)
     lengths = normalize(prompt_len)
     reason = why_refused(model, policy)
     if reason:
         raise ValueError(f"{type(model).__name__} cannot run with stem: {reason}")
 
-    disable(model)
-    register()
-    state = State(config, policy, lengths, backend, selector, previous=_implementations(model))
+    make_known()
+    old = vars(model).get(ATTRIBUTE)
+    if old is None:
+        disable(model)  # parts of it may be enabled on their own
+        swap = take_own(model)
+    else:
+        swap = old.swap
+        exchange(model, swap)  # parts of it may be new
     try:
         model.set_attn_implementation(_target(model))
         switched = [m for m in model.modules() if _implementation(m) == NAME]
         if not switched:
             raise ValueError("transformers did not accept the attention implementation")
+        kinds = {type(m) for m in switched if calls_interface(type(m))}
+        for name, module in model.named_modules():
+            if type(module) in kinds and _implementation(module) != NAME:
+                raise ValueError(f"{name} has a config object of its own: give it the model's")
     except Exception as error:
-        _restore(state)
+        if old is None:
+            give_back(model, swap, NAME)
         raise ValueError(f"{type(model).__name__} cannot run with stem: {error}") from error
+    state = State(config, policy, lengths, backend, selector, swap)
     for module in (model, *switched):
         setattr(module, ATTRIBUTE, state)
     return model
+
+
+# How wrappers give their model: PEFT, torch.compile, DataParallel and DistributedDataParallel, pipelines.
+_WAYS_IN = ("get_base_model", "_orig_mod", "module", "model")
+
+
+def _inner_model_hint(wrapper: Any) -> str:
+    for way in _WAYS_IN:
+        inner = getattr(wrapper, way, None)
+        if isinstance(inner, PreTrainedModel):
+            return f": enable the model inside, which is its .{way}"
+        if way == "get_base_model" and callable(inner):
+            return ": enable the model inside, which is its .get_base_model()"
+    return ""
 
 
 def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[StemConfig, Method | None]:
@@ -117,10 +147,9 @@ def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[Stem
 
 def disable(model: PreTrainedModel) -> None:
     """Undo `enable`: every part of the model gets its attention implementation back. Otherwise do nothing."""
-    for module in model.modules():
-        state = module.__dict__.pop(ATTRIBUTE, None)
-        if state is not None:
-            _restore(state)
+    states = [module.__dict__.pop(ATTRIBUTE, None) for module in model.modules()]
+    for state in {id(state): state for state in states if state is not None}.values():
+        give_back(model, state.swap, NAME)
 
 
 def stats(model: PreTrainedModel) -> Stats:
@@ -183,22 +212,3 @@ def _target(model: PreTrainedModel) -> str | dict[str, str]:
 
 def _implementation(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
-
-
-def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """Return every config in a model with its attention implementation."""
-    found: dict[int, Any] = {}
-    todo = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while todo:
-        config = todo.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            todo += [sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None]
-    # A model loaded with the bare name goes back to dense attention.
-    before = ((config, config._attn_implementation) for config in found.values())
-    return [(config, "sdpa" if name == NAME else name) for config, name in before]
-
-
-def _restore(state: State) -> None:
-    for config, name in state.previous:
-        config._attn_implementation = {"": name}  # this config only: a plain string would go down to its parts

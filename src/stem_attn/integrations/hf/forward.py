@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
-from stem_attn.integrations.hf import autocast, dense
-from stem_attn.integrations.hf.compiled import route_op
-from stem_attn.integrations.hf.masks import is_compact, last_queries_mask
+from stem_attn.integrations.hf import autocast, compiled, dense
+from stem_attn.integrations.hf.counters import Counters
+from stem_attn.integrations.hf.masks import is_compact
 from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 from stem_attn.policy import PrefillPolicy
 
-# For models loaded with attn_implementation="stem" and never given to enable().
-_unmanaged = State(StemConfig(), PrefillPolicy())
+# Calls of modules that nobody has enabled: of a model made from the config of an enabled one, of layers added to it.
+_strays = Counters()
+_bare: State | None = None
+
+
+def run_bare_name() -> None:
+    """Let modules that nobody has enabled run the default config from now on; until then they are dense."""
+    global _bare
+    _bare = _bare or State(StemConfig(), PrefillPolicy())
+
 
 # Arguments that change what attention computes, with the reason for dense and whether SDPA ignores or refuses them.
 _SPECIAL = {
@@ -28,6 +36,9 @@ _SPECIAL = {
     "block_indices": ("token indices", False),
     "cu_seq_lens_q": ("packed sequences", False),
 }
+
+# Of these, the arguments without which SDPA would compute something else.
+NEED_EAGER = frozenset(name for name, (_, eager) in _SPECIAL.items() if eager)
 
 
 def stem_attention_forward(
@@ -55,21 +66,21 @@ def stem_attention_forward(
     Returns:
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
     """
-    state: State = getattr(module, ATTRIBUTE, _unmanaged)
-    if attention_mask is None and key.shape[2] > query.shape[2] > 1 and dense.is_causal(module, kwargs):
-        # The mask function gave None for as many keys as queries. Since then the model has cut the queries to the last
-        # ones (Gemma 4), or made the mask for another layer (MiniMax). SDPA would take the first keys only.
-        attention_mask = last_queries_mask(query.shape[0], key.shape[2], query.device)
+    compiled.refuse_export()
+    state: State | None = getattr(module, ATTRIBUTE, _bare)
     reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
-    if reason is not None:
+    if state is None or reason is not None:
         if not torch.compiler.is_compiling():
-            state.counters.dense(reason, query.shape[0] * query.shape[2])
+            counters = _strays if state is None else state.counters
+            counters.dense(reason or "not enabled", query.shape[0] * query.shape[2])
+        if state is not None and _wants_weights(module, kwargs):  # only eager attention has any
+            eager = eager or state.implementation_before(module.config) == "eager"
         return dense.attend(
             module, query, key, value, attention_mask, eager=eager, dropout=dropout, scaling=scaling, **kwargs
         )
     layer = getattr(module, "layer_idx", None)
     dense_layer = _is_dense_layer(layer, module, state.policy)
-    run = route_op if torch.compiler.is_compiling() else route
+    run = compiled.route_op if torch.compiler.is_compiling() else route
     query, key, value = autocast.cast(query, key, value)
     with autocast.off(query.device.type):
         out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
@@ -95,13 +106,18 @@ def why_dense(
         return "training", False
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "gradients (use torch.no_grad())", False
-    if kwargs.get("output_attentions"):
+    if _wants_weights(module, kwargs):
         return "output_attentions", False
     if query.shape[2] == 1:
         return "decode", False
     if mask is not None and not is_compact(mask):
         return "4-D mask", False
     return None, False
+
+
+def _wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
+    told = kwargs.get("output_attentions")
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if told is None else told)
 
 
 def _is_dense_layer(layer: int | None, module: torch.nn.Module, policy: PrefillPolicy) -> bool:

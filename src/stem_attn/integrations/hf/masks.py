@@ -82,8 +82,8 @@ def stem_mask(
         kwargs: What SDPA's mask function takes besides.
 
     Returns:
-        None for causal attention of the first tokens without padding, where the keys are those of the queries; a
-        compact mask; or, for everything else, what SDPA's mask function gives.
+        None for causal attention of the first tokens without padding, as SDPA takes it; a compact mask; or, for
+        everything else, what SDPA's mask function gives.
 
     Raises:
         ValueError: The attention mask is neither [B, tokens] nor 4-D.
@@ -118,38 +118,26 @@ def stem_mask(
             return delegate(False)
         window = None
 
-    plain = window is None and seen == q_length == kv_length
-    if plain and (attention_mask is None or (not tracing and bool(attention_mask.all()))):
+    # Models whose last layers share keys may cut the queries to the last ones, which None would not tell.
+    plain = window is None and seen == q_length and not getattr(config, "num_kv_shared_layers", 0)
+    if plain and (attention_mask is None or (not tracing and _all_real(attention_mask, seen))):
         return None
-    return _compact(batch_size, seen, kv_offset, kv_length, window, attention_mask, device)
-
-
-def last_queries_mask(batch: int, keys: int, device: torch.device) -> Tensor:
-    """Make the compact mask of queries that are the last of `keys` tokens without padding."""
-    return _compact(batch, keys, 0, keys, None, None, device)
-
-
-def _compact(
-    batch: int,
-    seen: int,
-    kv_offset: int,
-    kv_length: int,
-    window: int | None,
-    attention_mask: Tensor | None,
-    device: torch.device | str,
-) -> Tensor:
     total = kv_offset + kv_length
     tokens = torch.arange(total, device=device, dtype=torch.int32)
     is_seen = tokens < seen
     code = _HELD * (tokens >= kv_offset) + _SEEN * is_seen + ((window or 0) << _WINDOW_SHIFT)
-    real = is_seen.expand(batch, total)
+    real = is_seen.expand(batch_size, total)
     if attention_mask is not None:  # what the caller's mask does not reach counts as padding, as in transformers
         told = attention_mask.to(device=device, dtype=torch.bool)[:, :total]
         real = real & torch.nn.functional.pad(told, (0, total - told.shape[1]))
     mask = (code + _REAL * real).to(torch.int32)[:, None, None]
-    if attention_mask is None and not torch.compiler.is_compiling():  # known without asking the device
-        _read[mask] = Layout(((0, seen),) * batch, window, True, seen, kv_length, seen - kv_offset)
+    if attention_mask is None and not tracing:  # known without asking the device
+        _read[mask] = Layout(((0, seen),) * batch_size, window, True, seen, kv_length, seen - kv_offset)
     return mask
+
+
+def _all_real(attention_mask: Tensor, seen: int) -> bool:
+    return attention_mask.shape[1] >= seen and bool(attention_mask[:, :seen].all())
 
 
 def is_compact(mask: Tensor) -> bool:

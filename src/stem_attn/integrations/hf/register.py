@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from stem_attn.integrations.hf.forward import stem_attention_forward
+from stem_attn.integrations.hf.forward import run_bare_name, stem_attention_forward
 from stem_attn.integrations.hf.masks import stem_mask
 from stem_attn.integrations.hf.state import State
 
@@ -20,13 +20,19 @@ def register() -> None:
     Prefer `enable`. A model loaded with the bare name is not checked: some architectures take the name, never call the
     function and lose their masks, which is silently wrong. It has no stats and no prompt length either.
     """
+    make_known()
+    run_bare_name()
+
+
+def make_known() -> None:
+    """Register the name for models that `enable` has checked."""
     AttentionInterface.register(NAME, stem_attention_forward)
     AttentionMaskInterface.register(NAME, stem_mask)
 
 
 def _revive() -> State:
     # A model is copied or unpickled, maybe in a process where nothing is registered yet.
-    register()
+    make_known()
     return State.__new__(State)
 
 

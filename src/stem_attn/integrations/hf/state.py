@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 from stem_attn.config import StemConfig
+from stem_attn.integrations.hf.configs import Swap
 from stem_attn.integrations.hf.counters import Counters
 from stem_attn.integrations.hf.told import PromptLen, find, per_row
 from stem_attn.method import Method
@@ -27,7 +28,7 @@ class State:
         prompt_len: Tokens of the whole prompt where no block tells them, one int or one a batch row; None if unknown.
         backend: The backend's name, or "auto".
         method: What selects instead of Stem; None: Stem.
-        previous: (config, attention implementation) pairs to restore.
+        swap: The configs that the model had, and its own.
     """
 
     def __init__(
@@ -37,14 +38,14 @@ class State:
         prompt_len: PromptLen = None,
         backend: str = "auto",
         method: Method | None = None,
-        previous: list[tuple[Any, str | None]] | None = None,
+        swap: Swap | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
         self.prompt_len = prompt_len
         self.backend = backend
         self.method = method
-        self.previous = previous or []
+        self.swap = swap or []
         self.counters = Counters()
         self._take_key()
 
@@ -69,6 +70,10 @@ class State:
     def __setstate__(self, fields: dict[str, Any]) -> None:
         vars(self).update(fields)
         self._take_key()
+
+    def implementation_before(self, config: Any) -> str | None:
+        """Return the attention implementation that a part of the model had before, told by the part's config."""
+        return next((shared._attn_implementation for shared, own in self.swap if own is config), None)
 
     def prompt_lens(self, batch: int, layer: int | None, *, fresh: bool) -> list[int] | None:
         """Return the whole prompt's tokens of every batch row of a call, or None if unknown.
