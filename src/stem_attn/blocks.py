@@ -86,17 +86,25 @@ class BlockSelection:
     k_len: int
     counts: Tensor
 
-    def __init__(self, indices: Tensor, counts: Tensor, block_size: int, q_len: int, k_len: int) -> None:
-        _check_form(indices, counts, BlockGrid(q_len, k_len, block_size))
-        if not torch.compiler.is_compiling():
-            _check_rows(indices, counts, BlockGrid(q_len, k_len, block_size))
-        self._fill(indices, counts, BlockGrid(q_len, k_len, block_size))
-
-    def _fill(self, indices: Tensor | None, counts: Tensor, grid: BlockGrid) -> None:
+    def __init__(
+        self,
+        indices: Tensor | None,
+        counts: Tensor,
+        block_size: int,
+        q_len: int,
+        k_len: int,
+        *,
+        _made_here: bool = False,
+    ) -> None:
+        if not _made_here:
+            grid = BlockGrid(q_len, k_len, block_size)
+            indices = _check_form(indices, counts, grid)
+            if not torch.compiler.is_compiling():
+                _check_rows(indices, counts, grid)
         self._indices = indices
         self._keeps_everything = indices is None
         self.counts = counts
-        self.block_size, self.q_len, self.k_len = grid.block_size, grid.q_len, grid.k_len
+        self.block_size, self.q_len, self.k_len = block_size, q_len, k_len
 
     @classmethod
     def made(cls, indices: Tensor, counts: Tensor, grid: BlockGrid) -> BlockSelection:
@@ -107,16 +115,13 @@ class BlockSelection:
             counts: int32 [B, Hq, Qb].
             grid: The rows and columns.
         """
-        selection = cls.__new__(cls)
-        selection._fill(indices, counts, grid)
-        return selection
+        return cls(indices, counts, grid.block_size, grid.q_len, grid.k_len, _made_here=True)
 
     @classmethod
     def everything(cls, *, batch: int, heads: int, grid: BlockGrid, device: torch.device | str) -> BlockSelection:
         """Return the selection of all causal blocks. Its indices are made when somebody reads them."""
-        selection = cls.__new__(cls)
-        selection._fill(None, (grid.block_ids(device) + 1).int().expand(batch, heads, -1), grid)
-        return selection
+        counts = (grid.block_ids(device) + 1).int().expand(batch, heads, -1)
+        return cls(None, counts, grid.block_size, grid.q_len, grid.k_len, _made_here=True)
 
     @property
     def indices(self) -> Tensor:
@@ -212,8 +217,8 @@ def pack_mask(mask: Tensor, counts: Tensor, width: int) -> Tensor:
     return indices.scatter_(-1, slots, columns)[..., :width]
 
 
-def _check_form(indices: Tensor, counts: Tensor, grid: BlockGrid) -> None:
-    """Check what shapes, dtypes and devices tell of a selection."""
+def _check_form(indices: Tensor | None, counts: Tensor, grid: BlockGrid) -> Tensor:
+    """Check what shapes, dtypes and devices tell of a selection; return the indices."""
     for name, x, rank in (("indices", indices, 4), ("counts", counts, 3)):
         if not isinstance(x, Tensor) or x.ndim != rank or x.dtype != torch.int32:
             form = "[B, Hq, Qb, S]" if rank == 4 else "[B, Hq, Qb]"
@@ -224,6 +229,7 @@ def _check_form(indices: Tensor, counts: Tensor, grid: BlockGrid) -> None:
             f"a selection needs 0 < q_len <= k_len and a block_size of at least 1; got q_len={grid.q_len}, "
             f"k_len={grid.k_len}, block_size={grid.block_size}"
         )
+    assert indices is not None
     if indices.shape[:3] != counts.shape or counts.shape[2] != grid.q_blocks:
         raise ValueError(
             f"selection must have rows [B, Hq, {grid.q_blocks}] for q_len={grid.q_len}, k_len={grid.k_len}, "
@@ -233,6 +239,7 @@ def _check_form(indices: Tensor, counts: Tensor, grid: BlockGrid) -> None:
         raise ValueError("counts must lie from 1 to the 0 slots of a row: indices has no slot")
     if indices.device != counts.device:
         raise ValueError(f"indices and counts must be on one device, got {indices.device} and {counts.device}")
+    return indices
 
 
 def _check_rows(indices: Tensor, counts: Tensor, grid: BlockGrid) -> None:

@@ -56,7 +56,8 @@ def prefill(
         properties: Other fields of `Call`.
 
     Returns:
-        The output as the public function returns it, the log-sum-exp, and the kept blocks' indices and counts.
+        The output as the public function returns it, the log-sum-exp, and the kept blocks' indices and counts. The
+        indices have a slot for every key block, so that their shape follows from the inputs' shapes.
     """
     if cu_seqlens_q is None:
         check_qkv(q, k, v)
@@ -129,8 +130,10 @@ def _op(
     out = out if cu_seqlens_q is None else out[0].transpose(0, 1)
     if "selection" not in wanted:
         return out, nothing.clone(), ints, ints.clone()
+    found = chosen[0]
+    wide = torch.nn.functional.pad(found.indices, (0, found.grid.k_blocks - found.indices.shape[3]), value=-1)
     # Not views: an operator's outputs share no memory.
-    return out, nothing.clone(), chosen[0].indices.clone(), chosen[0].counts.clone()
+    return out, nothing.clone(), wide.clone(), found.counts.clone()
 
 
 @_op.register_fake
@@ -163,8 +166,8 @@ def _(
         rows: tuple[Any, ...] = (0,)
         width: tuple[Any, ...] = ()
     else:
-        rows = (*q.shape[:2], BlockGrid(q.shape[2], k.shape[2], block_size).q_blocks)
-        width = (torch.library.get_ctx().new_dynamic_size(),)
+        grid = BlockGrid(q.shape[2], k.shape[2], block_size)
+        rows, width = (*q.shape[:2], grid.q_blocks), (grid.k_blocks,)
     return (
         out if "out" in wanted else q.new_empty(0, dtype=torch.float32),
         lse,
