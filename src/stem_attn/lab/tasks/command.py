@@ -127,9 +127,9 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         started = time.monotonic()
         require("transformers", "gguf", "wonderwords", extra="eval")
         from stem_attn.lab.named_methods import NamedMethod, parse_methods
+        from stem_attn.lab.tasks.report import render
         from stem_attn.lab.tasks.run import Settings, evaluate
         from stem_attn.lab.tasks.store import Store
-        from stem_attn.lab.tasks.tables import render
 
         # Everything that can be refused without the model is refused before it loads.
         check_dtype(dtype)
