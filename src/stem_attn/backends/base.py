@@ -13,6 +13,7 @@ from stem_attn.config import Residual, StemConfig
 from stem_attn.residual import add_means
 from stem_attn.scoring import row_scores
 from stem_attn.selection import select_rows
+from stem_attn.workers import on_worker
 
 
 class Backend(ABC):
@@ -61,9 +62,13 @@ class Backend(ABC):
             budget: int32 [Qb] or [B, Qb] on the CPU; blocks, not yet clipped to the causal ones.
         """
         grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-        scores = row_scores(q, k, v, config, scale)
-        heads = (q.shape[1], k.shape[1])
-        return select_rows(scores.rows, scores.step, budget, grid, config, q.shape[0], *heads, q.device)
+
+        def select() -> BlockSelection:
+            start, step = row_scores(q, k, v, config, scale)
+            heads = (q.shape[1], k.shape[1])
+            return select_rows(start, step, budget, grid, config, q.shape[0], *heads, q.device)
+
+        return on_worker(select, q.device)
 
     def select_paged(
         self,

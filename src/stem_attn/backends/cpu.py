@@ -18,7 +18,7 @@ from torch import Tensor
 from stem_attn.backends.base import Backend, empty_output
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import Residual
-from stem_attn.workers import run_jobs
+from stem_attn.workers import on_worker, run_jobs
 
 # Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls.
 _JOB_LOGITS = 2**19
@@ -109,6 +109,19 @@ def attend_blocks(
         out: [B, Hq, Tq, Dv] in q's dtype, any strides; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
+    on_worker(lambda: _attend(q, k, v, selection, scale, window, out, lse), q.device)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
     size = selection.block_size
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     weigh = torch.bfloat16 if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) else compute
@@ -188,7 +201,7 @@ def attend_blocks(
 
         return run
 
-    run_jobs(len(plan.jobs), start, device)
+    run_jobs(len(plan.jobs), start)
 
 
 def _rows(job: _Job, size: int) -> int:
@@ -281,5 +294,5 @@ def _to_blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         laid[sample, head, :length] = x[sample, head]
         laid[sample, head, length:] = 0
 
-    run_jobs(batch * heads, lambda: run, x.device)
+    run_jobs(batch * heads, lambda: run)
     return laid.view(-1, size * dim)
