@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helpers import SMALL, make_qkv
 from stem_attn import BlockSelection, StemConfig, stem_attention
+from stem_attn.backends import cpu
 from stem_attn.blocks import BlockGrid
 from stem_attn.selection import select_top_blocks
 
@@ -76,6 +77,20 @@ def test_one_number_harms_only_what_it_must(where, number):
         assert (out.isfinite().all(-1) | may_differ).all(), config
         if config.budget_scope == "head":
             assert torch.equal(kept.to_mask()[1, others], expected_kept.to_mask()[1, others])
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("mode", ["mixed", "fused"])
+def test_one_number_in_bfloat16_as_any_cpu_computes_it(monkeypatch, mode, where):
+    monkeypatch.setattr(cpu, "_mode", lambda dtype, device: mode)
+    clean = make_qkv(Q_LEN, K_LEN, batch=2, dtype=torch.bfloat16)
+    dirty = spoil(clean, where, math.nan)
+    out = stem_attention(*dirty, config=SMALL, backend="cpu")
+    assert torch.equal(out[0], stem_attention(*clean, config=SMALL, backend="cpu")[0])
+    finite = dense_is_finite(*dirty)
+    if where == "v":
+        finite[1, 2:, TOKEN // 16 * 16 - (K_LEN - Q_LEN) : TOKEN - (K_LEN - Q_LEN)] = False
+    assert (out.isfinite().all(-1) | ~finite).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

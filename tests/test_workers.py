@@ -1,5 +1,6 @@
 """Worker threads: results, and what must not leak out of a call."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import SMALL, make_qkv
-from stem_attn import stem_attention
+from stem_attn import block_sparse_attention, select_blocks, stem_attention
+from stem_attn.blocks import BlockGrid
+from stem_attn.scoring import block_scores
+from stem_attn.selection import select_top_blocks
 from stem_attn.workers import on_worker, run_jobs
 
 CPU = torch.device("cpu")
@@ -212,3 +216,31 @@ assert len(os.sched_getaffinity(0)) == 1
         env |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
     done = subprocess.run([sys.executable, "-c", code, bind], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("score", ["linear", "mass"])
+@pytest.mark.parametrize("residual", ["none", "mean"])
+def test_defaults_of_the_process_do_not_leak_in(score, residual):
+    """The default dtype is the process's, the default device the calling thread's; neither may change a result."""
+    config = dataclasses.replace(SMALL, score=score, residual=residual, value_term="zscore")
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        q, k, v = make_qkv(301, 410)
+        selection = select_blocks(q, k, v, config=config)  # the budget is cached now
+        expected = block_sparse_attention(q, k, v, selection, residual=residual, return_lse=True, backend="cpu")
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            try:
+                torch.set_default_dtype(dtype)
+                assert torch.equal(select_blocks(q, k, v, config=config).indices, selection.indices)
+                outs = block_sparse_attention(q, k, v, selection, residual=residual, return_lse=True, backend="cpu")
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert all(torch.equal(out, same) for out, same in zip(outs, expected, strict=True))
+        with torch.device("meta"):
+            again = block_sparse_attention(q, k, v, selection, residual=residual, return_lse=True, backend="cpu")
+        assert all(torch.equal(out, same) for out, same in zip(again, expected, strict=True))
+        scores = torch.randn(1, 4, 26, 26)
+        grid, budget = BlockGrid(410, 410, 16), torch.full((26,), 5, dtype=torch.int32)
+        with torch.device("meta"):
+            assert block_scores(q, k, v, config, 0.2).device.type == "cpu"
+            assert select_top_blocks(scores, budget, grid, config, 2).indices.device.type == "cpu"

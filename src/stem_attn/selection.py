@@ -185,7 +185,7 @@ def kept_at_least(keep: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
     Returns:
         int32 in the shape of `keep`: the forced blocks, or `head_floor` of `keep` where that is more.
     """
-    forced = (grid.block_ids().int() + 1).clamp(max=config.sink_blocks + config.local_blocks)
+    forced = (grid.block_ids(keep.device).int() + 1).clamp(max=config.sink_blocks + config.local_blocks)
     return (keep.double() * config.head_floor).int().maximum(forced)
 
 
@@ -202,7 +202,7 @@ def most_kept(budget: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
     """
     forced = config.sink_blocks + config.local_blocks
     most = budget.clamp(min=forced) if config.forced_blocks == "inside" else budget + forced
-    return most.minimum(grid.block_ids().int() + 1)
+    return most.minimum(grid.block_ids(budget.device).int() + 1)
 
 
 def _top(scores: Tensor, keep: Tensor) -> Tensor:

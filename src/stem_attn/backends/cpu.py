@@ -7,12 +7,14 @@ first, so it makes no difference whether heads and batch rows keep equally many 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.backends.base import Backend, empty_output
@@ -23,6 +25,7 @@ from stem_attn.workers import on_worker, run_jobs
 # Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls.
 _JOB_LOGITS = 2**19
 _LOG2_E = math.log2(math.e)
+_Mode = Literal["plain", "mixed", "fused"]
 
 
 class CpuBackend(Backend):
@@ -96,8 +99,9 @@ def attend_blocks(
 ) -> None:
     """Attend over the kept blocks.
 
-    Half precisions are computed in float32; where the CPU multiplies bfloat16 natively, the softmax's weights are
-    rounded to bfloat16 for their product with the values, as SDPA does.
+    Half precisions are computed in float32. Where the CPU multiplies bfloat16 natively, the softmax's weights are
+    rounded to bfloat16 for their product with the values, as SDPA does; where it has tiles for that (AMX), SDPA does
+    all of it, unless the log-sum-exp is wanted.
 
     Args:
         q: [B, Hq, Tq, D], the last Tq of Tk tokens; any strides.
@@ -109,7 +113,22 @@ def attend_blocks(
         out: [B, Hq, Tq, Dv] in q's dtype, any strides; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
-    on_worker(lambda: _attend(q, k, v, selection, scale, window, out, lse), q.device)
+    device = q.device
+    mode = _mode(q.dtype, device)
+    if mode != "fused" or lse is not None:
+        mode = "mixed" if mode == "fused" else mode
+        on_worker(lambda: _attend(q, k, v, selection, scale, window, out, lse, mode), device)
+        return
+
+    def one_by_one() -> None:
+        # SDPA adds its mask, and NaN outlives a sum: a sequence with such keys is computed without it.
+        for i in range(len(q)):
+            here = slice(i, i + 1)
+            one = dataclasses.replace(selection, indices=selection.indices[here], counts=selection.counts[here])
+            own_mode: _Mode = "fused" if bool(k[i].isfinite().all()) else "mixed"
+            _attend(q[here], k[here], v[here], one, scale, window, out[here], None, own_mode)
+
+    on_worker(one_by_one, device)
 
 
 def _attend(
@@ -121,10 +140,12 @@ def _attend(
     window: int | None,
     out: Tensor,
     lse: Tensor | None,
+    mode: _Mode,
 ) -> None:
     size = selection.block_size
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    weigh = torch.bfloat16 if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) else compute
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = torch.bfloat16 if mode == "fused" else wide
+    weigh = wide if mode == "plain" else torch.bfloat16
     device = q.device
     keys = _to_blocks(k, size, compute)
     values = _to_blocks(v, size, weigh)
@@ -177,21 +198,31 @@ def _attend(
             q_rows, out_rows, lse_rows = by_row(job.sample, job.span, rows)
             for part, place in zip(queries.unbind(), places, strict=True):
                 part.copy_(q_rows[place])
-            # In powers of two, which are cheaper than those of e.
-            torch.baddbmm(logits, queries, job_keys, beta=0, alpha=scale * _LOG2_E, out=logits)
+            if mode == "fused":
+                # Without logits, tasks have one mask in common unless there is a window.
+                logits = logits[: 1 if window is None else n].zero_()
+                last = logits[:, :, -size:]
+            else:
+                # In powers of two, which are cheaper than those of e.
+                torch.baddbmm(logits, queries, job_keys, beta=0, alpha=scale * _LOG2_E, out=logits)
             # First to zero, for NaN would outlive a sum; the two together take a sixth of masked_fill_'s time.
             last.tril_(job.place).add_(future[job.place : job.place + rows])
             if window is not None:
                 ages = plan.diagonals[job.tasks, None] - chosen.view(n, width)
                 _hide_left_of_window(logits, ages, job.place, size, window)
-            peak = logits.amax(-1, keepdim=True)
-            total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
-            if weigh == compute:
-                torch.bmm(logits, job_values, out=result)
-                result.div_(total)
+            if mode == "fused":
+                result = F.scaled_dot_product_attention(
+                    queries[None], job_keys.mT[None], job_values[None], attn_mask=logits[None], scale=scale
+                )[0]
             else:
-                torch.mul(logits, total.reciprocal(), out=weights)
-                torch.bmm(weights, job_values, out=result)
+                peak = logits.amax(-1, keepdim=True)
+                total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
+                if mode == "mixed":
+                    torch.mul(logits, total.reciprocal(), out=weights)
+                    torch.bmm(weights, job_values, out=result)
+                else:
+                    torch.bmm(logits, job_values, out=result)
+                    result.div_(total)
             for part, place in zip(result.unbind(), places, strict=True):
                 out_rows[place].copy_(part)
             if lse is not None:
@@ -209,10 +240,13 @@ def _rows(job: _Job, size: int) -> int:
     return min(job.span[1] - job.span[0], size)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _mode(dtype: torch.dtype, device: torch.device) -> _Mode:
+    """Choose how to compute: what is fastest and no less exact than dense SDPA."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "plain"
+    if torch.cpu._is_amx_tile_supported():
+        return "fused"
+    return "mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
 
 
 def _plan(selection: BlockSelection, kv_heads: int) -> _Plan:
