@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
-from stem_attn.workers import run_jobs
+from stem_attn.workers import run_jobs, team_size
 
 # Logits of a tile, all heads together: what a core's cache holds, or a call's launches are worth on other devices.
 _CPU_TILE_LOGITS = 2**20
@@ -88,6 +88,7 @@ def row_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float
     runs = 1 if config.score == "linear" else config.block_size**2 // (config.query_stride * config.stride)
     logits = q.shape[1] * runs * grid.k_blocks  # of a row
     step = max(1, (_CPU_TILE_LOGITS if q.device.type == "cpu" else _TILE_LOGITS) // logits)
+    step = min(step, -(-batch * grid.q_blocks // team_size()))  # a tile for every thread
 
     def start() -> Callable[[int, int, int], Tensor]:
         # Fresh memory would cost as much as the products that are written to it.

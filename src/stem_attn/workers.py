@@ -113,6 +113,12 @@ def run_jobs(count: int, start: Callable[[], Callable[[int], None]]) -> None:
         helper.result()
 
 
+def team_size() -> int:
+    """Return how many threads share this thread's jobs."""
+    team: _Team | None = getattr(_here, "team", None)
+    return team.threads if team else 1
+
+
 @cache
 def _pool(process: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
     """Return the threads of a process that run on some CPUs; a fork's child has none of its parent's.

@@ -20,9 +20,10 @@ from torch import Tensor
 from stem_attn.backends.base import Backend, empty_output
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import Residual
-from stem_attn.workers import on_worker, run_jobs
+from stem_attn.workers import on_worker, run_jobs, team_size
 
-# Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls.
+# Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls. Only one thread
+# at a time may call, so jobs grow with the threads beyond eight.
 _JOB_LOGITS = 2**19
 _LOG2_E = math.log2(math.e)
 _Mode = Literal["plain", "mixed", "fused"]
@@ -270,6 +271,7 @@ def _plan(selection: BlockSelection, kv_heads: int) -> _Plan:
     kinds[last:] = 2
 
     sorted_keys, order = (selection.counts * 3 + kinds).flatten(1).sort(dim=1, descending=True, stable=True)
+    limit = _JOB_LOGITS * max(1, team_size() // 8)
     jobs = []
     stop = stop_block = 0
     for sample, keys in enumerate(sorted_keys):
@@ -277,7 +279,7 @@ def _plan(selection: BlockSelection, kv_heads: int) -> _Plan:
             width, kind = divmod(key, 3)
             rows = min(spans[kind][1] - spans[kind][0], size)
             place = (spans[kind][0] + grid.offset) % size
-            step = max(1, _JOB_LOGITS // (rows * width * size))
+            step = max(1, limit // (rows * width * size))
             end = stop + length
             while stop < end:
                 start, stop = stop, min(stop + step, end)
