@@ -148,8 +148,7 @@ def _attend(
     compute = torch.bfloat16 if mode == "fused" else wide
     weigh = wide if mode == "plain" else torch.bfloat16
     device = q.device
-    keys = _to_blocks(k, size, compute)
-    values = _to_blocks(v, size, weigh)
+    keys, values = _to_blocks(k, size), _to_blocks(v, size)
     plan = _plan(selection, k.shape[1])
     shapes = [(job.tasks.stop - job.tasks.start, _rows(job, size), job.width) for job in plan.jobs]
     most_rows = max(n * rows for n, rows, _ in shapes)
@@ -159,8 +158,7 @@ def _attend(
 
     def start() -> Callable[[int], None]:
         query_room = torch.empty(most_rows, q.shape[3], dtype=compute, device=device)
-        key_room = torch.empty(most_blocks, keys.shape[1], dtype=compute, device=device)
-        value_room = torch.empty(most_blocks, values.shape[1], dtype=weigh, device=device)
+        gather_keys, gather_values = _gatherer(keys, most_blocks, compute), _gatherer(values, most_blocks, weigh)
         logit_room = torch.empty(most_logits, dtype=compute, device=device)
         weight_room = logit_room if weigh == compute else torch.empty(most_logits, dtype=weigh, device=device)
         result_room = torch.empty(most_rows, v.shape[3], dtype=weigh, device=device)
@@ -168,13 +166,8 @@ def _attend(
         @cache
         def views(n: int, rows: int, width: int) -> tuple[Tensor, ...]:
             shape = (n, rows, width * size)
-            key_rows, value_rows = key_room[: n * width], value_room[: n * width]
             logits, weights = (room[: math.prod(shape)].view(shape) for room in (logit_room, weight_room))
             return (
-                key_rows,
-                value_rows,
-                key_rows.view(n, width * size, -1).mT,
-                value_rows.view(n, width * size, -1),
                 logits,
                 logits[:, :, -size:],  # the last block that a task keeps is its diagonal one
                 weights,
@@ -191,10 +184,10 @@ def _attend(
         def run(number: int) -> None:
             job = plan.jobs[number]
             n, rows, width = shapes[number]
-            key_rows, value_rows, job_keys, job_values, logits, last, weights, queries, result = views(n, rows, width)
+            logits, last, weights, queries, result = views(n, rows, width)
             chosen = plan.blocks[job.first_block : job.first_block + n * width]
-            torch.index_select(keys, 0, chosen, out=key_rows)
-            torch.index_select(values, 0, chosen, out=value_rows)
+            job_keys = gather_keys(chosen).view(n, width * size, -1)
+            job_values = gather_values(chosen).view(n, width * size, -1)
             places = list(zip(plan.heads[job.tasks], plan.rows[job.tasks], strict=True))
             q_rows, out_rows, lse_rows = by_row(job.sample, job.span, rows)
             for part, place in zip(queries.unbind(), places, strict=True):
@@ -205,7 +198,7 @@ def _attend(
                 last = logits[:, :, -size:]
             else:
                 # In powers of two, which are cheaper than those of e.
-                torch.baddbmm(logits, queries, job_keys, beta=0, alpha=scale * _LOG2_E, out=logits)
+                torch.baddbmm(logits, queries, job_keys.mT, beta=0, alpha=scale * _LOG2_E, out=logits)
             # First to zero, for NaN would outlive a sum; the two together take a sixth of masked_fill_'s time.
             last.tril_(job.place).add_(future[job.place : job.place + rows])
             if window is not None:
@@ -213,7 +206,7 @@ def _attend(
                 _hide_left_of_window(logits, ages, job.place, size, window)
             if mode == "fused":
                 result = F.scaled_dot_product_attention(
-                    queries[None], job_keys.mT[None], job_values[None], attn_mask=logits[None], scale=scale
+                    queries[None], job_keys[None], job_values[None], attn_mask=logits[None], scale=scale
                 )[0]
             else:
                 peak = logits.amax(-1, keepdim=True)
@@ -317,13 +310,25 @@ def _hide_left_of_window(logits: Tensor, ages: Tensor, place: int, size: int, wi
     by_slot[:, :, :slots].masked_fill_(distance >= window, -math.inf)
 
 
-def _to_blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _gatherer(blocks: Tensor, most: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return what gathers at most so many blocks by their numbers into memory of its own, in a dtype."""
+    room = torch.empty(most, blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    converted = room if dtype == blocks.dtype else torch.empty_like(room, dtype=dtype)
+
+    def gather(chosen: Tensor) -> Tensor:
+        gathered = torch.index_select(blocks, 0, chosen, out=room[: len(chosen)])
+        return gathered if converted is room else converted[: len(chosen)].copy_(gathered)
+
+    return gather
+
+
+def _to_blocks(x: Tensor, size: int) -> Tensor:
     """Lay out keys or values as [B * Hkv * Kb, size * D], a partial last block padded with zeros."""
     batch, heads, length, dim = x.shape
     whole = -(-length // size) * size
-    if x.dtype == dtype and x.is_contiguous() and length == whole:
+    if x.is_contiguous() and length == whole:
         return x.view(-1, size * dim)
-    laid = torch.empty(batch, heads, whole, dim, dtype=dtype, device=x.device)
+    laid = torch.empty(batch, heads, whole, dim, dtype=x.dtype, device=x.device)
 
     def run(number: int) -> None:
         sample, head = divmod(number, heads)
