@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -25,7 +26,8 @@ def why_refused(model: PreTrainedModel, policy: PrefillPolicy) -> str | None:
         return "it has trained sparse attention (an indexer), which Stem would replace"
     if not any(calls_interface(type(m)) for m in model.modules()):
         return "it has no attention layers that call the attention interface"
-    if any(_cuts_masks(kind) for kind in {type(m) for m in model.modules()}):
+    kinds: set[Any] = {type(m) for m in model.modules()}
+    if any(_cuts_masks(kind) for kind in kinds):
         return "its attention computes with masks, and does not ask for ones of which every pair is given"
     for part in parts:
         if not part._supports_sdpa and not all(_only_adds_to_sdpa(type(m)) for m in part.modules()):
@@ -63,7 +65,7 @@ def _only_adds_to_sdpa(kind: type) -> bool:
 
 
 @functools.cache
-def _cuts_masks(kind: type) -> bool:
+def _cuts_masks(kind: Any) -> bool:
     """Tell whether an attention layer cuts masks (Doge), although its model may get None or ours."""
     if not calls_interface(kind) or "allow_is_causal_skip=False" in inspect.getsource(sys.modules[kind.__module__]):
         return False
