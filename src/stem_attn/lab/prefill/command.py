@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +43,7 @@ DEMO = {
     "min_seq_len": 1024,
 }
 DEMO_TOKENS = 6144
+_ROUNDS = 2
 
 
 def prefill(
@@ -107,15 +107,25 @@ def prefill(
     from stem_attn.lab.prefill.measure import memory_method
     from stem_attn.lab.prefill.report import render
     from stem_attn.lab.prefill.run import compare
+    from stem_attn.lab.progress import show_progress
 
     loaded = load_model(model, gguf, device, dtype)
     if new_tokens >= loaded.context_tokens:
         raise InputError(f"--new-tokens {new_tokens} leaves no room in the model's context of {loaded.context_tokens}")
     prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, policy, new_tokens)
-    result = compare(
-        loaded.model, loaded.tokenizer, prompt.ids, config, policy, new_tokens=new_tokens, on_start=_progress
-    )
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    with show_progress("prefill", "layers", (1 + 2 * _ROUNDS) * layers) as progress:  # the first one warms up
+        result = compare(
+            loaded.model,
+            loaded.tokenizer,
+            prompt.ids,
+            config,
+            policy,
+            new_tokens=new_tokens,
+            on_layer=progress.finishes,
+            rounds=_ROUNDS,
+        )
 
     settings: Record = {
         "preset": preset,
@@ -169,21 +179,3 @@ def _check_length(prompt: Prompt, loaded: LoadedModel, policy: PrefillPolicy, ne
             f"the prompt has {prompt.tokens} tokens, too short: with this config Stem starts at {policy.min_seq_len} "
             f"(min_seq_len) and leaves shorter prompts to dense attention"
         )
-
-
-def _progress(name: str, calls: int) -> Callable[[], None]:
-    """Show a bar for one prefill; it moves with every attention call, which is every layer."""
-    from transformers.utils import logging
-
-    # transformers' own bars show the loading; this is the same bar, under the same switch.
-    bar = logging.tqdm(total=calls, desc=f"Prefill, {name}", unit="layer", leave=False)
-    left = calls
-
-    def on_call() -> None:
-        nonlocal left
-        left -= 1
-        bar.update()
-        if left == 0:
-            bar.close()
-
-    return on_call

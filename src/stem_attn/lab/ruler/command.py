@@ -104,6 +104,7 @@ def ruler(
     """
     require("transformers", "gguf", "wonderwords", extra="eval")
     from stem_attn.lab.named_methods import parse_methods
+    from stem_attn.lab.progress import show_progress
     from stem_attn.lab.ruler.report import render
     from stem_attn.lab.ruler.run import Settings, evaluate
     from stem_attn.lab.ruler.store import Store
@@ -140,16 +141,9 @@ def ruler(
     elif settings.chat and loaded.tokenizer.chat_template is None:
         raise InputError(f"--template chat: the tokenizer of {loaded.name} has no chat template")
 
-    from transformers.utils import logging
-
     total = len(settings.tasks) * len(settings.lengths) * len(settings.methods) * settings.samples
-    with logging.tqdm(total=total, unit="prompt") as bar:
-
-        def on_prompt(done: str) -> None:
-            bar.set_description(done, refresh=False)
-            bar.update()
-
-        results = evaluate(loaded, settings, store, on_prompt)
+    with show_progress("ruler", "prompts", total) as progress:
+        results = evaluate(loaded, settings, store, progress.finishes)
     found = _record(loaded, settings, results)
     deliver(found, render(found), json_path)
 
