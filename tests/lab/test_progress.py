@@ -81,15 +81,21 @@ def test_a_reader_that_has_gone_does_not_end_the_work(monkeypatch):
 
 def test_lines_come_while_the_work_goes_on_and_end_with_it(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
-    with pytest.raises(RuntimeError, match="broke"), show_progress("tune", "forwards", 2) as work:
-        work.starts("uniform")
-        said = ""
-        until = time.monotonic() + 20
-        while "tune, uniform: 0 of 2 forwards" not in said and time.monotonic() < until:
-            time.sleep(0.01)
-            said += capsys.readouterr().err
-        assert "tune, uniform: 0 of 2 forwards" in said
-        raise RuntimeError("broke")
+    expected, said = "tune, uniform: 0 of 2 forwards", ""
+
+    def work():
+        nonlocal said
+        with show_progress("tune", "forwards", 2) as shown:
+            shown.starts("uniform")
+            until = time.monotonic() + 20
+            while expected not in said and time.monotonic() < until:
+                time.sleep(0.01)
+                said += capsys.readouterr().err
+            raise RuntimeError("broke")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        work()
+    assert expected in said
     capsys.readouterr()
     time.sleep(0.1)
     assert capsys.readouterr().err == ""

@@ -28,7 +28,7 @@ from stem_attn.lab.options import (
     listed,
     load_model,
 )
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, write_files
+from stem_attn.lab.results import Record, check_writable, make_folder, new_record, show, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.fidelity.paper_tests import PaperTest
@@ -121,6 +121,7 @@ def fidelity(
     import torch
 
     from stem_attn.lab.fidelity.files import contents
+    from stem_attn.lab.fidelity.report import render
     from stem_attn.lab.fidelity.run import Found, measure_prompt
     from stem_attn.lab.progress import show_progress
     from stem_attn.lab.texts import excerpts
@@ -161,7 +162,7 @@ def fidelity(
             files = contents(record)
             write_files({out / name: content for name, content in files.items()})
             print(f"{name}: {len(found.left(candidates))} cases, written to {out}", file=sys.stderr, flush=True)
-    print_text(str(files["fidelity.md"]))
+    show(render(record, str(out / "fidelity.md")))
 
 
 def _candidates(

@@ -13,6 +13,7 @@ from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import (
     METHOD,
+    OUTPUT,
     PROMPT,
     ConfigOption,
     DeviceOption,
@@ -24,7 +25,7 @@ from stem_attn.lab.options import (
     SetOption,
     load_model,
 )
-from stem_attn.lab.results import Record, check_json, deliver, new_record
+from stem_attn.lab.results import Record, check_json, check_writable, deliver, new_record, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
@@ -88,6 +89,12 @@ def prefill(
     config_file: ConfigOption = None,
     override: SetOption = None,
     json_path: JsonOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a PNG of times and memory (needs matplotlib).", rich_help_panel=OUTPUT
+        ),
+    ] = None,
 ) -> None:
     """Prefill a long prompt with a real model, densely and with Stem, and compare.
 
@@ -102,6 +109,9 @@ def prefill(
     config, policy = settings_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
     check_dtype(dtype)
     check_json(json_path)
+    if plot is not None:
+        require("matplotlib", extra="eval")
+        check_writable(plot)
     own = read_text(prompt_file) if prompt_file is not None else None
 
     from stem_attn.lab.prefill.measure import memory_method
@@ -146,6 +156,10 @@ def prefill(
         right = None if prompt.needle is None else prompt.needle.answer in found[side]["answer"]
         found[side]["answer_right"] = right
     deliver(found, render(found), json_path)
+    if plot is not None:
+        from stem_attn.lab.prefill.plot import draw
+
+        write_files({plot: draw(found)})
 
 
 def _prompt(

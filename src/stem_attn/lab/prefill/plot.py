@@ -64,7 +64,8 @@ def _faster(what: str, dense: float, stem: float) -> str:
 
 def _title(found: Record) -> str:
     tokens, kept = found["prompt"]["tokens"], found["density"]
+    where = machine.name(found["machine"])
     return (
-        f"{found['model']}, {found['dtype']}, {tokens} tokens, {kept:.0%} of the blocks kept; {machine.name(found['machine'])}\n"
+        f"{found['model']}, {found['dtype']}, {tokens} tokens, {kept:.0%} of the blocks kept; {where}\n"
         f"same next token at {found['top1_agreement']:.1%} of the positions, KL {found['mean_kl_nats']:.4f} nats"
     )
