@@ -70,9 +70,14 @@ def load(model: str | None, gguf: Path | None, *, device: torch.device, dtype: t
         source = name = HUB_DEFAULT if model is None else model
         _check_folder(source)
     try:
-        AutoConfig.from_pretrained(source)  # without a network this gives up sooner than the tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        # No pickles, and no code from the hub; without a say, transformers would ask on a terminal.
+        AutoConfig.from_pretrained(
+            source, trust_remote_code=False
+        )  # without a network this gives up sooner than the tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         if default:
             raise InputError(

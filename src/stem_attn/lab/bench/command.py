@@ -199,7 +199,7 @@ def bench(
 
 def _steps(settings: Record) -> int:
     """Count what starts: a contender's check or a round of timing, or a model and its prefills."""
-    cases, rounds = len(settings["lengths"]), settings["repeats"]
+    cases, rounds = len(settings["lengths"]), int(settings["repeats"])
     if settings["kind"] == "ttft":
         return 1 + cases * 2 * (rounds + 1)
     return cases * (len(settings["methods"]) + rounds)

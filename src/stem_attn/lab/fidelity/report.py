@@ -99,7 +99,8 @@ def render(record: Record, page: str) -> Constrain:
         rows = [found[name, density] for name in record["methods"] if (name, density) in found]
         if rows:
             title = "As published, at whatever density results" if density is None else f"Density {density:g}"
-            parts += [_narrow(title, rows, found.get((REFERENCE, density))), Text()]
+            reference = None if density is None else found.get((REFERENCE, density))  # other densities: no comparison
+            parts += [_narrow(title, rows, reference), Text()]
     parts += [
         Text(f"{each['method']} at {each['target']} is left out: {each['reason']}", style="dim")
         for each in record["unreachable"]
