@@ -18,7 +18,8 @@ _ABSOLUTE = re.compile(r"(?<![\w/\\.<>\]-])(?:~?/|[A-Za-z]:[/\\]|\\\\)[^\s'\"(),
 
 def without_private_parts(value: Value) -> Value:
     """Return plain values with no path of this machine, and without the user's name, in any of their texts."""
-    return _cleaned(value, _folders(), _user())
+    cleaned: Value = _cleaned(value, _folders(), _user())
+    return cleaned
 
 
 def _cleaned(value: Any, folders: list[str], user: str | None) -> Any:

@@ -114,7 +114,7 @@ def _device_of(backend: Backend) -> torch.device:
 
 
 def _inputs(tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw q, k and v with some structure, so that a wrong choice of blocks shows: neighbours are alike, and loud."""
+    """Draw q, k and v with some structure, so that a wrong choice of blocks shows: neighbours are alike."""
     gen = torch.Generator().manual_seed(_SEED)
 
     def runs(heads: int, dim: int) -> Tensor:
@@ -123,9 +123,9 @@ def _inputs(tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
 
     def draw(heads: int) -> Tensor:
         own = torch.randn(1, heads, tokens, _HEAD_DIM, generator=gen)
-        return (runs(heads, _HEAD_DIM) + own) * runs(heads, 1).exp()
+        return (runs(heads, _HEAD_DIM) + own) / 2**0.5
 
-    q, k, v = draw(_HEADS), draw(_KV_HEADS), draw(_KV_HEADS)
+    q, k, v = draw(_HEADS), draw(_KV_HEADS), draw(_KV_HEADS) * (runs(_KV_HEADS, 1) / 2).exp()
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
 
