@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stem_attn.lab.errors import InputError, first_line
+from stem_attn.lab.errors import InputError, first_line, require
 
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "STEM_ATTN_CACHE"
@@ -168,6 +168,7 @@ def _is_intact(folder: Path, source: dict[str, str]) -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer as float32 safetensors and JSON."""
+    require("accelerate", extra="demo")  # transformers reads no GGUF without it
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -10,24 +10,28 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn import backends, stem_attention
 from stem_attn.backends.base import Backend
+from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.checks import resolve_scale
 from stem_attn.config import StemConfig
 from stem_attn.lab.devices import DTYPES, synchronize
 from stem_attn.lab.errors import first_line
-from stem_attn.lab.gate import AttentionGate, GateError, Sample, check_selection
+from stem_attn.lab.gate import GateError, Sample, check_selection
 from stem_attn.lab.results import Record
 from stem_attn.layout import Layout
+from stem_attn.reference import reference_attention
 
 # Small blocks are quicker; 128 is what every backend takes. About half of the causal blocks are pruned.
 _CONFIGS = [StemConfig(block_size=size, budget_ratio=0.3, budget_bias=1, tail_blocks=1) for size in (32, 128)]
 _BLOCKS, _REST = 15, 20  # whole blocks, and the tokens of the last one
 _HEADS, _KV_HEADS, _HEAD_DIM, _SEED = 4, 2, 64, 0
 _ALIKE_TOKENS = 24
+_FACTOR = 2.0  # of what torch's own attention loses
 _MODEL_TOKENS = 300
 _MODEL_ERROR = 1e-9  # in float64, relative to the largest logit
 
@@ -71,8 +75,7 @@ def is_wrong(found: Record) -> bool:
 def _check(backend: Backend, dtype_name: str) -> Record:
     """Compare a backend's selection and output with float64.
 
-    Its error may be twice what torch's dense attention of the same dtype loses on the same keys, and its blocks may
-    differ only where scores tie within rounding.
+    Its blocks may differ from those that float64 scores keep only where scores tie within rounding.
     """
     device = _device_of(backend)
     for config in _CONFIGS:
@@ -93,18 +96,39 @@ def _check(backend: Backend, dtype_name: str) -> Record:
     try:
         out, selection = stem_attention(q, k, v, config=config, backend=backend.name, return_selection=True)
         synchronize(device)
-        samples = [Sample(0, head, tuple(range(tokens))) for head in range(_HEADS)]
         check["density"] = selection.density()
-        check_selection(q, k, v, selection, config, samples)
-        gate = AttentionGate(q, k, v, selection, samples)
-        check["allowed"] = gate.budget.rms
-        check["error"] = gate.check(out).rms
+        check["error"], check["allowed"], check["wrong"] = _compare(q, k, v, selection, out)
+        check_selection(q, k, v, selection, config, [Sample(0, 0, tuple(range(0, tokens, config.block_size)))])
     except GateError as error:
         check["wrong"] = str(error)
     except Exception as error:  # whatever a compiler or a driver says is what the report is for
         check["wrong"] = f"{type(error).__name__}: {first_line(error)}"
     check["seconds"] = time.perf_counter() - start
     return check
+
+
+def _compare(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, out: Tensor
+) -> tuple[float, float, str | None]:
+    """Compare an output with float64 attention over the same blocks.
+
+    Errors are relative to the root mean square of their row. Twice what torch's own attention loses is allowed.
+
+    Returns:
+        The error and what is allowed, root mean squares, and what is wrong, if anything is.
+    """
+    size, tokens = selection.block_size, q.shape[2]
+    exact, _ = reference_attention(q, k, v, selection.to_mask(), size, scale=resolve_scale(None, _HEAD_DIM))
+    block = torch.arange(tokens, device=q.device) // size
+    kept = selection.to_mask()[:, :, block][..., block].tril()
+    repeated = (x.repeat_interleave(_HEADS // _KV_HEADS, 1) for x in (k, v))
+    dense = F.scaled_dot_product_attention(q, *repeated, attn_mask=kept)
+    unit = exact.square().mean(-1, keepdim=True).sqrt()
+    found, lost = (((x.double().cpu() - exact) / unit).abs() for x in (out, dense))
+    (most, mean), (most_lost, mean_lost) = ((float(x.max()), float(x.square().mean().sqrt())) for x in (found, lost))
+    right = most <= _FACTOR * most_lost and mean <= _FACTOR * mean_lost  # NaN is not
+    wrong = f"error max {most:.1e}, rms {mean:.1e} against float64; torch's own {most_lost:.1e}, {mean_lost:.1e}"
+    return mean, _FACTOR * mean_lost, None if right else wrong
 
 
 def _device_of(backend: Backend) -> torch.device:
