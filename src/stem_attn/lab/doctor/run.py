@@ -121,8 +121,8 @@ def _compare(
     exact, _ = reference_attention(q, k, v, selection.to_mask(), size, scale=resolve_scale(None, _HEAD_DIM))
     block = torch.arange(tokens, device=q.device) // size
     kept = selection.to_mask()[:, :, block][..., block].tril()
-    repeated = (x.repeat_interleave(_HEADS // _KV_HEADS, 1) for x in (k, v))
-    dense = F.scaled_dot_product_attention(q, *repeated, attn_mask=kept)
+    k, v = (x.repeat_interleave(_HEADS // _KV_HEADS, 1) for x in (k, v))
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=kept)
     unit = exact.square().mean(-1, keepdim=True).sqrt()
     found, lost = (((x.double().cpu() - exact) / unit).abs() for x in (out, dense))
     (most, mean), (most_lost, mean_lost) = ((float(x.max()), float(x.square().mean().sqrt())) for x in (found, lost))
