@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from stem_attn.lab.fidelity import report
-from stem_attn.lab.tasks import tables
+from stem_attn.lab.fidelity import report as fidelity
+from stem_attn.lab.tasks import report as tasks
 
 
 def lines(view, columns):
@@ -38,7 +38,7 @@ def answers(lengths, methods=("dense", "stem-official", "flashprefill")):
 @pytest.mark.parametrize("lengths", [[4096], [4096, 8192], [4096, 8192, 16384, 32768, 65536, 131072]])
 @pytest.mark.parametrize("columns", [100, 160])
 def test_scores_fit(lengths, columns):
-    shown = lines(tables.render(answers(lengths)), columns)
+    shown = lines(tasks.render(answers(lengths)), columns)
     assert max(map(len, shown)) <= 100
     for words, cells in [
         (("flashprefill",), ("100.0%", "-12.5±10.3", "100±12", "0.123±0.045")),
@@ -63,7 +63,7 @@ def test_fidelity_fits():
         "unreachable": [{"method": "uniform", "target": 0.12, "reason": "layer 0: " + "it keeps more. " * 20}],
     }  # fmt: skip
     for columns in (100, 160):
-        shown = lines(report.render(record, "some/folder/fidelity.md"), columns)
+        shown = lines(fidelity.render(record, "some/folder/fidelity.md"), columns)
         assert max(map(len, shown)) <= 100
         rows = [line.split() for line in shown if line.startswith("flashprefill")]
         numbers = ["0.1200", "0.1639", "0.8190", "10.12635", "100.00%", "992.275", "+104.3584"]
@@ -72,5 +72,5 @@ def test_fidelity_fits():
 
 
 def test_a_long_name_folds():
-    shown = lines(tables.render(answers([4096], ("dense", "stem-official value_term=none decay=1.0 rows=0%-50%"))), 160)
+    shown = lines(tasks.render(answers([4096], ("dense", "stem-official value_term=none decay=1.0 rows=0%-50%"))), 160)
     assert max(map(len, shown)) <= 100

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import tiny_model
 from stem_attn import cli
-from stem_attn.lab.tasks.tables import render
+from stem_attn.lab.tasks.report import render
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import json
 import pytest
 
 import tiny_model
+from stem_attn.config import field_names
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
-from stem_attn.lab.named_methods import NamedMethod
+from stem_attn.lab.named_methods import NamedMethod, parse_methods
 from stem_attn.lab.tasks import run
 from stem_attn.lab.tasks.generate import decode, read_prompt
 from stem_attn.lab.tasks.run import Settings, chat_frame, evaluate, fingerprint
@@ -174,6 +175,15 @@ def test_a_second_run_only_does_what_is_missing(loaded, tmp_path, read):
     ran(other, Store(file), methods=(DENSE,))
     assert len(read) == 8
     assert fingerprint(other.model) != fingerprint(loaded.model) == fingerprint(tiny_model.model())
+
+
+@pytest.mark.parametrize("name", ["uniform", "xattention+tail"])
+def test_another_process_finds_the_answers_of_methods_that_hold_a_config(loaded, name):
+    """A config's hash, which it keeps, is another one in every process."""
+    (named,) = parse_methods(name)
+    key = ran(loaded, methods=(DENSE, named), samples=(0,))[0].records[1]["key"]["method"]
+    assert set(key["config"]) == set(field_names())
+    assert key["config"]["block_size"] == 16
 
 
 def test_a_run_that_stops_has_whole_samples_and_is_continued(loaded, tmp_path, read):

@@ -128,9 +128,9 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         require("transformers", "gguf", "wonderwords", extra="eval")
         from stem_attn.lab.named_methods import NamedMethod, parse_methods
         from stem_attn.lab.progress import show_progress
+        from stem_attn.lab.tasks.report import render
         from stem_attn.lab.tasks.run import Settings, evaluate
         from stem_attn.lab.tasks.store import Store
-        from stem_attn.lab.tasks.tables import render
 
         # Everything that can be refused without the model is refused before it loads.
         check_dtype(dtype)

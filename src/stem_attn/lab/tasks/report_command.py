@@ -25,9 +25,9 @@ def report(
     require("transformers", "wonderwords", extra="eval")
     import torch
 
+    from stem_attn.lab.tasks.report import render
     from stem_attn.lab.tasks.store import Store
     from stem_attn.lab.tasks.summary import summarize
-    from stem_attn.lab.tasks.tables import render
 
     for file in files:
         if not file.is_file():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -281,8 +281,15 @@ def _method_settings(named: NamedMethod, settings: Settings) -> Record:
     if named.base == "dense":
         return {"base": "dense"}
     method = named.build(settings.block_size)
-    fields = plain_settings(method.config, named.policy) if isinstance(method, Stem) else asdict(cast(Any, method))
-    return {"base": named.base, "density": settings.density, **fields}
+    described = plain_settings(method.config, named.policy) if isinstance(method, Stem) else _plain(method)
+    return {"base": named.base, "density": settings.density, **described}
+
+
+def _plain(value: Any) -> Any:
+    """Return a dataclass as plain values, without what it works out for itself: a hash differs between processes."""
+    if not is_dataclass(value):
+        return value
+    return {item.name: _plain(getattr(value, item.name)) for item in fields(value) if item.init}
 
 
 def _check_same_prompt(prompts: _Prompts, index: int, sample: Sample | None, stored: Iterable[Record]) -> None:
