@@ -65,6 +65,7 @@ def _app() -> "typer.Typer":
 
     from stem_attn.lab.bench.command import bench
     from stem_attn.lab.density.command import density
+    from stem_attn.lab.doctor.command import doctor
     from stem_attn.lab.fidelity.command import fidelity
     from stem_attn.lab.prefill.command import prefill
     from stem_attn.lab.serving.command import serving
@@ -91,6 +92,7 @@ def _app() -> "typer.Typer":
     ) -> None:
         pass
 
+    app.command()(doctor)
     app.command()(prefill)
     app.command()(bench)
     app.command()(density)

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import stem_attn
 import tiny_model
 from stem_attn import cli
 from stem_attn.lab.bench import limit
+from stem_attn.lab.doctor import run as doctor
 from stem_attn.lab.shapes import MODELS, SHAPES, Shape
 
 SOURCE = Path(stem_attn.__file__).parent
@@ -26,6 +28,7 @@ BENCH += ["--lengths", "300", "--repeats", "1", *SMALL]
 TTFT = ["bench", "--ttft", "--shape", "smollm2", "--device", "cpu", "--lengths", "300", "--repeats", "1", *SMALL]
 # The command, and the option that names a result file or a folder of them.
 COMMANDS = {
+    "doctor": (["doctor"], "--json"),
     "prefill": (["prefill", *MODEL, "--max-tokens", "400", "--new-tokens", "1", *SMALL], "--json"),
     "bench": (BENCH, "--json"),
     "bench to a folder": (BENCH, "--out"),
@@ -60,6 +63,7 @@ def folder(tmp_path_factory):
 def arguments(request, folder, tmp_path, monkeypatch):
     """A command on tiny tensors that writes below `tmp_path`."""
     monkeypatch.setattr(limit, "_SIZE", {"cuda": 64, "cpu": 64})
+    monkeypatch.setattr(doctor, "DTYPES", {"float32": torch.float32})
     monkeypatch.setitem(SHAPES, "llama3-8b", Shape(2, 1, 16))
     tiny = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 101, "num_hidden_layers": 1}
     monkeypatch.setitem(MODELS, "smollm2", MODELS["smollm2"] | tiny | {"num_attention_heads": 2})

@@ -45,7 +45,7 @@ def test_dense_and_sparse_find_the_same_needle(loaded):
         prompt.ids,
         *settings_from_options("demo", [], own_presets={"demo": DEMO}),
         new_tokens=24,
-        on_start=lambda name, calls: lambda: None,
+        on_layer=lambda name: None,
         rounds=1,
     )
     assert found.density <= MOST_DENSITY
