@@ -66,6 +66,7 @@ def _app() -> "typer.Typer":
     from stem_attn.lab.bench.command import bench
     from stem_attn.lab.density.command import density
     from stem_attn.lab.fidelity.command import fidelity
+    from stem_attn.lab.inspect.command import inspect
     from stem_attn.lab.prefill.command import prefill
     from stem_attn.lab.ruler.command import ruler
     from stem_attn.lab.serving.command import serving
@@ -91,6 +92,7 @@ def _app() -> "typer.Typer":
         pass
 
     app.command()(prefill)
+    app.command()(inspect)
     app.command()(bench)
     app.command()(density)
     app.command()(serving)
