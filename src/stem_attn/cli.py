@@ -71,6 +71,7 @@ def _app() -> "typer.Typer":
     from stem_attn.lab.ruler.command import ruler
     from stem_attn.lab.serving.command import serving
     from stem_attn.lab.tune.command import tune
+    from stem_attn.lab.verdict.command import report
 
     app = typer.Typer(
         help="Stem: training-free sparse attention for the prefill of long prompts (arXiv 2603.06274).",
@@ -97,6 +98,7 @@ def _app() -> "typer.Typer":
     app.command()(density)
     app.command()(serving)
     app.command()(tune)
+    app.command()(report)
     accuracy = typer.Typer(help="Measure accuracy against dense attention.")
     accuracy.command()(fidelity)
     accuracy.command()(ruler)

@@ -24,7 +24,7 @@ from stem_attn.lab.options import (
     listed,
     load_model,
 )
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, to_json, write_files
+from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
@@ -93,7 +93,7 @@ def inspect(
         ),
     ] = None,
 ) -> None:
-    """Show what was pruned of a prompt: every layer and head, kept blocks over the true attention, and whether it mattered.
+    """Show what was pruned of a prompt in every layer and head, over the true attention, and whether it mattered.
 
     Writes a page that needs no network, pictures of it, and every number. With two methods it shows them side by side.
     """
@@ -197,10 +197,11 @@ def _fields(named: NamedMethod, block_size: int) -> Record:
     method = named.build(block_size)
     if isinstance(method, Stem):
         return plain_settings(method.config, named.policy)
-    values = dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}
+    values = dataclasses.asdict(method)  # type: ignore[call-overload]
     return {"method": named.base, **json.loads(json.dumps(values, default=str))}
 
 
 def _block_texts(loaded: LoadedModel, prompt: Prompt, block_size: int) -> list[str]:
     """Return the text of every block."""
-    return [str(loaded.tokenizer.decode(part)) for part in prompt.ids[0].split(block_size)]
+    ids = prompt.ids[0].tolist()
+    return [str(loaded.tokenizer.decode(ids[i : i + block_size])) for i in range(0, len(ids), block_size)]

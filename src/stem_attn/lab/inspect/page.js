@@ -173,6 +173,10 @@
     context.strokeStyle = css("focus");
     context.lineWidth = 3;
     context.strokeRect(MARGIN + view.head * tile - 1.5, MARGIN + view.layer * tile - 1.5, tile + 1, tile + 1);
+    const scroller = canvas.parentElement, x = view.head * tile, y = view.layer * tile;
+    const reach = MARGIN + 2 * tile; // the chosen head and its neighbours stay in sight
+    if (y < scroller.scrollTop || y + reach > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = y - scroller.clientHeight / 2;
+    if (x < scroller.scrollLeft || x + reach > scroller.scrollLeft + scroller.clientWidth) scroller.scrollLeft = x - scroller.clientWidth / 2;
     const percent = (value) => `${(100 * value).toFixed(1)}%`;
     const told = methods.map((name, m) =>
       `${name} keeps ${percent(page.density[m][view.layer][view.head])} of the blocks and loses ` +
@@ -226,6 +230,18 @@
     view.column = Math.max(0, Math.min(rows[view.row], column));
     drawMarks();
     tell();
+  }
+
+  /** The pruned block with the most attention: what a reader wants to see first. */
+  function worstBlock() {
+    let worst = [rows.length - 1, 0], most = -1;
+    rows.forEach((row, r) => {
+      for (let column = 0; column <= row; column++) {
+        const step = shown.mass(view.head, r, column);
+        if (step > most && !shown.kept(0, view.head, r, column)) [worst, most] = [[r, column], step];
+      }
+    });
+    return worst;
   }
 
   function drawMaps() {
@@ -323,7 +339,9 @@
     const wanted = view.layer;
     const loaded = await load(wanted);
     if (wanted !== view.layer) return; // another one was chosen meanwhile
+    const first = !shown;
     shown = loaded;
+    if (first) [view.row, view.column] = worstBlock();
     drawMaps();
     drawCharts();
     tell();

@@ -133,8 +133,8 @@ def _pruned(one: Record) -> str:
         return f"{one['name']} pruned nothing: its budget holds every block of this prompt"
     said = next(words for least, words in SAME_TOKEN if one["top1_agreement"] >= least)
     return (
-        f"{one['name']} pruned {1 - one['density']:.1%} of the blocks and with them {one['lost']:.1%} of the attention, "
-        f"and {said}: at {one['top1_agreement']:.1%} of the positions the model predicts the same next token"
+        f"{one['name']} pruned {1 - one['density']:.1%} of the blocks and with them {one['lost']:.1%} of the "
+        f"attention, and {said}: at {one['top1_agreement']:.1%} of the positions the model predicts the same next token"
     )
 
 

@@ -152,6 +152,7 @@ def look(
         scale = resolve_scale(scale, q.shape[3])
         if not found.layers:
             _dense(q, k, v, scale)  # the first call of a process is slower than all others
+        out: Tensor
         out, seconds = _timed(lambda: _dense(q, k, v, scale), q.device)
         mass = _mass(q, k, found.grid, found.rows, scale)
         choices = [_choose(named, block_size, layer, layers, q, k, v, scale) for named in methods]
@@ -179,6 +180,7 @@ def _outcome(model: Any, ids: Tensor, named: NamedMethod, block_size: int, layer
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         nonlocal kept, causal
         choice, selecting = _timed(lambda: _choose(named, block_size, layer, layers, q, k, v, scale), q.device)
+        out: Tensor
         out, attending = _timed(lambda: _attend(choice, q, k, v, scale), q.device)
         selection_seconds[layer], attention_seconds[layer] = selecting, attending
         kept += int(choice.selection.counts.sum())
