@@ -3,11 +3,10 @@
 It needs the Python package selenium, and Debian's packages chromium and chromium-driver (or others of these names).
 """
 
+import base64
 import json
 import shutil
 import time
-
-import pytest
 
 FLAGS = (
     "--headless=new",
@@ -101,16 +100,5 @@ class Browser:
 
     def picture(self, path, *, whole=False):
         """Save a screenshot as PNG."""
-        import base64
-
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": whole})
         path.write_bytes(base64.b64decode(shot["data"]))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if reason := missing():
-        pytest.skip(reason)
-    one = Browser()
-    yield one
-    one.close()

@@ -157,8 +157,8 @@ def _add(file: Path, found: Evidence) -> None:
             (found.speeds if isinstance(one, Speed) else found.accuracies).append(one)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
-            f"{file} is a result of another version of stem-attn ({version}) that this one cannot read (it lacks or has "
-            f"another {error}): measure again, or leave it out"
+            f"{file} is a result of another version of stem-attn ({version}) that this one cannot read (not as "
+            f"expected: {error}): measure again, or leave it out"
         ) from error
     found.records[str(file)] = record
 

@@ -78,7 +78,8 @@ def _order(speed: Speed) -> tuple[int, float]:
 
 
 def _judge(speed: Speed, stem: Sequence[Accuracy]) -> Judgement:
-    told = f"{speed.kind}: {_ratio(speed.ratio)} dense ({speed.dense_seconds:.3g} s, now {speed.stem_seconds:.3g} s)"
+    seconds = f"{speed.dense_seconds:.3g} s, Stem {speed.stem_seconds:.3g} s"
+    told = f"{speed.kind}: {speed.ratio:.2f} times as fast as dense ({seconds})"
     if speed.ratio < FASTER:
         return Judgement(NO, speed.length, speed.settings, f"{told}.")
     near = _nearest(speed, stem)
@@ -108,9 +109,13 @@ def _nearest(speed: Speed, stem: Sequence[Accuracy]) -> list[Accuracy]:
     def distance(one: Accuracy) -> tuple[float, float]:
         return abs(math.log(one.length / speed.length)), abs(one.density - density)
 
-    nearest = min(as_hard, key=distance)
-    return [one for one in as_hard if (one.length, one.method, one.file) == (nearest.length, nearest.method, nearest.file)
-            and abs(one.density - nearest.density) <= _CLOSE_DENSITY]  # fmt: skip
+    best = min(as_hard, key=distance)
+
+    def belongs(one: Accuracy) -> bool:
+        same = (one.length, one.method, one.file) == (best.length, best.method, best.file)
+        return same and abs(one.density - best.density) <= _CLOSE_DENSITY
+
+    return [one for one in as_hard if belongs(one)]
 
 
 def _effect(measured: Sequence[Accuracy]) -> tuple[str, str]:
@@ -140,7 +145,3 @@ def _cautions(speed: Speed, accuracy: Accuracy) -> tuple[str, ...]:
     if speed.kind in (ATTENTION, "whole model, random weights"):
         said.append("Speed was measured on random numbers, not on the model of the accuracy results.")
     return tuple(said)
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f} times as fast as"

@@ -49,7 +49,11 @@ def record(made, **model):
         "arguments": "inspect",
         "date": "2026-01-01 00:00:00+0000",
         "machine": describe(torch.device("cpu")),
-        "settings": {"block_size": made.grid.block_size, "rows": len(made.rows), "methods": dict.fromkeys(names, {})},
+        "settings": {
+            "block_size": made.grid.block_size,
+            "rows": len(made.rows),
+            "methods": {name: {} for name in names},
+        },
         "model": {"name": "made up", "dtype": "float32", **model},
         "prompt": {"tokens": made.grid.k_len, "source": "nothing"},
         **numbers(made, names),
