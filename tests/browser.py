@@ -89,7 +89,7 @@ class Browser:
 
     def problems(self):
         """Return the console's errors and the requests that are not for the page itself, since the last call."""
-        found = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
+        found = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":

@@ -272,7 +272,7 @@
 
   function share(step) {
     if (step === 0) return `less than ${(100 * page.leastMass).toFixed(2)}%`;
-    return `about ${(100 * page.leastMass ** (1 - step / steps)).toPrecision(2)}%`;
+    return `about ${Number((100 * page.leastMass ** (1 - step / steps)).toPrecision(2))}%`;
   }
 
   function tell() {
