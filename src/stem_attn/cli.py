@@ -68,10 +68,11 @@ def _app() -> "typer.Typer":
     from stem_attn.lab.fidelity.command import fidelity
     from stem_attn.lab.inspect.command import inspect
     from stem_attn.lab.prefill.command import prefill
-    from stem_attn.lab.ruler.command import ruler
     from stem_attn.lab.serving.command import serving
+    from stem_attn.lab.tasks.command import ruler, tasks
+    from stem_attn.lab.tasks.report_command import report
     from stem_attn.lab.tune.command import tune
-    from stem_attn.lab.verdict.command import report
+    from stem_attn.lab.verdict.command import verdict
 
     app = typer.Typer(
         help="Stem: training-free sparse attention for the prefill of long prompts (arXiv 2603.06274).",
@@ -98,9 +99,11 @@ def _app() -> "typer.Typer":
     app.command()(density)
     app.command()(serving)
     app.command()(tune)
-    app.command()(report)
+    app.command("report")(verdict)
     accuracy = typer.Typer(help="Measure accuracy against dense attention.")
     accuracy.command()(fidelity)
     accuracy.command()(ruler)
+    accuracy.command()(tasks)
+    accuracy.command()(report)
     app.add_typer(accuracy, name="eval")
     return app

@@ -12,7 +12,7 @@ from stem_attn.lab.options import OUTPUT
 from stem_attn.lab.results import check_writable, print_text, write_files
 
 
-def report(
+def verdict(
     folders: Annotated[
         list[Path],
         typer.Argument(

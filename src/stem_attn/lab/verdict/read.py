@@ -60,7 +60,7 @@ class Accuracy:
         method: Its name.
         is_stem: Whether it is Stem and no rival.
         density: Kept over causal blocks.
-        block_size: Tokens a block.
+        block_size: Tokens a block; None: not told.
         file: Where it is from.
         top1_agreement: Share of positions with the same most likely next token.
         kl_nats: Mean KL(dense || sparse).
@@ -74,7 +74,7 @@ class Accuracy:
     method: str
     is_stem: bool
     density: float
-    block_size: int
+    block_size: int | None
     file: str
     top1_agreement: float | None = None
     kl_nats: float | None = None
@@ -247,23 +247,26 @@ def _fidelity(record: Record, file: str) -> Iterator[Speed | Accuracy]:
         )
 
 
-def _ruler(record: Record, file: str) -> Iterator[Speed | Accuracy]:
-    specs = {spec["name"]: spec for spec in record["settings"]["methods"]}
+def _tasks(record: Record, file: str) -> Iterator[Speed | Accuracy]:
+    # The tables that `eval report` makes of kept answers know no more of a method than its name.
+    specs = {spec["name"]: spec for spec in record["settings"].get("methods", ())}
+    not_mastered = {(each["task"], each["length"]) for each in record["not_in_means"]}
     for cell in record["cells"]:
-        if cell["minus_dense"] is None:
+        # What dense attention cannot do either says nothing.
+        if cell["minus_dense"] is None or (cell["task"], cell["length"]) in not_mastered:
             continue
-        spec = specs[cell["method"]]
+        spec, interval = specs.get(cell["method"], {}), cell["minus_dense"]["interval"]
         yield Accuracy(
-            f"RULER {cell['task']}",
+            f"task {cell['task']}",
             _name(record["model"]),
             cell["length"],
             cell["method"],
-            spec["base"].startswith("stem-"),
+            spec.get("base", cell["method"]).startswith("stem-"),
             cell["budget"],
-            spec["fields"].get("block_size", record["settings"]["block_size"]),
+            spec.get("fields", {}).get("block_size", record["settings"].get("block_size")),
             file,
-            points=cell["minus_dense"],
-            interval=None if cell["interval"] is None else (cell["interval"][0], cell["interval"][1]),
+            points=cell["minus_dense"]["mean"],
+            interval=None if interval is None else (interval[0], interval[1]),
         )
 
 
@@ -311,7 +314,9 @@ _READERS: dict[Any, Callable[[Record, str], Iterator[Speed | Accuracy]]] = {
     "bench": _bench,
     "serving": _serving,
     "fidelity": _fidelity,
-    "ruler": _ruler,
+    "ruler": _tasks,
+    "tasks": _tasks,
+    "report": _tasks,
     "tune": _tune,
     "inspect": _inspect,
     "density": _density,

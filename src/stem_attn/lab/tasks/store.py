@@ -1,0 +1,81 @@
+"""Answers kept in a file, one line each, so that a run can be interrupted, repeated and extended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stem_attn.lab.errors import InputError
+from stem_attn.lab.results import print_text
+
+
+class Store:
+    """Find records by their key: every setting that the answer depends on.
+
+    Args:
+        file: JSON lines, one record each; read at once, appended to by `add`. None keeps records in memory only.
+
+    Attributes:
+        records: By the text of their key, in the order of the file.
+
+    Raises:
+        InputError: The file cannot be read, or holds something else.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.records: dict[str, dict[str, Any]] = {}
+        if file is not None:
+            self.records = {_text(record["key"]): record for record in _read(file)}
+
+    def get(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the record of a key, if there is one."""
+        return self.records.get(_text(key))
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Keep records; each has its `key`.
+
+        Raises:
+            InputError: The file cannot be written. The records are printed, as the lines that would stand there.
+        """
+        new = {_text(record["key"]): record for record in records}
+        self.records |= new
+        if self._file is not None:
+            text = "".join(json.dumps(record) + "\n" for record in new.values())
+            try:
+                with self._file.open("a", encoding="utf-8") as lines:
+                    lines.write(text)
+            except OSError as error:
+                print_text(text)
+                raise InputError(
+                    f"cannot write {self._file}: {error.strerror}; the last {len(new)} answers were printed"
+                ) from error
+
+
+def _text(key: dict[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        if not file.exists():
+            file.touch()  # so that a path that cannot be written is refused before any work
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # an interrupted write
+            with file.open("r+b") as lines:
+                lines.truncate(whole)
+    except OSError as error:
+        raise InputError(f"cannot use {file} for --out: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["key"], dict):
+                raise TypeError("its key is no object")
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{file}, line {number}: not a record of this command ({error!r})") from error
+        records.append(record)
+    return records
