@@ -84,14 +84,24 @@ def thumbnails(found: Found) -> dict[str, Any]:
         (0 to 15), then for every method the same with the kept share (0 to 255).
     """
     size = min(_THUMBNAIL, len(found.rows)), min(_THUMBNAIL, found.grid.k_blocks)
-    causal = torch.arange(found.grid.k_blocks) <= torch.tensor(found.rows)[:, None]
-    share = F.adaptive_avg_pool2d(causal[None].float(), size).clamp(min=1e-9)
-    parts = [F.adaptive_max_pool2d(layer.mass.float(), size).to(torch.uint8) for layer in found.layers]
+    small = [shrunk(layer, found.rows, size) for layer in found.layers]
+    planes = [mass for mass, _ in small]
     for method in range(len(found.layers[0].kept)):
-        for layer in found.layers:
-            kept = F.adaptive_avg_pool2d(layer.kept[method].blocks.float(), size) / share
-            parts.append((kept * 255).round().clamp(0, 255).to(torch.uint8))
-    return {"size": size, "data": _text(torch.cat([part.flatten() for part in parts]))}
+        planes += [(255 * kept[method]).round() for _, kept in small]
+    return {"size": size, "data": _text(torch.cat([plane.flatten() for plane in planes]).to(torch.uint8))}
+
+
+def shrunk(layer: Layer, rows: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, list[Tensor]]:
+    """Shrink the pictures of a layer's heads.
+
+    Returns:
+        The strongest mass of every patch, in steps, and of every method the share of its blocks that is kept: float32
+        [H, *size] each.
+    """
+    causal = torch.arange(layer.mass.shape[2]) <= torch.tensor(list(rows))[:, None]
+    blocks = F.adaptive_avg_pool2d(causal[None].float(), size).clamp(min=1e-9)
+    kept = [F.adaptive_avg_pool2d(one.blocks.float(), size) / blocks for one in layer.kept]
+    return F.adaptive_max_pool2d(layer.mass.float(), size), [share.clamp(max=1) for share in kept]
 
 
 def _nibbles(steps: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from stem_attn import plots
-from stem_attn.lab.inspect.run import STEPS, Found
+from stem_attn.lab.inspect.pack import shrunk
+from stem_attn.lab.inspect.run import STEPS, Found, Layer
 from stem_attn.lab.results import Record
 
 _DPI = 130
+_THUMBNAIL = 40
 
 
 def draw(record: Record, found: Found) -> dict[str, bytes]:
@@ -33,7 +35,7 @@ def _heads(record: Record, found: Found) -> bytes:
     width = min(max(0.55 * heads, 4), 14) * methods
     figure, axes = _figure(1, methods, width, width / methods * len(found.layers) / heads + 0.8)
     for place, panel in enumerate(axes):
-        rows = [torch.cat(_thumbnails(layer, place), 1) for layer in found.layers]
+        rows = [torch.cat(_thumbnails(layer, found.rows, place), 1) for layer in found.layers]
         panel.imshow(torch.cat(rows).numpy(), interpolation="nearest", extent=(0, heads, len(rows), 0), aspect="auto")
         panel.set(xlabel="head", ylabel="layer", xticks=_ticks(heads), yticks=_ticks(len(rows)))
         panel.set_xticklabels(_ticks(heads))
@@ -42,12 +44,10 @@ def _heads(record: Record, found: Found) -> bytes:
     return _png(figure)
 
 
-def _thumbnails(layer: Any, place: int) -> list[torch.Tensor]:
-    size = tuple(min(40, n) for n in layer.mass.shape[1:])
-    pool = torch.nn.functional.adaptive_max_pool2d
-    mass = pool(layer.mass.float() / STEPS, size)
-    kept = pool(layer.kept[place].blocks.float(), size)
-    pictures = torch.nn.functional.pad(plots.colors(kept, mass), (0, 0, 0, 3, 0, 3), value=0.6)
+def _thumbnails(layer: Layer, rows: list[int], place: int) -> list[torch.Tensor]:
+    size = min(_THUMBNAIL, len(rows)), min(_THUMBNAIL, layer.mass.shape[2])
+    mass, kept = shrunk(layer, rows, size)
+    pictures = torch.nn.functional.pad(plots.colors(kept[place], mass / STEPS), (0, 0, 0, 3, 0, 3), value=0.6)
     return list(pictures)
 
 
