@@ -36,7 +36,8 @@ COMMANDS = {
     ),
     "tune": (["tune", *MODEL, "--length", "256", "--prompts", "1", "--held-out", "0", *SMALL], "--out"),
     "inspect": (
-        ["inspect", *MODEL, "--max-tokens", "400", "--block-size", "16", "--variant", "small=stem-default,min_seq_len=0"],
+        ["inspect", *MODEL, "--max-tokens", "400", "--block-size", "16",
+         "--variant", "small=stem-default,min_seq_len=0"],
         "--out",
     ),
     "fidelity": (

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import tiny_model
-from stem_attn import cli
+from stem_attn import PrefillPolicy, StemConfig, cli
 from stem_attn.lab.bench import limit
+from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.fidelity.report import summarize
 from stem_attn.lab.shapes import MODELS
-from stem_attn.lab.verdict.read import ATTENTION, Accuracy, Evidence, Speed, read
+from stem_attn.lab.verdict.read import ATTENTION, Accuracy, Evidence, Speed, read, settings_in_words
 from stem_attn.lab.verdict.run import NO, OPEN, PERHAPS, YES, headline, judge
 
 SMALL = ["--set", "block_size=16", "--set", "min_seq_len=0", "--set", "budget_ratio=0.1", "--set", "budget_bias=2"]
@@ -129,7 +130,7 @@ def test_the_page_in_a_browser(results, tmp_path, browser, width):
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
 
-SPEED = Speed("first token in vLLM", 32768, 10.0, 5.0, 0.25, "default settings", "GPU", "speed.json")
+SPEED = Speed("first token in vLLM", 32768, 10.0, 5.0, 0.25, "stem-default", "GPU", "speed.json")
 TOP1 = Accuracy("next tokens, 3 prompts", "m", 32768, "stem-default", True, 0.25, 128, "a.json", 0.98, 0.01)
 TASK = Accuracy("task fwe", "m", 32768, "stem-default", True, 0.25, 128, "r.json", points=0.0, interval=(-1.0, 1.0))
 
@@ -192,6 +193,20 @@ def test_accuracy_at_as_hard_a_pruning_is_taken():
     easy = dataclasses.replace(TOP1, density=0.6, top1_agreement=1.0)
     hard = dataclasses.replace(TOP1, density=0.24, top1_agreement=0.7)
     assert verdict(SPEED, easy, hard).answer == NO
+
+
+def test_accuracy_of_the_same_settings_is_taken():
+    official = dataclasses.replace(TOP1, method="stem-official", top1_agreement=0.5)
+    assert verdict(SPEED, official, dataclasses.replace(TOP1, length=8192)).answer == YES
+    found = verdict(SPEED, official)
+    assert found.answer == NO
+    assert found.cautions == ("Accuracy was measured of stem-official, speed of stem-default.",)
+
+
+def test_settings_are_named_by_their_preset():
+    config = plain_settings(StemConfig.preset("official"), PrefillPolicy.preset("official"))
+    assert settings_in_words(config) == "stem-official"
+    assert settings_in_words({**plain_settings(StemConfig(), PrefillPolicy()), "decay": 0.5}) == "decay=0.5"
 
 
 def test_what_is_nearest_to_use_counts_and_the_least_gain_of_its_kind():

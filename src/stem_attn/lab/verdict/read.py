@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stem_attn.config import StemConfig
+from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab import machine
 from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.results import Record
-from stem_attn.policy import PrefillPolicy
+from stem_attn.policy import PrefillPolicy, make_settings
 
 ATTENTION = "attention alone"
 """The kind of speed that says nothing about the rest of a model."""
@@ -120,10 +120,12 @@ def read(folders: Sequence[Path]) -> Evidence:
 
 
 def settings_in_words(config: Record) -> str:
-    """Name the settings that differ from the default ones."""
+    """Name settings by their preset, as accuracy files do, or by what differs from the default ones."""
     default = plain_settings(StemConfig(), PrefillPolicy())
-    changed = [f"{name}={json.dumps(value)}" for name, value in config.items() if value != default.get(name)]
-    return ", ".join(changed) or "default settings"
+    for preset in PRESETS:
+        if config == plain_settings(StemConfig.preset(preset), PrefillPolicy.preset(preset)):
+            return f"stem-{preset}"
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in config.items() if value != default.get(name))
 
 
 def _json_files(folders: Sequence[Path]) -> Iterator[Path]:
@@ -208,8 +210,9 @@ def _bench(record: Record, file: str) -> Iterator[Speed | Accuracy]:
 
 def _serving(record: Record, file: str) -> Iterator[Speed | Accuracy]:
     where = machine.name(record["machine"])
-    stem = record["settings"]["stem"]
-    words = ", ".join(f"{name}={json.dumps(value)}" for name, value in stem.items()) or "default settings"
+    fields = dict(record["settings"]["stem"])
+    preset = fields.pop("preset", "default")
+    words = settings_in_words(plain_settings(*make_settings(fields, preset)))
     for case in record["records"]:
         stats = case["runs"]["stem"][0]["stats"]
         seconds = case["first_token_seconds"]

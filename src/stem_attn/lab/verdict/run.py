@@ -78,7 +78,7 @@ def _order(speed: Speed) -> tuple[int, float]:
 
 
 def _judge(speed: Speed, stem: Sequence[Accuracy]) -> Judgement:
-    seconds = f"{speed.dense_seconds:.3g} s, Stem {speed.stem_seconds:.3g} s"
+    seconds = f"{_seconds(speed.dense_seconds)}, Stem {_seconds(speed.stem_seconds)}"
     told = f"{speed.kind}: {speed.ratio:.2f} times as fast as dense ({seconds})"
     if speed.ratio < FASTER:
         return Judgement(NO, speed.length, speed.settings, f"{told}.")
@@ -100,11 +100,15 @@ def _without_speed(length: int, measured: Sequence[Accuracy]) -> Judgement:
 
 
 def _nearest(speed: Speed, stem: Sequence[Accuracy]) -> list[Accuracy]:
-    """Return what is known at the nearest length and density: pruning as hard as what was timed, if there is such."""
-    if speed.density is None or not stem:
-        return list(stem)[:1]
-    density = speed.density
-    as_hard = [one for one in stem if one.density <= density + _CLOSE_DENSITY] or list(stem)
+    """Return what is known of the same settings, if of any, at the nearest length and density.
+
+    What prunes as hard as what was timed, or harder, comes before what prunes less.
+    """
+    known = [one for one in stem if one.method == speed.settings] or list(stem)
+    if not known:
+        return []
+    density = 0.0 if speed.density is None else speed.density
+    as_hard = [one for one in known if one.density <= density + _CLOSE_DENSITY] or known
 
     def distance(one: Accuracy) -> tuple[float, float]:
         return abs(math.log(one.length / speed.length)), abs(one.density - density)
@@ -138,6 +142,8 @@ def _effect(measured: Sequence[Accuracy]) -> tuple[str, str]:
 
 def _cautions(speed: Speed, accuracy: Accuracy) -> tuple[str, ...]:
     said = []
+    if accuracy.method != speed.settings:
+        said.append(f"Accuracy was measured of {accuracy.method}, speed of {speed.settings}.")
     if max(speed.length, accuracy.length) > _CLOSE_LENGTH * min(speed.length, accuracy.length):
         said.append(f"Accuracy was measured at {accuracy.length:,} tokens, speed at {speed.length:,}.")
     if speed.density is not None and abs(speed.density - accuracy.density) > _CLOSE_DENSITY:
@@ -145,3 +151,7 @@ def _cautions(speed: Speed, accuracy: Accuracy) -> tuple[str, ...]:
     if speed.kind in (ATTENTION, "whole model, random weights"):
         said.append("Speed was measured on random numbers, not on the model of the accuracy results.")
     return tuple(said)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
