@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stem_attn.lab.inspect.run import Found, Layer
 
-PAGE_BYTES = 18 * 10**6
+PAGE_BYTES = 187 * 10**5
 """Of the layers on one page: more is slow to open and to send."""
 _MOST_BLOCKS = 36 * 10**6  # of all heads, as many as 32 x 32 heads have of 32K tokens in blocks of 128
-_THUMBNAIL = 32
+_THUMBNAIL = 24
 
 
 def rows_to_show(k_blocks: int, heads: int, wanted: int | None = None) -> list[int]:
