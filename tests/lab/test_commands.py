@@ -38,6 +38,11 @@ COMMANDS = {
         "--out",
     ),
     "tune": (["tune", *MODEL, "--length", "256", "--prompts", "1", "--held-out", "0", *SMALL], "--out"),
+    "inspect": (
+        ["inspect", *MODEL, "--max-tokens", "400", "--block-size", "16",
+         "--variant", "small=stem-default,min_seq_len=0"],
+        "--out",
+    ),
     "fidelity": (
         ["eval", "fidelity", *MODEL, "--length", "512", "--block-size", "16", "--prompts", "1", "--densities", "0.6",
          "--methods", "stem-official"], "--out",
@@ -148,6 +153,7 @@ def test_answers_that_cannot_be_kept_are_printed(folder, tmp_path, monkeypatch, 
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
 FROM_STDIN = {
+    "inspect": [*COMMANDS["inspect"][0], "--out", "{tmp}", "--prompt-file", "-", "--max-tokens", "1900"],
     "prefill": ["prefill", *MODEL, "--new-tokens", "1", "--json", "{tmp}/out.json", *SMALL, "--prompt-file", "-"],
     "tune": [*COMMANDS["tune"][0], "--out", "{tmp}/out.json", "--text-file", "-"],
     "fidelity": [*COMMANDS["fidelity"][0], "--out", "{tmp}", "--text-file", "-"],
@@ -163,9 +169,11 @@ def run_on_stdin(name, content, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", FROM_STDIN)
 def test_a_text_is_read_from_stdin(name, folder, tmp_path, monkeypatch):
     assert run_on_stdin(name, TEXT.encode(), folder, tmp_path, monkeypatch) == 0
-    written = {"prefill": "out.json", "tune": "out.tune.json", "fidelity": "fidelity.json"}[name]
+    written = {"prefill": "out.json", "tune": "out.tune.json", "fidelity": "fidelity.json", "inspect": "inspect.json"}[
+        name
+    ]
     found = json.loads((tmp_path / written).read_text())
-    text = found["prompt"] if name == "prefill" else found["texts"][0]
+    text = found["prompt"] if name in ("prefill", "inspect") else found["texts"][0]
     assert text["source"] == "stdin"
     if name == "prefill":
         assert text["tokens"] == len(TEXT) + 1

@@ -5,8 +5,7 @@ import torch
 from gguf import GGUFReader, dequantize
 
 from stem_attn.lab import models
-from stem_attn.lab.configs import settings_from_options
-from stem_attn.lab.prefill.command import DEMO
+from stem_attn.lab.configs import DEMO, settings_from_options
 from stem_attn.lab.prefill.run import compare
 from stem_attn.lab.prompts import build_prompt, make_needle, public_text
 

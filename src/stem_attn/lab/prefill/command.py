@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.configs import plain_settings, settings_from_options
+from stem_attn.lab.configs import DEMO, plain_settings, settings_from_options
 from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import (
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
     from stem_attn.lab.prompts import Prompt
     from stem_attn.policy import PrefillPolicy
 
-# The published presets are made for long prompts: of a few thousand tokens their fixed minimum of 128-token blocks
-# keeps nearly everything. Smaller blocks and a budget in proportion to the prompt keep 25% to 30%.
-DEMO = {
-    "block_size": 64,
-    "budget_ratio": 0.165,
-    "budget_bias": 0,
-    "tail_blocks": 2,
-    "sink_blocks": 2,
-    "local_blocks": 4,
-    "min_seq_len": 1024,
-}
 DEMO_TOKENS = 6144
 _ROUNDS = 2
 
