@@ -1,0 +1,46 @@
+"""What holds for the pages as text: lines of a readable length, and links between files that lead somewhere."""
+
+import re
+import unicodedata
+
+import pytest
+
+from pages import PAGES, ROOT
+
+READ_BY_PEOPLE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", ROOT / "CHANGELOG.md"]
+LOCAL_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def without_code(text):
+    return re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text):
+    """The anchors that GitHub and the site make of a page's headings."""
+    for heading in HEADING.findall(without_code(text)):
+        plain = unicodedata.normalize("NFKC", re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)).lower()
+        yield re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_have_at_most_100_characters(page):
+    lines = enumerate(without_code(page.read_text()).splitlines(), 1)
+    # A row of a table, a picture and an address cannot be broken.
+    prose = [(i, line) for i, line in lines if not line.startswith(("|", "![", "<")) and "](http" not in line]
+    assert [(i, len(line)) for i, line in prose if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("page", READ_BY_PEOPLE, ids=lambda page: page.name)
+def test_links_to_files_and_headings_lead_somewhere(page):
+    text = page.read_text()
+    for link in LOCAL_LINK.findall(without_code(text)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in set(anchors(target.read_text())), f"{page.name}: {link}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
