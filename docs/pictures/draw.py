@@ -36,11 +36,12 @@ def inputs(loaded: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mass(q: Tensor, k: Tensor) -> Tensor:
-    """Return the share of the head's attention in every block: [Qb, Kb]."""
+    """Return the share of the head's attention in every block, NaN in the future: [Qb, Kb]."""
     logits = q[0, HEAD] @ k[0, HEAD // (q.shape[1] // k.shape[1])].T * q.shape[3] ** -0.5
     logits.masked_fill_(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
     blocks = TOKENS // BLOCK
-    return logits.softmax(-1).view(blocks, BLOCK, blocks, BLOCK).sum(3).mean(1)
+    shares = logits.softmax(-1).view(blocks, BLOCK, blocks, BLOCK).sum(3).mean(1)
+    return shares.masked_fill(torch.ones_like(shares, dtype=torch.bool).triu(1), torch.nan)
 
 
 def main() -> None:
