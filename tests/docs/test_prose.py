@@ -44,3 +44,11 @@ def test_links_to_files_and_headings_lead_somewhere(page):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def test_the_messages_in_troubleshooting_are_the_program_s_own():
+    source = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message may stand on several lines
+    messages = re.findall(r"^### `([^`]+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 20
+    assert [message for message in messages if message not in source] == []
