@@ -25,7 +25,7 @@ from stem_attn import (
 from stem_attn.backends.triton import attention
 
 PAGE = 16
-SPARSE = {"budget_ratio": 0.2, "budget_bias": 1, "dense_below": 0, "tail_blocks": 1, "min_seq_len": 0}
+SPARSE = {"budget_ratio": 0.2, "budget_bias": 1, "dense_below": 0, "tail_blocks": 1}
 CONFIGS = {
     "official": StemConfig.preset("official", sink_blocks=1, local_blocks=1, **SPARSE),
     "default": StemConfig.preset("default", **SPARSE),

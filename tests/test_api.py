@@ -247,7 +247,7 @@ def test_what_cannot_be_traced_says_so():
     q, k, v = make_qkv(64)
     method = methods.make("a_shape", block_size=16)
     compiled = torch.compile(lambda *x: stem_attention(*x, method=method), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="method cannot be traced|Observed exception"):  # what torch 2.6 makes of it
+    with pytest.raises(Exception, match=r"method cannot be traced|Observed exception"):  # what torch 2.6 makes of it
         compiled(q, k, v)
 
 

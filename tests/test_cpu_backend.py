@@ -85,23 +85,24 @@ def test_a_prefix_may_end_inside_a_block(q_len, k_len, size):
     check(q, k, v, random_selection(q_len, k_len, size))
 
 
-@pytest.mark.parametrize("thread_logits", [1, 3000, 2**20])
-def test_counts_may_differ_by_head_and_batch_row(monkeypatch, thread_logits):
-    monkeypatch.setattr(cpu, "_THREAD_LOGITS", thread_logits)
+@pytest.mark.parametrize("job_logits", [1, 3000, 2**20])
+def test_counts_may_differ_by_head_and_batch_row(monkeypatch, job_logits):
+    monkeypatch.setattr(cpu, "_JOB_LOGITS", job_logits)
     q, k, v = make_qkv(333, 400, batch=3, heads=6)
     selection = random_selection(333, 400, 16, batch=3, heads=6, per_head=True)
     assert selection.counts.unique().numel() > 10
     check(q, k, v, selection)
 
 
-def test_batches_hold_every_task_once_and_bound_the_padding():
-    counts = sorted(torch.randint(1, 40, (500,), generator=torch.Generator().manual_seed(0)).tolist(), reverse=True)
-    batches = cpu._batches(counts, 64)
-    assert [i for start, stop, _ in batches for i in range(start, stop)] == list(range(500))
-    for start, stop, width in batches:
-        assert width == max(counts[start:stop])
-        assert width - min(counts[start:stop]) <= max(1, width // 16)
-        assert (stop - start) * width * 64 * 64 <= max(cpu._THREAD_LOGITS, width * 64 * 64) * torch.get_num_threads()
+def test_jobs_hold_every_task_once_and_bound_their_logits():
+    selection = random_selection(333, 400, 16, batch=3, heads=6, per_head=True)
+    plan = cpu._plan(selection, 2)
+    tasks = [(job.sample, i) for job in plan.jobs for i in range(job.tasks.start, job.tasks.stop)]
+    assert sorted(i for _, i in tasks) == list(range(selection.counts.numel()))
+    assert plan.blocks.numel() == selection.counts.sum()
+    for job in plan.jobs:
+        n = job.tasks.stop - job.tasks.start
+        assert n * job.width * 16 * 16 <= cpu._JOB_LOGITS or n == 1
 
 
 def test_indices_may_be_wider_than_the_counts_and_expanded():
@@ -156,7 +157,7 @@ def test_everything_kept_is_dense_attention(dtype, length):
 @pytest.mark.parametrize(("q_len", "k_len", "v_dim"), [(111, 111, 32), (150, 333, 32), (333, 333, 24)])
 def test_with_native_bfloat16(monkeypatch, q_len, k_len, v_dim, window):
     """What CPUs with bfloat16 instructions run; it is right, if slow, on any."""
-    monkeypatch.setattr(cpu, "_has_native_bfloat16", lambda device: True)
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda device: True)
     q, k, v = make_qkv(q_len, k_len, batch=2, v_dim=v_dim, dtype=torch.bfloat16)
     selection = random_selection(q_len, k_len, 32, batch=2, per_head=True)
     out = block_sparse_attention(q, k, v, selection, window=window, backend="cpu")

@@ -89,7 +89,7 @@ FACTORIES = {"empty", "zeros", "ones", "full", "arange", "tensor", "linspace", "
 CORE = [
     path
     for path in sorted(Path(stem_attn.__file__).parent.rglob("*.py"))
-    if path.relative_to(Path(stem_attn.__file__).parent).parts[0] not in ("lab", "bench", "evals", "report", "cli.py")
+    if path.relative_to(Path(stem_attn.__file__).parent).parts[0] not in ("lab", "cli.py")
 ]
 
 

@@ -12,7 +12,7 @@ ROOT = Path(stem_attn.__file__).parent
 # From bottom to top; a file imports from lower layers, or from its own package.
 LAYERS = [
     {"config"},
-    {"blocks", "checks"},
+    {"blocks", "checks", "workers"},
     {"scoring", "budget", "selection", "residual", "reference", "layout", "method"},
     {"call"},
     {"backends"},

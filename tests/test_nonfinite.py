@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers import SMALL, make_qkv
-from stem_attn import BlockSelection, StemConfig, block_sparse_attention, stem_attention
+from stem_attn import BlockSelection, StemConfig, stem_attention
 from stem_attn.blocks import BlockGrid
 from stem_attn.selection import select_top_blocks
 

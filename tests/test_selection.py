@@ -6,7 +6,7 @@ import torch
 from helpers import SMALL, VECTORS, assert_same_blocks, load_vector, make_qkv, score_rounding
 from stem_attn import BlockSelection, StemConfig, block_sparse_attention, select_blocks, stem_attention
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import block_budget
+from stem_attn.budget import budget_of
 from stem_attn.reference import reference_scores, reference_stem
 from stem_attn.scoring import block_scores
 from stem_attn.selection import select_top_blocks
@@ -18,7 +18,7 @@ def test_official_vectors(path):
     q, k, v = t["q"], t["k"], t["v"]
     scale = q.shape[3] ** -0.5
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    assert torch.equal(block_budget(config, grid.k_len, grid), t["budget"])
+    assert torch.equal(budget_of(config, (grid.k_len,)).rows(grid), t["budget"])
     causal = torch.arange(grid.k_blocks) <= grid.block_ids()[:, None]
     logits = block_scores(q, k, v, config, scale)
     assert (logits - t["block_logits"])[..., causal].abs().max() < 1e-5
@@ -103,7 +103,7 @@ def test_a_shared_budget_costs_what_own_ones_do(scope, scopes, forced_blocks):
     sums = [counts.unflatten(1, (scopes, -1)).sum(2) for counts in (shared.counts, alone.counts)]
     assert torch.equal(*sums)
     forced = config.sink_blocks + config.local_blocks
-    budget = block_budget(config, 500, alone.grid)
+    budget = budget_of(config, (500,)).rows(alone.grid)
     least = (budget * 0.5).int().clamp(min=forced).minimum(alone.grid.block_ids() + 1)
     assert (shared.counts >= least).all()
     rows = alone.grid.block_ids()[:, None]

@@ -67,8 +67,9 @@ def _app() -> "typer.Typer":
     from stem_attn.lab.density.command import density
     from stem_attn.lab.fidelity.command import fidelity
     from stem_attn.lab.prefill.command import prefill
-    from stem_attn.lab.ruler.command import ruler
     from stem_attn.lab.serving.command import serving
+    from stem_attn.lab.tasks.command import ruler, tasks
+    from stem_attn.lab.tasks.report_command import report
     from stem_attn.lab.tune.command import tune
 
     app = typer.Typer(
@@ -98,5 +99,7 @@ def _app() -> "typer.Typer":
     accuracy = typer.Typer(help="Measure accuracy against dense attention.")
     accuracy.command()(fidelity)
     accuracy.command()(ruler)
+    accuracy.command()(tasks)
+    accuracy.command()(report)
     app.add_typer(accuracy, name="eval")
     return app

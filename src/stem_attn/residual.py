@@ -85,7 +85,8 @@ def _prior(
     device = indices.device
     columns = torch.arange(past + 1, device=device)
     own = selection.grid.first_block + torch.arange(start, stop, device=device)
-    prior = torch.where(columns < own[:, None], math.log(selection.block_size), -math.inf).to(dtype)
+    log_size = torch.full((), math.log(selection.block_size), dtype=dtype, device=device)
+    prior = log_size.where(columns < own[:, None], -math.inf)
     prior = prior.repeat(len(indices), 1, 1)
     # What stands past a count, and blocks that are nobody's past in these rows, land in one extra column.
     valid = torch.arange(indices.shape[-1], device=device) < counts

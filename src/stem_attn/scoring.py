@@ -6,10 +6,14 @@ g with key group `stride - 1 - g`, and the score is one dot product of length `s
 q, k and v once and multiplies matrices of `n` rows.
 
 The mass estimate is a softmax over means of short runs of tokens. It is made tile by tile, so that nothing of size
-`(T / stride)^2` exists either.
+`(T / stride)^2` exists either. A tile is some rows of one batch row, and a job for one thread.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +21,43 @@ from torch import Tensor
 
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
+from stem_attn.workers import run_jobs
 
-# Logits of a tile of query blocks, all heads together: 64 MiB.
+# Logits of a tile, all heads together: what a core's cache holds, or a call's launches are worth on other devices.
+_CPU_TILE_LOGITS = 2**20
 _TILE_LOGITS = 2**24
+_LOG2_E = math.log2(math.e)
+
+
+class RowScores(NamedTuple):
+    """Scores of block pairs, made when they are asked for.
+
+    `rows(sample, start, stop)` gives those of rows [start, stop) of a batch row: float32 [Hq, rows, Kb] in natural-log
+    units. Blocks of the future have some score too. `step` is how many rows to ask for at once.
+    """
+
+    rows: Callable[[int, int, int], Tensor]
+    step: int
 
 
 def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> Tensor:
-    """Score every key block for every query block.
+    """Score every key block for every query block: `row_scores` of all rows.
+
+    Returns:
+        float32 [B, Hq, Qb, Kb] in natural-log units. Blocks of the future have scores too: selection ignores them.
+    """
+    grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
+    scores = row_scores(q, k, v, config, scale)
+    out = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float32, device=q.device)
+    for sample in range(q.shape[0]):
+        for start in range(0, grid.q_blocks, scores.step):
+            stop = min(start + scores.step, grid.q_blocks)
+            out[sample, :, start:stop] = scores.rows(sample, start, stop)
+    return out
+
+
+def row_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> RowScores:
+    """Prepare to score every key block for query blocks.
 
     Args:
         q: [B, Hq, Tq, D], the last Tq of Tk tokens.
@@ -32,40 +66,89 @@ def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: flo
         config: Reads `block_size`, `score`, `stride`, `spread_weight`, `value_term` and `value_weight`.
         scale: Factor of the attention logits, usually `1 / sqrt(D)`.
 
-    Returns:
-        float32 [B, Hq, Qb, Kb] in natural-log units. Blocks of the future have scores too (-inf where the estimate is
-        of mass): selection ignores them.
-
     Source: Stem, Eq. 7; the pairing of positions is XAttention's antidiagonal.
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    estimate = _linear if config.score == "linear" else _mass
-    scores = estimate(q, k, grid, config, scale)
-    if config.value_term == "none":
+    batch, kv_heads = k.shape[:2]
+    make_keys, score = (_linear_keys, _linear) if config.score == "linear" else (_mass_keys, _mass)
+    keys: list[Tensor] = [k] * (batch * kv_heads)  # each replaced by what it is prepared to
+    bonus = torch.zeros(batch, kv_heads, grid.k_blocks, dtype=torch.float32, device=k.device)
+
+    def prepare(number: int) -> None:
+        sample, head = divmod(number, kv_heads)
+        keys[number] = make_keys(k[sample, head], config)
+        if config.value_term != "none":
+            term = _log_term if config.value_term == "log" else _zscore_term
+            bonus[sample, head] = term(v[sample, head], config)
+
+    run_jobs(batch * kv_heads, lambda: prepare, k.device)
+    by_sample = [torch.stack(keys[i * kv_heads : (i + 1) * kv_heads]) for i in range(batch)]
+    group = q.shape[1] // kv_heads
+
+    def rows(sample: int, start: int, stop: int) -> Tensor:
+        tokens = slice(grid.q_span(start)[0], grid.q_span(stop - 1)[1])
+        scores = score(q[sample, :, tokens], by_sample[sample], grid, start, stop, config, scale)
+        if config.value_term != "none":
+            by_head = scores.view(kv_heads, group, stop - start, -1)
+            by_head.add_(bonus[sample, :, None, None], alpha=config.value_weight)
         return scores
-    bonus = _log_term(v, config) if config.value_term == "log" else _zscore_term(v, config)
-    per_query_head = bonus.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return scores.add_(per_query_head[:, :, None, :], alpha=config.value_weight)
+
+    if config.score == "linear":
+        logits = q.shape[1] * grid.k_blocks
+    else:
+        runs = config.block_size // config.query_stride * (config.block_size // config.stride)
+        logits = q.shape[1] * grid.k_blocks * runs
+    tile = _CPU_TILE_LOGITS if q.device.type == "cpu" else _TILE_LOGITS
+    return RowScores(rows, max(1, tile // logits))
 
 
-def _linear(q: Tensor, k: Tensor, grid: BlockGrid, config: StemConfig, scale: float) -> Tensor:
-    """Mean of the antidiagonal dot products of every block pair: float32 [B, Hq, Qb, Kb].
+def _linear_keys(k: Tensor, config: StemConfig) -> Tensor:
+    """Add up a head's keys by position modulo the stride: float32 [stride * D, Kb] for k [Tk, D].
+
+    Query group g meets key group `stride - 1 - g`.
+    """
+    groups = _group_sums(k, 0, config.block_size, config.stride, within=False)
+    return groups.mul_(config.stride / config.block_size).flip(1).flatten(1).T
+
+
+def _linear(
+    q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float
+) -> Tensor:
+    """Mean of the antidiagonal dot products of every block pair: float32 [Hq, rows, Kb].
 
     Tokens that a partial block lacks count as zeros, as in the official code.
+
+    Args:
+        q: [Hq, tokens, D], those of rows [start, stop).
+        keys: float32 [Hkv, stride * D, Kb], of `_linear_keys`.
+        grid: The geometry of the rows.
+        start: First row.
+        stop: One past the last row.
+        config: Reads `block_size` and `stride`.
+        scale: Factor of the attention logits.
     """
-    batch, kv_heads = k.shape[:2]
-    share = config.stride / config.block_size
-    size, stride = config.block_size, config.stride
-    q_groups = _group_sums(q, grid.offset % size, size, stride, within=False).mul_(share)
-    # Query group g meets key group stride - 1 - g.
-    k_groups = _group_sums(k, 0, size, stride, within=False).mul_(share).flip(3)
+    groups = _group_sums(q, _lead(grid, start), config.block_size, config.stride, within=False)
+    groups.mul_(config.stride / config.block_size)
     # The query heads of one KV head are rows of one matrix product: K is never repeated.
-    rows = q_groups.reshape(batch, kv_heads, -1, config.stride * q.shape[3])
-    scores = rows @ k_groups.flatten(3).transpose(2, 3)
-    return scores.mul_(scale / config.stride).view(batch, q.shape[1], grid.q_blocks, grid.k_blocks)
+    scores = groups.view(len(keys), -1, keys.shape[1]) @ keys
+    return scores.mul_(scale / config.stride).view(len(q), stop - start, grid.k_blocks)
 
 
-def _mass(q: Tensor, k: Tensor, grid: BlockGrid, config: StemConfig, scale: float) -> Tensor:
+def _mass_keys(k: Tensor, config: StemConfig) -> Tensor:
+    """Average a head's keys over runs of `stride`, their spread behind them: float32 [depth, Kb * runs] for k [Tk, D].
+
+    What a run that the sequence does not fill up is weighted with is `_run_sizes`'.
+    """
+    size, stride = config.block_size, config.stride
+    counts = _run_sizes(0, len(k), size, stride, k.device).clamp_(min=1)[..., None]
+    means = _group_sums(k, 0, size, stride, within=True).div_(counts)
+    if config.spread_weight:
+        squares = _group_sums(k, 0, size, stride, within=True, square=True).div_(counts)
+        means = torch.cat([means, _pair_sums(squares.sub_(means.square()).clamp_(min=0))], -1)
+    return means.flatten(0, 1).T
+
+
+def _mass(q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float) -> Tensor:
     """Log of the largest share of attention that a key block takes from a group of a query block.
 
     Runs of `stride` keys and of `query_stride` queries stand for their mean; a run cut short by an end of the sequence
@@ -74,43 +157,52 @@ def _mass(q: Tensor, k: Tensor, grid: BlockGrid, config: StemConfig, scale: floa
     Dimensions j and j + D/2 count together, for rotary embeddings turn them as a pair. With stride 8 the estimate costs
     1/171 of dense attention, 1/256 without the spread.
 
+    A share that is no number, of NaN or of an overflow, counts as none: only the blocks and groups that it comes from
+    lose by it.
+
+    Args:
+        q: [Hq, tokens, D], those of rows [start, stop).
+        keys: float32 [Hkv, depth, Kb * runs], of `_mass_keys`.
+        grid: The geometry of the rows.
+        start: First row.
+        stop: One past the last row.
+        config: Reads `block_size`, `stride` and `spread_weight`.
+        scale: Factor of the attention logits.
+
     Returns:
-        float32 [B, Hq, Qb, Kb]; -inf for blocks of the future.
+        float32 [Hq, rows, Kb]; -inf for blocks of the future.
     """
-    batch, heads, _, _ = q.shape
-    kv_heads, size, stride = k.shape[1], config.block_size, config.stride
+    kv_heads, depth, _ = keys.shape
+    size, stride, rows = config.block_size, config.stride, stop - start
     q_runs, k_runs = size // config.query_stride, size // stride  # of a block
-    lead = grid.offset - grid.first_block * size
-    q_sizes = _group_sizes(lead, grid.q_len, size, config.query_stride).to(q.device)
-    k_sizes = _group_sizes(0, grid.k_len, size, stride).to(k.device)
+    lead = _lead(grid, start)
+    q_sizes = _run_sizes(lead, q.shape[1], size, config.query_stride, q.device)
     queries = _group_sums(q, lead, size, config.query_stride, within=True).div_(q_sizes.clamp(min=1)[..., None])
-    keys = _group_sums(k, 0, size, stride, within=True).div_(k_sizes.clamp(min=1)[..., None])
     if config.spread_weight:
-        squares = _group_sums(k, 0, size, stride, within=True, square=True).div_(k_sizes.clamp(min=1)[..., None])
-        spread = (squares - keys.square()).clamp_(min=0)
-        keys = torch.cat([keys, _pair_sums(spread)], -1)
         weight = config.spread_weight * scale / 4  # halves: of the variance, and of a pair of squares
         queries = torch.cat([queries, _pair_sums(queries.square()).mul_(weight)], -1)
-    depth = keys.shape[-1]
-    queries = queries.view(batch, kv_heads, heads // kv_heads, grid.q_blocks, q_runs * depth)
-    keys = keys.view(batch, kv_heads, -1, depth).transpose(2, 3)
-    log_sizes = k_sizes.log().flatten()  # -inf for a group without tokens: nothing falls to it
-    absent = q_sizes == 0
-    causal = torch.arange(grid.k_blocks, device=q.device) <= grid.block_ids(q.device)[:, None]
-    scores = torch.full((batch, heads, grid.q_blocks, grid.k_blocks), -torch.inf, device=q.device)
-    step = max(1, _TILE_LOGITS // (batch * heads * q_runs * k_runs * grid.k_blocks))
-    for start in range(0, grid.q_blocks, step):
-        stop = min(start + step, grid.q_blocks)
-        seen = grid.first_block + stop  # key blocks that any of these rows sees
-        rows = queries[:, :, :, start:stop].reshape(batch, kv_heads, -1, depth)
-        logits = rows @ keys[..., : seen * k_runs]
-        logits.mul_(scale).add_(log_sizes[: seen * k_runs])
-        taken = logits.view(batch, heads, stop - start, q_runs, seen, k_runs).logsumexp(-1)
-        taken.masked_fill_(~causal[start:stop, None, :seen], -torch.inf)
-        taken -= taken.logsumexp(-1, keepdim=True)
-        taken.masked_fill_(absent[start:stop, :, None], -torch.inf)
-        scores[:, :, start:stop, :seen] = taken.amax(3)
+    seen = grid.first_block + stop  # key blocks that any of these rows sees
+    logits = queries.view(kv_heads, -1, depth) @ keys[..., : seen * k_runs]
+    # In powers of two, which are cheaper than those of e. A run without tokens gets -inf: nothing falls to it.
+    k_sizes = _run_sizes(0, grid.k_len, size, stride, q.device).flatten()[: seen * k_runs]
+    logits.mul_(scale * _LOG2_E).add_(k_sizes.log2_())
+    logits = logits.view(len(q), rows, q_runs, seen, k_runs)
+    peak = logits.amax(-1, keepdim=True)
+    taken = logits.sub_(peak).exp2_().sum(-1).log2_().add_(peak[..., 0]).div_(_LOG2_E)
+    taken.nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+    own = torch.arange(grid.first_block + start, seen, dtype=torch.int64, device=q.device)
+    future = torch.arange(seen, dtype=torch.int64, device=q.device) > own[:, None, None]
+    taken.masked_fill_(future, -torch.inf)
+    taken -= taken.logsumexp(-1, keepdim=True)
+    taken.masked_fill_((q_sizes == 0)[..., None], -torch.inf)
+    scores = torch.full((len(q), rows, grid.k_blocks), -torch.inf, dtype=torch.float32, device=q.device)
+    scores[..., :seen] = taken.nan_to_num_(-torch.inf, -torch.inf, -torch.inf).amax(2)
     return scores
+
+
+def _lead(grid: BlockGrid, row: int) -> int:
+    """Return how many tokens of a row's block precede the row's first query."""
+    return (grid.q_span(row)[0] + grid.offset) % grid.block_size
 
 
 def _pair_sums(x: Tensor) -> Tensor:
@@ -124,7 +216,7 @@ def _group_sums(x: Tensor, lead: int, size: int, stride: int, *, within: bool, s
     """Add up the tokens of each block by group; tokens that a partial block lacks count as zeros.
 
     Args:
-        x: [B, H, T, D].
+        x: [..., T, D].
         lead: Tokens of the first block that precede x.
         size: Tokens of a block.
         stride: Tokens.
@@ -132,63 +224,65 @@ def _group_sums(x: Tensor, lead: int, size: int, stride: int, *, within: bool, s
         square: Whether to add up squares.
 
     Returns:
-        float32 [B, H, blocks, groups, D]; `size / stride` groups within, or `stride` across.
+        float32 [..., blocks, groups, D]; `size / stride` groups within, or `stride` across.
     """
-    batch, heads, length, dim = x.shape
+    *outer, length, dim = x.shape
     groups = size // stride if within else stride
-    sums = torch.empty(batch, heads, -(-(lead + length) // size), groups, dim, device=x.device)
+    blocks = -(-(lead + length) // size)
+    sums = torch.empty(*outer, blocks, groups, dim, dtype=torch.float32, device=x.device)
 
     def write(first: int, tokens: Tensor) -> None:
         tokens = tokens.float().square() if square else tokens
-        parts = torch.unflatten(tokens, 2, (-1, size // stride, stride)).sum(4 if within else 3, dtype=torch.float32)
-        sums[:, :, first : first + parts.shape[2]] = parts
+        parts = torch.unflatten(tokens, -2, (-1, size // stride, stride))
+        place = sums[..., first : first + parts.shape[-4], :, :]
+        torch.sum(parts, -2 if within else -3, dtype=torch.float32, out=place)
 
     # Partial blocks are padded on their own, so that x is never copied whole.
     head = min(-lead % size, length)
     if head:
-        write(0, F.pad(x[:, :, :head], (0, 0, lead, size - lead - head)))
+        write(0, F.pad(x[..., :head, :], (0, 0, lead, size - lead - head)))
     whole = (length - head) // size * size
     first = 1 if lead else 0
     if whole:
-        write(first, x[:, :, head : head + whole])
+        write(first, x[..., head : head + whole, :])
     tail = length - head - whole
     if tail:
-        write(first + whole // size, F.pad(x[:, :, head + whole :], (0, 0, 0, size - tail)))
+        write(first + whole // size, F.pad(x[..., head + whole :, :], (0, 0, 0, size - tail)))
     return sums
 
 
-def _group_sizes(lead: int, length: int, size: int, stride: int) -> Tensor:
-    """Count the tokens of every group of `stride` in a row: float32 [blocks, size / stride]."""
+def _run_sizes(lead: int, length: int, size: int, stride: int, device: torch.device) -> Tensor:
+    """Count the tokens of every run of `stride`: float32 [blocks, size / stride]."""
     blocks = -(-(lead + length) // size)
-    present = torch.zeros(blocks * size)
-    present[lead : lead + length] = 1
-    return present.view(blocks, -1, stride).sum(-1)
+    starts = torch.arange(0, blocks * size, stride, dtype=torch.float32, device=device)
+    present = (lead + length - starts).clamp_(max=stride) - (lead - starts).clamp_(min=0)
+    return present.clamp_(min=0).view(blocks, -1)
 
 
 def _log_term(v: Tensor, config: StemConfig) -> Tensor:
-    """Largest `max(0, log |v|)` of each key block: float32 [B, Hkv, Kb]."""
+    """Largest `max(0, log |v|)` of each key block: float32 [Kb] for v [Tk, Dv]."""
     norms = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
-    padded = F.pad(norms, (0, -norms.shape[-1] % config.block_size))
+    padded = F.pad(norms, (0, -len(norms) % config.block_size))
     largest: Tensor = torch.unflatten(padded, -1, (-1, config.block_size)).amax(-1)
     logs: Tensor = largest.clamp_(min=1).log_()
     return logs
 
 
 def _zscore_term(v: Tensor, config: StemConfig) -> Tensor:
-    """Block means of the rectified z-score of log magnitude over the sequence: float32 [B, Hkv, Kb].
+    """Block means of the rectified z-score of log magnitude over the sequence: float32 [Kb] for v [Tk, Dv].
 
     Only whole groups of `stride` tokens count; the rest of the last block counts as zeros.
     """
     norms = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
-    groups = norms.shape[-1] // config.stride
+    groups = len(norms) // config.stride
+    blocks = -(-len(norms) // config.block_size)
     if groups < 2:  # no deviation to speak of
-        return torch.zeros(*norms.shape[:2], -(-norms.shape[-1] // config.block_size), device=v.device)
-    whole = norms[..., : groups * config.stride]
+        return torch.zeros(blocks, dtype=torch.float32, device=v.device)
+    whole = norms[: groups * config.stride]
     logs = (torch.unflatten(whole, -1, (groups, config.stride)).amax(-1) + 1e-6).log_()
     std, mean = torch.std_mean(logs, dim=-1, keepdim=True)
     z: Tensor = ((logs - mean) / (std + 1e-6)).clamp_(min=0)
     per_block = config.block_size // config.stride
-    blocks = -(-norms.shape[-1] // config.block_size)
     padded = F.pad(z, (0, blocks * per_block - groups))
     block_means: Tensor = torch.unflatten(padded, -1, (blocks, per_block)).mean(-1)
     return block_means

@@ -43,6 +43,11 @@ COMMANDS = {
         ["eval", "ruler", *MODEL, "--tasks", "fwe", "--lengths", "1536", "--samples", "1", "--methods", "dense"],
         "--json",
     ),
+    "tasks": (
+        ["eval", "tasks", *MODEL, "--tasks", "key_values", "--lengths", "1536", "--samples", "1",
+         "--methods", "a_shape"],
+        "--json",
+    ),
 }  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from stem_attn.call import Call
 from stem_attn.config import StemConfig
 from stem_attn.layout import Part
 from stem_attn.residual import add_means
-from stem_attn.scoring import block_scores
-from stem_attn.selection import select_top_blocks
+from stem_attn.scoring import row_scores
+from stem_attn.selection import select_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,10 @@ class Backend(ABC):
             budget: How many blocks the rows of the part's prompts may keep.
         """
         k, v = part.gather()
-        grid = call.grid(part)
-        scores = block_scores(part.q, k, v, config, call.scale)
-        return select_top_blocks(scores, budget.rows(grid), grid, config, k.shape[1])
+        grid, (batch, heads) = call.grid(part), part.q.shape[:2]
+        scores = row_scores(part.q, k, v, config, call.scale)
+        rows = budget.rows(grid)
+        return select_rows(scores.rows, scores.step, rows, grid, config, batch, heads, k.shape[1], part.q.device)
 
     @abstractmethod
     def attend(self, call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:

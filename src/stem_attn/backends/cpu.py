@@ -1,33 +1,33 @@
 """Block-sparse attention in plain torch: made for CPUs, runs on any device.
 
-A task is one query block of one head. Tasks are sorted by how many key blocks they keep, and a batch of tasks of
-equal counts is attended to at once, over gathered keys and values. So it makes no difference whether heads and batch
-rows keep equally many blocks.
+A task is one query block of one head. A job is a batch of tasks of one batch row that keep equally many key blocks:
+their keys and values are gathered and attended to with batched matmuls. Threads take the jobs one by one, the largest
+first, so it makes no difference whether heads and batch rows keep equally many blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.backends.base import BlockedBackend, Geometry
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
+from stem_attn.workers import run_jobs
 
-# Logits of a batch of tasks per thread: more of them leave the cache, fewer make more calls.
-_THREAD_LOGITS = 2**19
+# Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls.
+_JOB_LOGITS = 2**19
+_LOG2_E = math.log2(math.e)
 
 
 class CpuBackend(BlockedBackend):
-    """Gather the kept blocks of a batch of query blocks, and attend with batched matmuls.
-
-    Half precisions are computed in float32: a bfloat16 matmul is many times slower on a CPU without instructions for
-    it, and would round the logits. Where there are such instructions, bfloat16 goes through SDPA, which uses them.
-    """
+    """Gather the kept blocks of a batch of query blocks, and attend with batched matmuls."""
 
     name = "cpu"
     automatic_on = ("*",)
@@ -50,6 +50,27 @@ class CpuBackend(BlockedBackend):
         attend_blocks(q, k, v, selection, scale=call.scale, window=call.window, out=out, lse=lse)
 
 
+class _Job(NamedTuple):
+    """Tasks of one batch row with equally many kept blocks, and with the same place of the queries in their block."""
+
+    sample: int
+    tasks: slice  # of the plan's tensors
+    width: int  # blocks that each task keeps
+    span: tuple[int, int]  # query tokens of the rows that the tasks' rows are counted in
+    place: int  # of the first query of a row in its block
+    first_block: int  # of the plan's
+
+
+class _Jobs(NamedTuple):
+    """The jobs, the largest first, and their tasks: those of a job follow one another."""
+
+    jobs: list[_Job]
+    heads: list[int]  # of every task
+    rows: list[int]  # counted from the first row of the job's span
+    blocks: Tensor  # int32 [kept]; the tasks' kept blocks, counted through all KV heads
+    diagonals: Tensor  # int32 [tasks]; the tasks' own blocks, likewise
+
+
 def attend_blocks(
     q: Tensor,
     k: Tensor,
@@ -63,124 +84,190 @@ def attend_blocks(
 ) -> None:
     """Attend over the kept blocks.
 
+    Half precisions are computed in float32; where the CPU multiplies bfloat16 natively, the softmax's weights are
+    rounded to bfloat16 for their product with the values, as SDPA does.
+
     Args:
-        q: [B, Hq, Tq, D], the last Tq of Tk tokens.
+        q: [B, Hq, Tq, D], the last Tq of Tk tokens; any strides.
         k: [B, Hkv, Tk, D].
         v: [B, Hkv, Tk, Dv].
         selection: The kept blocks.
         scale: Factor of the logits.
-        window: Tokens of a causal sliding window to apply inside the kept blocks, or None.
-        out: [B, Hq, Tq, Dv] in q's dtype; written.
+        window: Tokens of a causal sliding window, or None.
+        out: [B, Hq, Tq, Dv] in q's dtype, any strides; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
-    grid, size = selection.grid, selection.block_size
-    heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
-    fused = q.dtype == torch.bfloat16 and lse is None and _has_native_bfloat16(q.device)
-    compute = q.dtype if fused or q.dtype == torch.float64 else torch.float32
+    size = selection.block_size
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    weigh = torch.bfloat16 if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) else compute
+    device = q.device
+    keys = _to_blocks(k, size, compute)
+    values = _to_blocks(v, size, weigh)
+    plan = _plan(selection, k.shape[1])
+    shapes = [(job.tasks.stop - job.tasks.start, _rows(job, size), job.width) for job in plan.jobs]
+    most_rows = max(n * rows for n, rows, _ in shapes)
+    most_blocks = max(n * width for n, _, width in shapes)
+    most_logits = max(n * rows * width for n, rows, width in shapes) * size
+    future = torch.full((size, size), -math.inf, dtype=compute, device=device).triu_(1)
 
-    # N tasks: below, [N, ...] is in their order.
-    counts, order = selection.counts.flatten().sort(descending=True, stable=True)
-    row = order % grid.q_blocks
-    head = order // grid.q_blocks % heads
-    sample = order // (grid.q_blocks * heads)
-    first = (sample * kv_heads + head // (heads // kv_heads)) * grid.k_blocks  # block 0 of the task's KV head
-    diagonal = first + row + grid.first_block
-    blocks = selection.indices.flatten(0, 2)[order].add_(first.int()[:, None])  # [N, S]
+    def start() -> Callable[[int], None]:
+        query_room = torch.empty(most_rows, q.shape[3], dtype=compute, device=device)
+        key_room = torch.empty(most_blocks, keys.shape[1], dtype=compute, device=device)
+        value_room = torch.empty(most_blocks, values.shape[1], dtype=weigh, device=device)
+        logit_room = torch.empty(most_logits, dtype=compute, device=device)
+        weight_room = logit_room if weigh == compute else torch.empty(most_logits, dtype=weigh, device=device)
+        result_room = torch.empty(most_rows, v.shape[3], dtype=weigh, device=device)
 
-    # Whole query blocks: a partial first block is padded in front, a partial last one behind.
-    before = grid.offset - grid.first_block * size
-    after = grid.q_blocks * size - before - q_len
-    padded = F.pad(q, (0, 0, before, after)) if before + after else q
-    queries = torch.unflatten(padded, 2, (grid.q_blocks, size))[sample, head, row].to(compute)  # [N, size, D]
-    keys = _to_blocks(k, grid.k_blocks, size, compute)
-    values = _to_blocks(v, grid.k_blocks, size, compute)
-    result = queries.new_empty(len(order), size, v.shape[3])
-    task_lse = None if lse is None else queries.new_empty(len(order), size)
+        @cache
+        def views(n: int, rows: int, width: int) -> tuple[Tensor, ...]:
+            shape = (n, rows, width * size)
+            key_rows, value_rows = key_room[: n * width], value_room[: n * width]
+            logits, weights = (room[: math.prod(shape)].view(shape) for room in (logit_room, weight_room))
+            return (
+                key_rows,
+                value_rows,
+                key_rows.view(n, width * size, -1).mT,
+                value_rows.view(n, width * size, -1),
+                logits,
+                logits[:, :, -size:],  # the last block that a task keeps is its diagonal one
+                weights,
+                query_room[: n * rows].view(n, rows, -1),
+                result_room[: n * rows].view(n, rows, -1),
+            )
 
-    batches = _batches(counts.tolist(), size)
-    room = max((stop - start) * width for start, stop, width in batches)  # blocks
-    key_buffer = keys.new_empty(room, keys.shape[1])
-    value_buffer = values.new_empty(room, values.shape[1])
-    logit_buffer = keys.new_empty(room * size * size)
-    future = keys.new_full((size, size), -math.inf).triu_(1)
-    for start, stop, width in batches:
-        tasks = slice(start, stop)
-        kept = blocks[tasks, :width]
-        chosen, used = kept.flatten(), kept.numel()
-        torch.index_select(keys, 0, chosen, out=key_buffer[:used])
-        torch.index_select(values, 0, chosen, out=value_buffer[:used])
-        batch_keys = key_buffer[:used].view(stop - start, width * size, -1)
-        batch_values = value_buffer[:used].view(stop - start, width * size, -1)
-        rows = 1 if fused and window is None else stop - start  # without logits, tasks have one mask in common
-        logits = logit_buffer[: rows * width * size * size].view(rows, size, width * size)
-        if fused:
-            logits.zero_()  # only the mask: SDPA adds its own logits
-        else:
-            logits.baddbmm_(queries[tasks], batch_keys.mT, beta=0, alpha=scale)
-        logits[:, :, -size:] += future  # the last block that a task keeps is its diagonal one
-        if window is not None:
-            _hide_left_of_window(logits, diagonal[tasks, None] - kept, window)
-        if task_lse is not None:
-            torch.logsumexp(logits, -1, out=task_lse[tasks])
-        if fused:
-            result[tasks] = F.scaled_dot_product_attention(
-                queries[None, tasks], batch_keys[None], batch_values[None], attn_mask=logits[None], scale=scale
-            )[0]
-        else:
-            torch.bmm(torch.softmax(logits, -1, out=logits), batch_values, out=result[tasks])
+        @cache
+        def by_row(sample: int, span: tuple[int, int], rows: int) -> list[Tensor]:
+            """View the span of q, out and lse as [Hq, rows of blocks, tokens of a row, ...]."""
+            whole = (x[sample, :, span[0] : span[1]] for x in (q, out, out if lse is None else lse))
+            return [torch.unflatten(x, 1, (-1, rows)) for x in whole]
 
-    by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, v.shape[3])
-    by_row[sample, head, row] = result.to(q.dtype)
-    out.copy_(by_row.flatten(2, 3)[:, :, before : before + q_len])
-    if lse is not None and task_lse is not None:
-        lse_by_row = q.new_empty(*padded.shape[:2], grid.q_blocks, size, dtype=torch.float32)
-        lse_by_row[sample, head, row] = task_lse.float()
-        lse.copy_(lse_by_row.flatten(2)[:, :, before : before + q_len])
+        def run(number: int) -> None:
+            job = plan.jobs[number]
+            n, rows, width = shapes[number]
+            key_rows, value_rows, job_keys, job_values, logits, last, weights, queries, result = views(n, rows, width)
+            chosen = plan.blocks[job.first_block : job.first_block + n * width]
+            torch.index_select(keys, 0, chosen, out=key_rows)
+            torch.index_select(values, 0, chosen, out=value_rows)
+            places = list(zip(plan.heads[job.tasks], plan.rows[job.tasks], strict=True))
+            q_rows, out_rows, lse_rows = by_row(job.sample, job.span, rows)
+            for part, place in zip(queries.unbind(), places, strict=True):
+                part.copy_(q_rows[place])
+            # In powers of two, which are cheaper than those of e.
+            torch.baddbmm(logits, queries, job_keys, beta=0, alpha=scale * _LOG2_E, out=logits)
+            # First to zero, for NaN would outlive a sum; the two together take a sixth of masked_fill_'s time.
+            last.tril_(job.place).add_(future[job.place : job.place + rows])
+            if window is not None:
+                ages = plan.diagonals[job.tasks, None] - chosen.view(n, width)
+                _hide_left_of_window(logits, ages, job.place, size, window)
+            peak = logits.amax(-1, keepdim=True)
+            total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
+            if weigh == compute:
+                torch.bmm(logits, job_values, out=result)
+                result.div_(total)
+            else:
+                torch.mul(logits, total.reciprocal(), out=weights)
+                torch.bmm(weights, job_values, out=result)
+            for part, place in zip(result.unbind(), places, strict=True):
+                out_rows[place].copy_(part)
+            if lse is not None:
+                sums = total.log2_().add_(peak).div_(_LOG2_E)[..., 0]
+                for part, place in zip(sums.unbind(), places, strict=True):
+                    lse_rows[place].copy_(part)
+
+        return run
+
+    run_jobs(len(plan.jobs), start, device)
 
 
-def _has_native_bfloat16(device: torch.device) -> bool:
+def _rows(job: _Job, size: int) -> int:
+    """Return the queries of each of a job's tasks: a block, or all of a span that is shorter."""
+    return min(job.span[1] - job.span[0], size)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _batches(counts: list[int], size: int) -> list[tuple[int, int, int]]:
-    """Cut tasks, sorted by falling counts, into batches (start, stop, count) of equal counts."""
-    batches = []
-    start = 0
-    while start < len(counts):
-        width = counts[start]
-        limit = max(1, _THREAD_LOGITS // (width * size * size)) * torch.get_num_threads()
-        stop = start + 1
-        while stop < min(start + limit, len(counts)) and counts[stop] == width:
-            stop += 1
-        batches.append((start, stop, width))
-        start = stop
-    return batches
+def _plan(selection: BlockSelection, kv_heads: int) -> _Jobs:
+    """Cut the tasks into jobs.
+
+    What the jobs of a batch row are depends on that row alone, and so its numbers do, to the last bit.
+    """
+    grid, size = selection.grid, selection.block_size
+    batch, heads, q_blocks = selection.counts.shape
+    device = selection.counts.device
+    # Whole rows are kind 0; a partial first or last row is alone in its kind.
+    first = 1 if grid.offset % size or grid.q_len < size else 0
+    last = q_blocks - 1 if grid.k_len % size and q_blocks > first else q_blocks
+    spans = [
+        (grid.q_span(start)[0], grid.q_span(stop - 1)[1]) if start < stop else (0, 0)
+        for start, stop in ((first, last), (0, first), (last, q_blocks))
+    ]
+    starts = torch.tensor([first, 0, last], dtype=torch.int64, device=device)
+    kinds = torch.zeros(q_blocks, dtype=torch.int32, device=device)
+    kinds[:first] = 1
+    kinds[last:] = 2
+
+    sorted_keys, order = (selection.counts * 3 + kinds).flatten(1).sort(dim=1, descending=True, stable=True)
+    jobs = []
+    stop = stop_block = 0
+    for sample, keys in enumerate(sorted_keys):
+        for key, length in zip(*(x.tolist() for x in keys.unique_consecutive(return_counts=True)), strict=True):
+            width, kind = divmod(key, 3)
+            rows = min(spans[kind][1] - spans[kind][0], size)
+            place = (spans[kind][0] + grid.offset) % size
+            step = max(1, _JOB_LOGITS // (rows * width * size))
+            end = stop + length
+            while stop < end:
+                start, stop = stop, min(stop + step, end)
+                jobs.append(_Job(sample, slice(start, stop), width, spans[kind], place, stop_block))
+                stop_block += (stop - start) * width
+    jobs.sort(key=lambda job: (job.tasks.stop - job.tasks.start) * job.width, reverse=True)
+
+    samples = torch.arange(batch, dtype=torch.int64, device=device)[:, None]
+    heads_of_all, rows_of_all = order // q_blocks, order % q_blocks
+    first_blocks = (samples * kv_heads + heads_of_all // (heads // kv_heads)) * grid.k_blocks
+    blocks = selection.indices.flatten(1, 2)[samples, order].add_(first_blocks[..., None].int())
+    slots = torch.arange(blocks.shape[-1], dtype=torch.int32, device=device)
+    blocks = blocks[slots < sorted_keys[..., None] // 3]
+    diagonals = (first_blocks + rows_of_all + grid.first_block).int()
+    task_rows = rows_of_all - starts[kinds.long()[rows_of_all]]
+    return _Jobs(jobs, heads_of_all.flatten().tolist(), task_rows.flatten().tolist(), blocks, diagonals.flatten())
 
 
-def _hide_left_of_window(logits: Tensor, ages: Tensor, window: int) -> None:
+def _hide_left_of_window(logits: Tensor, ages: Tensor, place: int, size: int, window: int) -> None:
     """Set the logits of keys that have left the window to -inf.
 
     Args:
-        logits: [tasks, size, width * size], changed in place.
+        logits: [tasks, rows, width * size], changed in place.
         ages: int [tasks, width], falling; blocks from a kept block to the task's query block.
+        place: Of the first row in its block.
+        size: Tokens a block.
         window: Tokens of the sliding window.
     """
-    size = logits.shape[1]
     # The oldest blocks come first; the last query of a block does not see the first key of those beyond the edge.
     slots = int(((ages + 1) * size > window).sum(-1).max())
-    token = torch.arange(size, device=logits.device)
-    distance = ages[:, None, :slots, None] * size + token[:, None, None] - token
+    key = torch.arange(size, dtype=torch.int32, device=logits.device)
+    query = torch.arange(place, place + logits.shape[1], dtype=torch.int32, device=logits.device)
+    distance = ages[:, None, :slots, None] * size + query[:, None, None] - key
     by_slot = torch.unflatten(logits, 2, (-1, size))
     by_slot[:, :, :slots].masked_fill_(distance >= window, -math.inf)
 
 
-def _to_blocks(x: Tensor, blocks: int, size: int, dtype: torch.dtype) -> Tensor:
+def _to_blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Lay out keys or values as [B * Hkv * Kb, size * D], a partial last block padded with zeros."""
     batch, heads, length, dim = x.shape
-    if x.dtype != dtype or not x.is_contiguous() or length != blocks * size:
-        whole = x.new_zeros((batch, heads, blocks * size, dim), dtype=dtype)
-        whole[:, :, :length] = x
-        x = whole
-    return x.view(-1, size * dim)
+    whole = -(-length // size) * size
+    if x.dtype == dtype and x.is_contiguous() and length == whole:
+        return x.view(-1, size * dim)
+    laid = torch.empty(batch, heads, whole, dim, dtype=dtype, device=x.device)
+
+    def run(number: int) -> None:
+        sample, head = divmod(number, heads)
+        laid[sample, head, :length] = x[sample, head]
+        laid[sample, head, length:] = 0
+
+    run_jobs(batch * heads, lambda: run, x.device)
+    return laid.view(-1, size * dim)

@@ -7,17 +7,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stem_attn import methods
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab.configs import fields_from_file, read_changes
 from stem_attn.lab.errors import InputError
+from stem_attn.lab.tail import WithTail, tail_fields
 from stem_attn.methods import Method, Stem
+from stem_attn.methods.base import Rival
 from stem_attn.policy import PrefillPolicy, make_settings
 
 _STEM = "stem-"
 _CONFIG = "config:"
+_TAIL = "+tail"
 # A comma inside a JSON value is not followed by `name=`.
 _BETWEEN_FIELDS = re.compile(r",(?=\s*\w+\s*=)")
 
@@ -32,12 +35,14 @@ class NamedMethod:
         fields: What differs from the preset or from the published defaults.
         rows: Of the prompt's query rows, which ones the method decides about, as shares from 0 to 1; the others keep
             everything.
+        tail: Whether the prompt's last rows keep what those of the default config keep.
     """
 
     name: str
     base: str
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
     rows: tuple[float, float] = (0.0, 1.0)
+    tail: bool = False
 
     def build(self, block_size: int) -> Method:
         """Return the method with its published settings, those replaced that `fields` names.
@@ -48,12 +53,16 @@ class NamedMethod:
         fields = {"block_size": block_size, **self.fields}
         try:
             if self.base.startswith(_STEM):
+                if self.tail:
+                    fields = {**tail_fields(), **fields}
                 return Stem(make_settings(fields, self.base.removeprefix(_STEM))[0])
             if self.base == "uniform":
                 # Everything but the schedule is the official method's, so that the schedule alone is compared.
-                official = StemConfig.preset("official", block_size=fields.pop("block_size"))
-                return methods.make("uniform", config=official, **fields)
-            return methods.make(self.base, **fields)
+                fields = {"config": StemConfig.preset("official", block_size=fields.pop("block_size")), **fields}
+            method = methods.make(self.base, **fields)
+            if not self.tail:
+                return method
+            return WithTail(method=cast(Rival, method), config=StemConfig(block_size=method.block_size))
         except (ValueError, TypeError) as error:
             raise InputError(f"method {self.name}: {error}") from error
 
@@ -105,7 +114,8 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[NamedMethod]
     """Read `--methods NAME,NAME,...` and `--variant NAME=BASE,FIELD=VALUE,...`.
 
     Args:
-        names: Known methods or names of variants, separated by commas. Variants need not be named again.
+        names: Known methods, with `+tail` or without, or names of variants, separated by commas. Variants need not be
+            named again.
         variants: Each gives a name to a known method with changed fields; a value is JSON, or else a plain string.
             `config:FILE` stands for Stem with the fields of a config file.
 
@@ -122,7 +132,7 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[NamedMethod]
             raise InputError(f"--variant {text!r}: the name {named.name} is taken")
         defined[named.name] = named
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    found = [defined[name] if name in defined else NamedMethod(name, _known(name)) for name in chosen]
+    found = [defined[name] if name in defined else _named(name, name) for name in chosen]
     return list({named.name: named for named in (*found, *defined.values())}.values())
 
 
@@ -134,10 +144,15 @@ def _variant(text: str) -> NamedMethod:
     base, fields = base.strip(), {}
     if base.startswith(_CONFIG):
         base, fields = f"{_STEM}default", fields_from_file(Path(base.removeprefix(_CONFIG)))
-    return NamedMethod(name.strip(), _known(base), {**fields, **read_changes(pairs)})
+    return dataclasses.replace(_named(name.strip(), base), fields={**fields, **read_changes(pairs)})
 
 
-def _known(name: str) -> str:
-    if name not in known_methods():
-        raise InputError(f"unknown method {name!r}; known: {', '.join(known_methods())}")
-    return name
+def _named(name: str, method: str) -> NamedMethod:
+    base, tail = method.removesuffix(_TAIL), method.endswith(_TAIL)
+    if base not in known_methods():
+        raise InputError(
+            f"unknown method {method!r}; known: {', '.join(known_methods())}, each but dense also with {_TAIL}"
+        )
+    if tail and base == "dense":
+        raise InputError(f"method {name}: dense attention keeps everything, its tail too; leave {_TAIL} out")
+    return NamedMethod(name, base, tail=tail)

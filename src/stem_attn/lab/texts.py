@@ -99,7 +99,7 @@ def _standard_library() -> tuple[str, str]:
     return text, f"the source of Python {platform.python_version()}'s standard library ({len(files)} modules)"
 
 
-def _torch_pages() -> tuple[str, str]:
+def torch_pages() -> tuple[str, str]:
     """Return the longer docstrings of PyTorch's public functions and classes, in the order of their names."""
     pages = {}
     for module in (torch, torch.nn, torch.nn.functional, torch.optim, torch.distributions):
@@ -113,5 +113,5 @@ def _torch_pages() -> tuple[str, str]:
     return text, f"the reference pages of PyTorch {torch.__version__} ({len(pages)} docstrings)"
 
 
-DOCUMENTS: tuple[Callable[[], tuple[str, str]], ...] = (public_text, _standard_library, _torch_pages)
+DOCUMENTS: tuple[Callable[[], tuple[str, str]], ...] = (public_text, _standard_library, torch_pages)
 """Each returns a text and its name."""

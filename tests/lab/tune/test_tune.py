@@ -13,7 +13,7 @@ from stem_attn.integrations.vllm import settings
 from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.named_methods import parse_methods
-from stem_attn.lab.ruler.sparse import running
+from stem_attn.lab.tasks.sparse import running
 from stem_attn.lab.tune.levels import levels
 from stem_attn.lab.tune.run import check, parse_target, tune, with_layer_budgets
 from stem_attn.policy import PrefillPolicy, make_settings, read_settings

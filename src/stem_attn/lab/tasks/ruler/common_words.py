@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterator
 
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.ruler.samples import Request, Sample, draw_fitting, largest_size
-from stem_attn.lab.ruler.templates import COMMON_WORDS
-from stem_attn.lab.ruler.words import adjectives, nouns, verbs
+from stem_attn.lab.tasks.ruler.templates import COMMON_WORDS
+from stem_attn.lab.tasks.ruler.words import adjectives, nouns, verbs
+from stem_attn.lab.tasks.samples import Request, Sample, draw_fitting, largest_size
 
 _COMMON = 10
 _STEP = 10

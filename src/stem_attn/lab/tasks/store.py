@@ -17,20 +17,22 @@ class Store:
     Args:
         file: JSON lines, one record each; read at once, appended to by `add`. None keeps records in memory only.
 
+    Attributes:
+        records: By the text of their key, in the order of the file.
+
     Raises:
         InputError: The file cannot be read, or holds something else.
     """
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         if file is not None:
-            for record in _read(file):
-                self._records[_text(record["key"])] = record
+            self.records = {_text(record["key"]): record for record in _read(file)}
 
     def get(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the record of a key, if there is one."""
-        return self._records.get(_text(key))
+        return self.records.get(_text(key))
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Keep records; each has its `key`.
@@ -39,7 +41,7 @@ class Store:
             InputError: The file cannot be written. The records are printed, as the lines that would stand there.
         """
         new = {_text(record["key"]): record for record in records}
-        self._records |= new
+        self.records |= new
         if self._file is not None:
             text = "".join(json.dumps(record) + "\n" for record in new.values())
             try:

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from stem_attn.lab.ruler.samples import Request, Sample, draw_fitting, largest_size
-from stem_attn.lab.ruler.templates import NOISE, VARIABLE_TRACKING
+from stem_attn.lab.tasks.ruler.templates import NOISE, VARIABLE_TRACKING
+from stem_attn.lab.tasks.samples import Request, Sample, draw_fitting, largest_size
 
 _VARIABLES = 5
 _EXAMPLE_TOKENS = 500

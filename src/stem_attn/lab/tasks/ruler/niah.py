@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 
 from stem_attn.lab.prompts import public_text
-from stem_attn.lab.ruler.samples import Request, Sample, draw_fitting, largest_size
-from stem_attn.lab.ruler.templates import NEEDLE, NIAH, NOISE
-from stem_attn.lab.ruler.words import compound_words
+from stem_attn.lab.tasks.ruler.templates import NEEDLE, NIAH, NOISE
+from stem_attn.lab.tasks.ruler.words import compound_words
+from stem_attn.lab.tasks.samples import Request, Sample, draw_fitting, largest_size
 
 Kind = Literal["words", "numbers", "uuids"]
 Haystack = Literal["noise", "essay", "needle"]

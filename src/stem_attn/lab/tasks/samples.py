@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class Sample:
     prompt: str
     references: tuple[str, ...]
     prompt_tokens: int
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompt's UTF-8 text."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +109,8 @@ def draw_fitting(draw: Callable[[int], Sample], *, size: int, most_tokens: int, 
         f"{task} does not fit: its smallest prompt has about {sample.prompt_tokens} tokens, and the length leaves "
         f"{most_tokens} beside the answer; use longer --lengths"
     )
+
+
+def too_short(task: str, request: Request) -> InputError:
+    """Return the error of a length that leaves no room for a task."""
+    return InputError(f"{task} does not fit {request.length} tokens; use longer --lengths")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.ruler.samples import Request, Sample
-from stem_attn.lab.ruler.templates import FREQUENT_WORDS
+from stem_attn.lab.tasks.ruler.templates import FREQUENT_WORDS
+from stem_attn.lab.tasks.samples import Request, Sample
 
 _LETTERS = 6
 _ALPHA = 2.0

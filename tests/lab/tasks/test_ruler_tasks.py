@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.ruler import niah, words
-from stem_attn.lab.ruler.samples import Frame, Request, largest_size
-from stem_attn.lab.ruler.tasks import EXACT, TASKS
-from stem_attn.lab.ruler.words import CompoundWords
+from stem_attn.lab.tasks.ruler import niah, words
+from stem_attn.lab.tasks.ruler.tasks import EXACT, TASKS
+from stem_attn.lab.tasks.ruler.words import CompoundWords
+from stem_attn.lab.tasks.samples import Frame, Request, largest_size
 
 ESSAY = " ".join(f"Line {i} of the essay says little." for i in range(3000))
 BASE = Frame()

@@ -1,0 +1,1 @@
+"""Long-context tasks: prompts made here, offline, answered under dense attention and under sparse methods."""

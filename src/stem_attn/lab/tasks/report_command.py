@@ -1,0 +1,65 @@
+"""`stem-attn eval report`: the tables of answers that one or several runs have kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.options import JsonOption
+from stem_attn.lab.results import Record, check_json, deliver, new_record
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What runs were given as --out.")],
+    json_path: JsonOption = None,
+) -> None:
+    """Show the tables of answers that runs of `eval tasks` or `eval ruler` have kept, without the model.
+
+    The files may be of processes that shared the work, and of methods that ran at different times: of one model, with
+    one seed.
+    """
+    require("transformers", "wonderwords", extra="eval")
+    import torch
+
+    from stem_attn.lab.tasks.report import render
+    from stem_attn.lab.tasks.store import Store
+    from stem_attn.lab.tasks.summary import summarize
+
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"no such file: {file}")
+    check_json(json_path)
+    stored = {text: record for file in files for text, record in Store(file).records.items()}
+    records = [{**record, **record["key"], "method": record["name"]} for record in stored.values()]
+    if not records:
+        raise InputError("the files hold no answers")
+    for name in ("record", "model", "weights", "dtype", "device", "seed"):
+        held = {record.get(name) for record in records}
+        if len(held) > 1:
+            raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
+    _tell_apart(records)
+    settings = {"files": [str(file) for file in files]}
+    found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
+    deliver(found, render(found), json_path)
+
+
+def _tell_apart(records: list[Record]) -> None:
+    """Add the density to the names of methods that ran at several; refuse one name for other settings that differ."""
+    densities: dict[str, set[float | None]] = {}
+    for record in records:
+        densities.setdefault(record["method"], set()).add(record["key"]["method"].get("density"))
+    settings: dict[str, str] = {}
+    for record in records:
+        if len(densities[record["method"]]) > 1:
+            density = record["key"]["method"]["density"]
+            record["method"] += " with its own budget" if density is None else f" at {density:g}"
+        text = json.dumps(record["key"]["method"], sort_keys=True)
+        if settings.setdefault(record["method"], text) != text:
+            raise InputError(
+                f"the files hold answers of two methods called {record['method']}, with different settings; run one of "
+                f"them as a --variant under another name, or give fewer files"
+            )

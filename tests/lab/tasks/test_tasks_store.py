@@ -1,0 +1,33 @@
+"""The file of answers."""
+
+import json
+
+import pytest
+
+from stem_attn.lab.errors import InputError
+from stem_attn.lab.tasks.store import Store
+
+
+def test_the_store_finds_again_what_was_added(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    store = Store(file)
+    assert file.exists()
+    store.add([{"key": {"task": "vt", "index": 1}, "score": 50.0}])
+    again = Store(file)
+    assert again.get({"index": 1, "task": "vt"}) == {"key": {"task": "vt", "index": 1}, "score": 50.0}
+    assert again.get({"index": 2, "task": "vt"}) is None
+
+
+def test_an_interrupted_line_is_dropped_and_a_foreign_one_refused(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    Store(file).add([{"key": {"index": i}} for i in range(2)])
+    with file.open("a") as lines:
+        lines.write('{"key": {"ind')
+    store = Store(file)
+    store.add([{"key": {"index": 2}}])
+    assert [json.loads(line)["key"]["index"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    file.write_text('{"key": {}}\n{"score": 1}\n')
+    with pytest.raises(InputError, match=r"answers\.jsonl, line 2: not a record"):
+        Store(file)
+    with pytest.raises(InputError, match=r"cannot use .* for --out"):
+        Store(tmp_path / "nowhere" / "answers.jsonl")
