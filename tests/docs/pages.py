@@ -7,7 +7,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
 SITE = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *SITE]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *SITE]
 
 # What a block may need that a test does not have. The mark follows the language: ```bash gpu
 MARKS = {
@@ -39,7 +39,12 @@ class Block:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{name_of(self.page)}:{self.line}"
+
+
+def name_of(page: Path) -> str:
+    """Return a page's path in the repository."""
+    return str(page.relative_to(ROOT))
 
 
 def blocks_of(page: Path) -> list[Block]:

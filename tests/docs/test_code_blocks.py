@@ -1,4 +1,4 @@
-"""Every code block of the README and of the site runs; one that cannot is marked, checked as far as it goes, and listed.
+"""Every code block of the README and of the site runs. One that cannot is marked, checked in part, and listed.
 
 The blocks of a page run one after the other, in a folder of their own. In a Python block marked `hub`, a tiny random
 model stands in for the hub's. Blocks with another mark do not run: their Python is compiled and what it imports from
@@ -16,16 +16,16 @@ import sys
 import pytest
 import torch
 import transformers
+from pages import MARKS, PAGES, ROOT, blocks_of, name_of
 
 import tiny_model
-from pages import MARKS, PAGES, ROOT, blocks_of
 from stem_attn import cli
 
 LANGUAGES = {"python", "bash", "text", "json", "bibtex"}
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-RUN = [block for block in BLOCKS if block.language in ("python", "bash") and not block.mark]
-RUN += [block for block in BLOCKS if block.language == "python" and block.mark == "hub"]
-NOT_RUN = [block for block in BLOCKS if block.language in ("python", "bash") and block not in RUN]
+CODE = [block for block in BLOCKS if block.language in ("python", "bash")]
+RUN = [block for block in CODE if not block.mark or (block.language, block.mark) == ("python", "hub")]
+NOT_RUN = [block for block in CODE if block not in RUN]
 MODEL_TOKENS = 8192
 
 
@@ -66,7 +66,7 @@ def hub(monkeypatch):
     return marks
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in RUN}), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted({block.page for block in RUN}), ids=name_of)
 def test_the_blocks_of_a_page_run(page, place, hub):
     torch.manual_seed(0)
     names = {"__name__": "page"}
@@ -134,7 +134,7 @@ def parse_options(arguments):
     command.make_context(path, list(arguments))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_extras_that_a_page_names_exist(page):
     section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
     extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))

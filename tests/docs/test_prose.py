@@ -4,8 +4,7 @@ import re
 import unicodedata
 
 import pytest
-
-from pages import PAGES, ROOT
+from pages import PAGES, ROOT, name_of
 
 READ_BY_PEOPLE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", ROOT / "CHANGELOG.md"]
 LOCAL_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
@@ -23,7 +22,7 @@ def anchors(text):
         yield re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lines_have_at_most_100_characters(page):
     lines = enumerate(page.read_text().splitlines(), 1)
     # A row of a table, a picture and an address cannot be broken.
@@ -31,15 +30,15 @@ def test_lines_have_at_most_100_characters(page):
     assert [(i, len(line)) for i, line in prose if len(line) > 100] == []
 
 
-@pytest.mark.parametrize("page", READ_BY_PEOPLE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", READ_BY_PEOPLE, ids=name_of)
 def test_links_to_files_and_headings_lead_somewhere(page):
     text = page.read_text()
     for link in LOCAL_LINK.findall(without_code(text)):
         path, _, anchor = link.partition("#")
         target = (page.parent / path) if path else page
-        assert target.exists(), f"{page.name}: {link}"
+        assert target.exists(), f"{name_of(page)}: {link}"
         if anchor:
-            assert anchor in set(anchors(target.read_text())), f"{page.name}: {link}"
+            assert anchor in set(anchors(target.read_text())), f"{name_of(page)}: {link}"
 
 
 def test_the_readme_is_short():
