@@ -18,22 +18,20 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 
 text = "The password of the red door is 7956.\n\n" + "\n\n".join(topics.values())
-ids = tokenizer(text).input_ids[:4000] + tokenizer("\n\nThe password of the red door is").input_ids
+ids = tokenizer(text).input_ids[:3000] + tokenizer("\n\nThe password of the red door is").input_ids
 inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
 def answer() -> None:
-    """Print the answer, and the seconds until its first token."""
+    """Print the answer, and the seconds that reading the prompt and writing the answer took."""
     start = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    seconds = time.perf_counter() - start
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    print(f"{seconds:.1f} s to the first token:", repr(tokenizer.decode(output[0, len(ids) :])))
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    print(f"{time.perf_counter() - start:.1f} s:", repr(tokenizer.decode(output[0, len(ids) :])))
 
 
 answer()
 
-# Small blocks, because 4000 tokens are few: 32 blocks of 128 leave little to choose from.
+# Small blocks, because 3000 tokens are few: 24 blocks of 128 leave little to choose from.
 config = StemConfig(block_size=64, budget_ratio=0.2, budget_bias=0)
 hf.enable(model, config, policy=PrefillPolicy(min_seq_len=1024))
 answer()

@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Let `from_pretrained` give a tiny random model while the block that runs is marked `hub`."""
+    """Let `from_pretrained` and `pipeline` give a tiny random model while the block that runs is marked `hub`."""
     marks = []
 
     def stand_in(make):
@@ -63,6 +63,12 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stand_in(model))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stand_in(tiny_model.tokenizer))
+    pipeline = transformers.pipeline
+
+    def of_a_stand_in(task, name):
+        return pipeline(task, stand_in(model)(name), tokenizer=tiny_model.tokenizer())
+
+    monkeypatch.setattr(transformers, "pipeline", of_a_stand_in)
     return marks
 
 
