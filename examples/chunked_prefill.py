@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
 
-TOKENS, CHUNK = 4096, 1024  # a chunk ends where a block ends: 1024 is a multiple of 64
+TOKENS, CHUNK = 3072, 1024  # a chunk ends where a block ends: 1024 is a multiple of 64
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 tokenizer = AutoTokenizer.from_pretrained(name)
