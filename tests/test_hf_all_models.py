@@ -125,6 +125,13 @@ def test_everything_kept_equals_dense(model_type, caplog):
     model, ids = AutoModelForCausalLM.from_config(small_config(model_type)).eval(), tokens(2, LENGTH)
     assert sum(p.numel() for p in model.parameters()) < 20e6
     expected = {kind: run(model, ids, kind) for kind in KINDS if not (kind == "prefix" and model_type in NO_PREFIX)}
+    cuts_masks = model_type == "doge" and "allow_is_causal_skip=False" not in inspect.getsource(
+        inspect.getmodule(model)
+    )
+    if cuts_masks:  # in transformers 5.17
+        with pytest.raises(ValueError, match="its attention computes with masks"):
+            enable(model, KEEP_ALL)
+        return
     enable(model, KEEP_ALL)
     for kind in expected:
         hf.reset_stats(model)

@@ -1,5 +1,6 @@
 """Worker threads: results, and what must not leak out of a call."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,10 +14,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import SMALL, make_qkv
-from stem_attn import stem_attention
-from stem_attn.workers import run_jobs
+from stem_attn import block_sparse_attention, select_blocks, stem_attention
+from stem_attn.blocks import BlockGrid
+from stem_attn.scoring import block_scores
+from stem_attn.selection import select_top_blocks
+from stem_attn.workers import on_worker, run_jobs
 
 CPU = torch.device("cpu")
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +30,10 @@ def three_threads():
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
+
+
+def share(count, start):
+    on_worker(lambda: run_jobs(count, start), CPU)
 
 
 def threads_of_a_new_thread():
@@ -38,32 +47,30 @@ def call(batch=2):
     return out, selection.indices
 
 
-def test_every_job_runs_once_in_order_on_threads_with_one_intra_op_thread():
-    seen, lock = [], threading.Lock()
+def test_every_job_runs_once_on_threads_with_one_intra_op_thread():
+    seen = []
 
     def start():
         me = threading.get_ident()
 
         def run(job):
             time.sleep(0.001)
-            with lock:
-                seen.append((job, me, torch.get_num_threads()))
+            seen.append((job, me, torch.get_num_threads()))
 
         return run
 
-    run_jobs(50, start, CPU)
+    share(50, start)
     assert sorted(job for job, _, _ in seen) == list(range(50))
     assert {threads for _, _, threads in seen} == {1}
     assert 2 <= len({me for _, me, _ in seen}) <= 3
     assert threading.get_ident() not in {me for _, me, _ in seen}
 
 
-@pytest.mark.parametrize(("threads", "jobs"), [(1, 20), (3, 1)])
-def test_with_one_thread_or_one_job_the_caller_works(threads, jobs):
-    torch.set_num_threads(threads)
+def test_with_one_thread_the_caller_works():
+    torch.set_num_threads(1)
     seen = []
-    run_jobs(jobs, lambda: lambda job: seen.append((job, threading.get_ident())), CPU)
-    assert seen == [(job, threading.get_ident()) for job in range(jobs)]
+    share(20, lambda: lambda job: seen.append((job, threading.get_ident())))
+    assert seen == [(job, threading.get_ident()) for job in range(20)]
 
 
 def test_the_first_error_ends_the_call_and_the_next_call_works():
@@ -76,7 +83,7 @@ def test_the_first_error_ends_the_call_and_the_next_call_works():
         done.append(job)
 
     with pytest.raises(ValueError, match="job 5"):
-        run_jobs(1000, lambda: run, CPU)
+        share(1000, lambda: run)
     finished = len(done)
     assert finished < 100
     time.sleep(0.02)
@@ -89,7 +96,7 @@ def test_an_error_where_a_thread_begins_is_raised():
         raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        run_jobs(10, start, CPU)
+        share(10, start)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -102,7 +109,7 @@ def test_no_number_of_threads_is_left_changed(fails):
 
     for _ in range(20):
         try:
-            run_jobs(8, lambda: run, CPU)
+            share(8, lambda: run)
         except ValueError:
             assert fails
         assert torch.get_num_threads() == 3
@@ -112,12 +119,12 @@ def test_no_number_of_threads_is_left_changed(fails):
 def test_modes_of_the_calling_thread_reach_the_workers():
     modes = []
     with torch.inference_mode():
-        run_jobs(8, lambda: lambda job: modes.append(torch.is_inference_mode_enabled()), CPU)
+        share(8, lambda: lambda job: modes.append(torch.is_inference_mode_enabled()))
         call()
     assert modes == [True] * 8
-    grad = []
-    run_jobs(8, lambda: lambda job: grad.append(torch.is_grad_enabled() or torch.is_inference_mode_enabled()), CPU)
-    assert grad == [False] * 8
+    modes.clear()
+    share(8, lambda: lambda job: modes.append(torch.is_grad_enabled() or torch.is_inference_mode_enabled()))
+    assert modes == [False] * 8
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -145,7 +152,8 @@ class Prompts(Dataset):
         return 4
 
     def __getitem__(self, index):
-        torch.set_num_threads(2)  # a worker process has one, and more must work too
+        if index % 2:
+            torch.set_num_threads(2)  # a worker process has one
         return call(batch=1)[0][0]
 
 
@@ -162,7 +170,9 @@ def test_after_a_fork():
     if not child:
         status = 1
         try:
-            status = 0 if (call()[0] - expected).abs().max() < 2e-6 else 2
+            out = call()[0]
+            torch.set_num_threads(1)  # torch's own threads are gone, and it does not notice
+            status = 0 if (out - expected).abs().max() < 2e-6 else 2
         finally:
             os._exit(status)
     deadline = time.monotonic() + 60
@@ -179,25 +189,25 @@ def test_after_a_fork():
     call()  # and the parent goes on
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True, reason="one CPU")
+@pytest.mark.skipif(CPUS < 2, reason="needs two CPUs, and a system that binds threads to them")
 @pytest.mark.parametrize("bind", ["openmp", "threads"])
 def test_a_calling_thread_that_is_bound_to_one_cpu_does_not_bind_the_workers_to_it(bind):
     """OpenMP's own binding, and that of vLLM, which binds each of OpenMP's threads to a CPU of its own."""
     code = """
-import os, sys, threading, torch
-from concurrent.futures import ThreadPoolExecutor
-from stem_attn.workers import run_jobs
-cpus = sorted(os.sched_getaffinity(0)) if sys.argv[1] == "threads" else None
+import os, sys, torch
+from stem_attn.workers import on_worker, run_jobs
+cpus = sorted(os.sched_getaffinity(0))
 torch.set_num_threads(2)
 torch.ones(1 << 20).exp_()  # OpenMP's threads exist
 if sys.argv[1] == "threads":
-    others = [int(t) for t in os.listdir("/proc/self/task") if int(t) != os.getpid()]
+    others = [int(thread) for thread in os.listdir("/proc/self/task") if int(thread) != os.getpid()]
     os.sched_setaffinity(0, {cpus[0]})
     for thread in others:
         os.sched_setaffinity(thread, {cpus[1]})
 assert len(os.sched_getaffinity(0)) == 1
 seen = []
-run_jobs(8, lambda: lambda job: seen.append(len(os.sched_getaffinity(0))), torch.device("cpu"))
+start = lambda: lambda job: seen.append(len(os.sched_getaffinity(0)))
+on_worker(lambda: run_jobs(8, start), torch.device("cpu"))
 assert seen == [2] * 8, seen
 assert len(os.sched_getaffinity(0)) == 1
 """
@@ -206,3 +216,31 @@ assert len(os.sched_getaffinity(0)) == 1
         env |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
     done = subprocess.run([sys.executable, "-c", code, bind], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("score", ["linear", "mass"])
+@pytest.mark.parametrize("residual", ["none", "mean"])
+def test_defaults_of_the_process_do_not_leak_in(score, residual):
+    """The default dtype is the process's, the default device the calling thread's; neither may change a result."""
+    config = dataclasses.replace(SMALL, score=score, residual=residual, value_term="zscore")
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        q, k, v = make_qkv(301, 410)
+        selection = select_blocks(q, k, v, config=config)  # the budget is cached now
+        expected = block_sparse_attention(q, k, v, selection, residual=residual, return_lse=True, backend="cpu")
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            try:
+                torch.set_default_dtype(dtype)
+                assert torch.equal(select_blocks(q, k, v, config=config).indices, selection.indices)
+                outs = block_sparse_attention(q, k, v, selection, residual=residual, return_lse=True, backend="cpu")
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert all(torch.equal(out, same) for out, same in zip(outs, expected, strict=True))
+        with torch.device("meta"):
+            again = block_sparse_attention(q, k, v, selection, residual=residual, return_lse=True, backend="cpu")
+        assert all(torch.equal(out, same) for out, same in zip(again, expected, strict=True))
+        scores = torch.randn(1, 4, 26, 26)
+        grid, budget = BlockGrid(410, 410, 16), torch.full((26,), 5, dtype=torch.int32)
+        with torch.device("meta"):
+            assert block_scores(q, k, v, config, 0.2).device.type == "cpu"
+            assert select_top_blocks(scores, budget, grid, config, 2).indices.device.type == "cpu"

@@ -47,11 +47,13 @@ def add_means(
                 torch.unflatten(x[b, kv_head, : whole * size], 0, (whole, size)).mean(1, dtype=compute) for x in (k, v)
             )
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            for start in range(0, grid.q_blocks, rows):
-                stop = min(start + rows, grid.q_blocks)
+            # A row of a tile meets blocks of its future with the weight 0, and 0 x NaN is NaN: then one row a tile.
+            step = rows if bool(k_means.isfinite().all() & v_means.isfinite().all()) else 1
+            for start in range(0, grid.q_blocks, step):
+                stop = min(start + step, grid.q_blocks)
                 past = grid.first_block + stop - 1  # blocks before the last row's own
                 tokens = slice(grid.q_span(start)[0], grid.q_span(stop - 1)[1])
-                block = torch.arange(tokens.start + grid.offset, tokens.stop + grid.offset, device=q.device) // size
+                block = _arange(tokens.start + grid.offset, tokens.stop + grid.offset, q.device) // size
                 logits = _prior(selection, b, heads, start, stop, past, compute)[:, block - block[0]]
                 queries = q[b, heads, tokens].to(compute)
                 logits.baddbmm_(queries, k_means[:past].mT.expand(group, -1, -1), alpha=scale)
@@ -83,12 +85,16 @@ def _prior(
     """
     indices, counts = selection.indices[b, heads, start:stop], selection.counts[b, heads, start:stop, None]
     device = indices.device
-    columns = torch.arange(past + 1, device=device)
-    own = selection.grid.first_block + torch.arange(start, stop, device=device)
-    log_size = torch.full((), math.log(selection.block_size), dtype=dtype, device=device)
-    prior = log_size.where(columns < own[:, None], -math.inf)
-    prior = prior.repeat(len(indices), 1, 1)
+    columns = _arange(0, past + 1, device)
+    own = selection.grid.first_block + _arange(start, stop, device)
+    shape = (len(indices), stop - start, past + 1)
+    prior = torch.full(shape, math.log(selection.block_size), dtype=dtype, device=device)
+    prior.masked_fill_(columns >= own[:, None], -math.inf)
     # What stands past a count, and blocks that are nobody's past in these rows, land in one extra column.
-    valid = torch.arange(indices.shape[-1], device=device) < counts
+    valid = _arange(0, indices.shape[-1], device) < counts
     slots = indices.where(valid, past).clamp(max=past).long()
     return prior.scatter_(-1, slots, -math.inf)[..., :past]
+
+
+def _arange(start: int, stop: int, device: torch.device) -> Tensor:
+    return torch.arange(start, stop, dtype=torch.int64, device=device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
-from stem_attn.workers import run_jobs
+from stem_attn.workers import run_jobs, team_size
 
 # Logits of a tile, all heads together: what a core's cache holds, or a call's launches are worth on other devices.
 _CPU_TILE_LOGITS = 2**20
@@ -32,11 +32,12 @@ _LOG2_E = math.log2(math.e)
 class RowScores(NamedTuple):
     """Scores of block pairs, made when they are asked for.
 
-    `rows(sample, start, stop)` gives those of rows [start, stop) of a batch row: float32 [Hq, rows, Kb] in natural-log
-    units. Blocks of the future have some score too. `step` is how many rows to ask for at once.
+    `start()` returns a function for one thread. That gives the scores of rows [start, stop) of a batch row for
+    `(sample, start, stop)`: float32 [Hq, rows, Kb] in natural-log units. Blocks of the future have some score too.
+    `step` is how many rows to ask for at most.
     """
 
-    rows: Callable[[int, int, int], Tensor]
+    start: Callable[[], Callable[[int, int, int], Tensor]]
     step: int
 
 
@@ -49,10 +50,11 @@ def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: flo
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
     scores = row_scores(q, k, v, config, scale)
     out = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float32, device=q.device)
+    rows = scores.start()
     for sample in range(q.shape[0]):
         for start in range(0, grid.q_blocks, scores.step):
             stop = min(start + scores.step, grid.q_blocks)
-            out[sample, :, start:stop] = scores.rows(sample, start, stop)
+            out[sample, :, start:stop] = rows(sample, start, stop)
     return out
 
 
@@ -81,25 +83,28 @@ def row_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float
             term = _log_term if config.value_term == "log" else _zscore_term
             bonus[sample, head] = term(v[sample, head], config)
 
-    run_jobs(batch * kv_heads, lambda: prepare, k.device)
+    run_jobs(batch * kv_heads, lambda: prepare)
     by_sample = [torch.stack(keys[i * kv_heads : (i + 1) * kv_heads]) for i in range(batch)]
-    group = q.shape[1] // kv_heads
+    runs = 1 if config.score == "linear" else config.block_size**2 // (config.query_stride * config.stride)
+    logits = q.shape[1] * runs * grid.k_blocks  # of a row
+    step = max(1, (_CPU_TILE_LOGITS if q.device.type == "cpu" else _TILE_LOGITS) // logits)
+    step = min(step, -(-batch * grid.q_blocks // team_size()))  # a tile for every thread
 
-    def rows(sample: int, start: int, stop: int) -> Tensor:
-        tokens = slice(grid.q_span(start)[0], grid.q_span(stop - 1)[1])
-        scores = score(q[sample, :, tokens], by_sample[sample], grid, start, stop, config, scale)
-        if config.value_term != "none":
-            by_head = scores.view(kv_heads, group, stop - start, -1)
-            by_head.add_(bonus[sample, :, None, None], alpha=config.value_weight)
-        return scores
+    def start() -> Callable[[int, int, int], Tensor]:
+        # Fresh memory would cost as much as the products that are written to it.
+        room = torch.empty(min(step, grid.q_blocks) * logits, dtype=torch.float32, device=q.device)
 
-    if config.score == "linear":
-        logits = q.shape[1] * grid.k_blocks
-    else:
-        runs = config.block_size // config.query_stride * (config.block_size // config.stride)
-        logits = q.shape[1] * grid.k_blocks * runs
-    tile = _CPU_TILE_LOGITS if q.device.type == "cpu" else _TILE_LOGITS
-    return RowScores(rows, max(1, tile // logits))
+        def rows(sample: int, first: int, stop: int) -> Tensor:
+            tokens = slice(grid.q_span(first)[0], grid.q_span(stop - 1)[1])
+            scores = score(q[sample, :, tokens], by_sample[sample], grid, first, stop, config, scale, room)
+            if config.value_term != "none":
+                by_head = scores.view(kv_heads, -1, stop - first, grid.k_blocks)
+                by_head.add_(bonus[sample, :, None, None], alpha=config.value_weight)
+            return scores
+
+        return rows
+
+    return RowScores(start, step)
 
 
 def _linear_keys(k: Tensor, config: StemConfig) -> Tensor:
@@ -112,7 +117,7 @@ def _linear_keys(k: Tensor, config: StemConfig) -> Tensor:
 
 
 def _linear(
-    q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float
+    q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float, room: Tensor
 ) -> Tensor:
     """Mean of the antidiagonal dot products of every block pair: float32 [Hq, rows, Kb].
 
@@ -126,6 +131,7 @@ def _linear(
         stop: One past the last row.
         config: Reads `block_size` and `stride`.
         scale: Factor of the attention logits.
+        room: float32; not needed.
     """
     groups = _group_sums(q, _lead(grid, start), config.block_size, config.stride, within=False)
     groups.mul_(config.stride / config.block_size)
@@ -148,7 +154,9 @@ def _mass_keys(k: Tensor, config: StemConfig) -> Tensor:
     return means.flatten(0, 1).T
 
 
-def _mass(q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float) -> Tensor:
+def _mass(
+    q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float, room: Tensor
+) -> Tensor:
     """Log of the largest share of attention that a key block takes from a group of a query block.
 
     Runs of `stride` keys and of `query_stride` queries stand for their mean; a run cut short by an end of the sequence
@@ -168,6 +176,7 @@ def _mass(q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, confi
         stop: One past the last row.
         config: Reads `block_size`, `stride` and `spread_weight`.
         scale: Factor of the attention logits.
+        room: float32; overwritten, as large as the logits.
 
     Returns:
         float32 [Hq, rows, Kb]; -inf for blocks of the future.
@@ -182,7 +191,9 @@ def _mass(q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, confi
         weight = config.spread_weight * scale / 4  # halves: of the variance, and of a pair of squares
         queries = torch.cat([queries, _pair_sums(queries.square()).mul_(weight)], -1)
     seen = grid.first_block + stop  # key blocks that any of these rows sees
-    logits = queries.view(kv_heads, -1, depth) @ keys[..., : seen * k_runs]
+    queries = queries.view(kv_heads, -1, depth)
+    shape = (*queries.shape[:2], seen * k_runs)
+    logits = torch.bmm(queries, keys[..., : seen * k_runs], out=room[: math.prod(shape)].view(shape))
     # In powers of two, which are cheaper than those of e. A run without tokens gets -inf: nothing falls to it.
     k_sizes = _run_sizes(0, grid.k_len, size, stride, q.device).flatten()[: seen * k_runs]
     logits.mul_(scale * _LOG2_E).add_(k_sizes.log2_())

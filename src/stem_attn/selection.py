@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,12 +36,12 @@ def select_top_blocks(
         return scores[sample, :, start:stop]
 
     return select_rows(
-        rows, grid.q_blocks, budget, grid, config, scores.shape[0], scores.shape[1], kv_heads, scores.device
+        lambda: rows, grid.q_blocks, budget, grid, config, scores.shape[0], scores.shape[1], kv_heads, scores.device
     )
 
 
 def select_rows(
-    score: Callable[[int, int, int], Tensor],
+    start_scores: Callable[[], Callable[[int, int, int], Tensor]],
     step: int,
     budget: Tensor,
     grid: BlockGrid,
@@ -53,7 +54,8 @@ def select_rows(
     """Do as `select_top_blocks` with scores that are made a few rows at a time, side by side on a CPU.
 
     Args:
-        score: Gives the scores of rows [start, stop) of a batch row: float32 [Hq, rows, Kb].
+        start_scores: Called once by every thread; returns what gives the scores of rows [start, stop) of a batch row,
+            float32 [Hq, rows, Kb].
         step: Rows to ask for at once.
         budget: int32 [Qb] or [B, Qb] on the CPU; blocks.
         grid: The geometry of the rows and columns.
@@ -71,7 +73,7 @@ def select_rows(
     counts = torch.empty(batch, heads, grid.q_blocks, dtype=torch.int32, device=device)
     packed: list[Tensor] = [counts] * len(tiles)  # each replaced by its tile's
 
-    def run(number: int) -> None:
+    def run(number: int, score: Callable[[int, int, int], Tensor]) -> None:
         sample, start, stop = tiles[number]
         columns = torch.arange(grid.k_blocks, dtype=torch.int64, device=device)
         own = torch.arange(grid.first_block + start, grid.first_block + stop, dtype=torch.int64, device=device)[:, None]
@@ -86,7 +88,7 @@ def select_rows(
             bound = int(counts[sample, :, start:stop].max())
         packed[number] = pack_mask(mask, counts[sample, :, start:stop], bound)
 
-    run_jobs(len(tiles), lambda: run, device)
+    run_jobs(len(tiles), lambda: partial(run, score=start_scores()))
     widest = max(part.shape[-1] for part in packed)
     indices = torch.full((batch, heads, grid.q_blocks, widest), -1, dtype=torch.int32, device=device)
     for (sample, start, stop), part in zip(tiles, packed, strict=True):
@@ -183,7 +185,7 @@ def kept_at_least(keep: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
     Returns:
         int32 in the shape of `keep`: the forced blocks, or `head_floor` of `keep` where that is more.
     """
-    forced = (grid.block_ids().int() + 1).clamp(max=config.sink_blocks + config.local_blocks)
+    forced = (grid.block_ids(keep.device).int() + 1).clamp(max=config.sink_blocks + config.local_blocks)
     return (keep.double() * config.head_floor).int().maximum(forced)
 
 
@@ -200,7 +202,7 @@ def most_kept(budget: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
     """
     forced = config.sink_blocks + config.local_blocks
     most = budget.clamp(min=forced) if config.forced_blocks == "inside" else budget + forced
-    return most.minimum(grid.block_ids().int() + 1)
+    return most.minimum(grid.block_ids(budget.device).int() + 1)
 
 
 def _top(scores: Tensor, keep: Tensor) -> Tensor:

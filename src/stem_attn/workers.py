@@ -2,7 +2,9 @@
 
 Torch splits each operation over its threads and waits at the operation's end. A chain of small operations waits
 hundreds of times, each time for the slowest thread, and beside another program's busy loops that is one that does not
-run at all. Here a call waits once, and a thread that is held up leaves the jobs that remain to the others.
+run at all. Here a call waits once or twice, and a thread that is held up leaves the jobs that remain to the others.
+
+All of a call runs on such threads, for OpenMP's own do not survive a fork.
 """
 
 from __future__ import annotations
@@ -12,55 +14,109 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-def run_jobs(count: int, start: Callable[[], Callable[[int], None]], device: torch.device) -> None:
-    """Run jobs 0 to count - 1, in order of their numbers, on as many threads as torch uses on this one.
+
+@dataclass(slots=True)
+class _Team:
+    """The threads of one call."""
+
+    pool: ThreadPoolExecutor
+    threads: int
+    inference: bool  # of the calling thread; torch keeps it for each
+    stopped: bool = False
+
+
+_here = threading.local()  # .team: of the call that this thread leads
+
+
+def on_worker(function: Callable[[], T], device: torch.device) -> T:
+    """Call a function on a worker thread; its `run_jobs` then share their jobs among as many as torch uses here.
+
+    Args:
+        function: Takes nothing.
+        device: Of the tensors. On another than a CPU, or if torch uses one thread, the calling thread does all.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        Exception: What the function raises.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads < 2:
+        return function()
+    team = _Team(_pool(os.getpid(), _cpus()), threads, torch.is_inference_mode_enabled())
+
+    def lead() -> T:
+        _here.team = team
+        try:
+            with torch.inference_mode(team.inference), torch.no_grad():
+                return function()
+        finally:
+            del _here.team
+
+    leader = team.pool.submit(lead)
+    try:
+        return leader.result()
+    except BaseException:
+        team.stopped = True  # an interrupt: nobody may write after the call has ended
+        wait([leader])
+        raise
+
+
+def run_jobs(count: int, start: Callable[[], Callable[[int], None]]) -> None:
+    """Run jobs 0 to count - 1, begun in this order, on the threads of the call's team, or else on this one.
 
     Args:
         count: Jobs.
         start: Called once by every thread; makes what the thread needs, and returns what runs a job of a number.
-        device: Of the tensors. On another than a CPU the calling thread runs all jobs.
 
     Raises:
-        Exception: What a job raised first; jobs that were not begun then are left out.
+        Exception: What a job raised; jobs that were not begun then are left out.
     """
-    threads = min(torch.get_num_threads(), count) if device.type == "cpu" else 1
-    if threads < 2:
-        run = start()
-        for job in range(count):
-            run(job)
-        return
+    team: _Team | None = getattr(_here, "team", None)
     jobs = deque(range(count))
-    inference = torch.is_inference_mode_enabled()  # of this thread alone
 
     def work() -> None:
         try:
-            with torch.inference_mode(inference), torch.no_grad():
-                run = start()
-                while True:
-                    try:
-                        job = jobs.popleft()
-                    except IndexError:
-                        return
-                    run(job)
+            run = start()
+            while not (team and team.stopped):
+                try:
+                    job = jobs.popleft()
+                except IndexError:
+                    return
+                run(job)
         except BaseException:
             jobs.clear()
             raise
 
-    running: list[Future[None]] = []
+    def help_out(team: _Team) -> None:
+        with torch.inference_mode(team.inference), torch.no_grad():
+            work()
+
+    helpers: list[Future[None]] = []
+    if team:
+        helpers.extend(team.pool.submit(help_out, team) for _ in range(min(team.threads, count) - 1))
     try:
-        pool = _pool(os.getpid(), _cpus(threads))
-        running.extend(pool.submit(work) for _ in range(threads))
-        wait(running)
+        work()
     finally:
-        jobs.clear()  # an interrupt: nobody may write after the call has ended
-        wait(running)
-    for future in running:
-        future.result()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)
+    for helper in begun:
+        helper.result()
+
+
+def team_size() -> int:
+    """Return how many threads share this thread's jobs."""
+    team: _Team | None = getattr(_here, "team", None)
+    return team.threads if team else 1
 
 
 @cache
@@ -85,11 +141,11 @@ def _pool(process: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1024, thread_name_prefix="stem-attn", initializer=set_up)
 
 
-def _cpus(threads: int) -> frozenset[int]:
-    """Return the CPUs for so many threads; empty where the system cannot tell.
+def _cpus() -> frozenset[int]:
+    """Return the CPUs for this thread's workers; empty where the system cannot tell.
 
-    They are those of the calling thread, unless OpenMP has bound that to a single one. Then they are the CPUs that
-    OpenMP has bound any of its threads to.
+    They are its own, unless OpenMP has bound it to a single one. Then they are the CPUs that OpenMP has bound any of
+    its threads to.
     """
     if not hasattr(os, "sched_getaffinity"):
         return frozenset()

@@ -18,6 +18,7 @@ from stem_attn.layout import Part
 from stem_attn.residual import add_means
 from stem_attn.scoring import row_scores
 from stem_attn.selection import select_rows
+from stem_attn.workers import on_worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,13 @@ class Backend(ABC):
             budget: How many blocks the rows of the part's prompts may keep.
         """
         k, v = part.gather()
-        grid, (batch, heads) = call.grid(part), part.q.shape[:2]
-        scores = row_scores(part.q, k, v, config, call.scale)
-        rows = budget.rows(grid)
-        return select_rows(scores.rows, scores.step, rows, grid, config, batch, heads, k.shape[1], part.q.device)
+        grid, (batch, heads), device = call.grid(part), part.q.shape[:2], part.q.device
+
+        def select() -> BlockSelection:
+            start, step = row_scores(part.q, k, v, config, call.scale)
+            return select_rows(start, step, budget.rows(grid), grid, config, batch, heads, k.shape[1], device)
+
+        return on_worker(select, device)
 
     @abstractmethod
     def attend(self, call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.backends.base import BlockedBackend, Geometry
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
-from stem_attn.workers import run_jobs
+from stem_attn.workers import on_worker, run_jobs, team_size
 
-# Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls.
+# Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls. Only one thread
+# at a time may call, so jobs grow with the threads beyond eight.
 _JOB_LOGITS = 2**19
 _LOG2_E = math.log2(math.e)
+_Mode = Literal["plain", "mixed", "fused"]
 
 
 class CpuBackend(BlockedBackend):
@@ -84,8 +87,9 @@ def attend_blocks(
 ) -> None:
     """Attend over the kept blocks.
 
-    Half precisions are computed in float32; where the CPU multiplies bfloat16 natively, the softmax's weights are
-    rounded to bfloat16 for their product with the values, as SDPA does.
+    Half precisions are computed in float32. Where the CPU multiplies bfloat16 natively, the softmax's weights are
+    rounded to bfloat16 for their product with the values, as SDPA does; where it has tiles for that (AMX), SDPA does
+    all of it, unless the log-sum-exp is wanted.
 
     Args:
         q: [B, Hq, Tq, D], the last Tq of Tk tokens; any strides.
@@ -97,13 +101,42 @@ def attend_blocks(
         out: [B, Hq, Tq, Dv] in q's dtype, any strides; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
-    size = selection.block_size
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    weigh = torch.bfloat16 if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) else compute
     device = q.device
-    keys = _to_blocks(k, size, compute)
-    values = _to_blocks(v, size, weigh)
-    plan = _plan(selection, k.shape[1])
+    mode = _mode(q.dtype, device)
+    if mode != "fused" or lse is not None:
+        mode = "mixed" if mode == "fused" else mode
+        on_worker(lambda: _attend(q, k, v, selection, scale, window, out, lse, mode), device)
+        return
+
+    def one_by_one() -> None:
+        # SDPA adds its mask, and NaN outlives a sum: a sequence with such keys is computed without it.
+        for i in range(len(q)):
+            here = slice(i, i + 1)
+            one = BlockSelection.made(selection.indices[here], selection.counts[here], selection.grid)
+            own_mode: _Mode = "fused" if bool(k[i].isfinite().all()) else "mixed"
+            _attend(q[here], k[here], v[here], one, scale, window, out[here], None, own_mode)
+
+    on_worker(one_by_one, device)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor | None,
+    mode: _Mode,
+) -> None:
+    size = selection.block_size
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = torch.bfloat16 if mode == "fused" else wide
+    weigh = wide if mode == "plain" else torch.bfloat16
+    device = q.device
+    keys, values = _to_blocks(k, size), _to_blocks(v, size)
+    plan = _make_jobs(selection, k.shape[1])
     shapes = [(job.tasks.stop - job.tasks.start, _rows(job, size), job.width) for job in plan.jobs]
     most_rows = max(n * rows for n, rows, _ in shapes)
     most_blocks = max(n * width for n, _, width in shapes)
@@ -112,8 +145,7 @@ def attend_blocks(
 
     def start() -> Callable[[int], None]:
         query_room = torch.empty(most_rows, q.shape[3], dtype=compute, device=device)
-        key_room = torch.empty(most_blocks, keys.shape[1], dtype=compute, device=device)
-        value_room = torch.empty(most_blocks, values.shape[1], dtype=weigh, device=device)
+        gather_keys, gather_values = _gatherer(keys, most_blocks, compute), _gatherer(values, most_blocks, weigh)
         logit_room = torch.empty(most_logits, dtype=compute, device=device)
         weight_room = logit_room if weigh == compute else torch.empty(most_logits, dtype=weigh, device=device)
         result_room = torch.empty(most_rows, v.shape[3], dtype=weigh, device=device)
@@ -121,13 +153,8 @@ def attend_blocks(
         @cache
         def views(n: int, rows: int, width: int) -> tuple[Tensor, ...]:
             shape = (n, rows, width * size)
-            key_rows, value_rows = key_room[: n * width], value_room[: n * width]
             logits, weights = (room[: math.prod(shape)].view(shape) for room in (logit_room, weight_room))
             return (
-                key_rows,
-                value_rows,
-                key_rows.view(n, width * size, -1).mT,
-                value_rows.view(n, width * size, -1),
                 logits,
                 logits[:, :, -size:],  # the last block that a task keeps is its diagonal one
                 weights,
@@ -144,29 +171,39 @@ def attend_blocks(
         def run(number: int) -> None:
             job = plan.jobs[number]
             n, rows, width = shapes[number]
-            key_rows, value_rows, job_keys, job_values, logits, last, weights, queries, result = views(n, rows, width)
+            logits, last, weights, queries, result = views(n, rows, width)
             chosen = plan.blocks[job.first_block : job.first_block + n * width]
-            torch.index_select(keys, 0, chosen, out=key_rows)
-            torch.index_select(values, 0, chosen, out=value_rows)
+            job_keys = gather_keys(chosen).view(n, width * size, -1)
+            job_values = gather_values(chosen).view(n, width * size, -1)
             places = list(zip(plan.heads[job.tasks], plan.rows[job.tasks], strict=True))
             q_rows, out_rows, lse_rows = by_row(job.sample, job.span, rows)
             for part, place in zip(queries.unbind(), places, strict=True):
                 part.copy_(q_rows[place])
-            # In powers of two, which are cheaper than those of e.
-            torch.baddbmm(logits, queries, job_keys, beta=0, alpha=scale * _LOG2_E, out=logits)
+            if mode == "fused":
+                # Without logits, tasks have one mask in common unless there is a window.
+                logits = logits[: 1 if window is None else n].zero_()
+                last = logits[:, :, -size:]
+            else:
+                # In powers of two, which are cheaper than those of e.
+                torch.baddbmm(logits, queries, job_keys.mT, beta=0, alpha=scale * _LOG2_E, out=logits)
             # First to zero, for NaN would outlive a sum; the two together take a sixth of masked_fill_'s time.
             last.tril_(job.place).add_(future[job.place : job.place + rows])
             if window is not None:
                 ages = plan.diagonals[job.tasks, None] - chosen.view(n, width)
                 _hide_left_of_window(logits, ages, job.place, size, window)
-            peak = logits.amax(-1, keepdim=True)
-            total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
-            if weigh == compute:
-                torch.bmm(logits, job_values, out=result)
-                result.div_(total)
+            if mode == "fused":
+                result = F.scaled_dot_product_attention(
+                    queries[None], job_keys[None], job_values[None], attn_mask=logits[None], scale=scale
+                )[0]
             else:
-                torch.mul(logits, total.reciprocal(), out=weights)
-                torch.bmm(weights, job_values, out=result)
+                peak = logits.amax(-1, keepdim=True)
+                total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
+                if mode == "mixed":
+                    torch.mul(logits, total.reciprocal(), out=weights)
+                    torch.bmm(weights, job_values, out=result)
+                else:
+                    torch.bmm(logits, job_values, out=result)
+                    result.div_(total)
             for part, place in zip(result.unbind(), places, strict=True):
                 out_rows[place].copy_(part)
             if lse is not None:
@@ -176,7 +213,7 @@ def attend_blocks(
 
         return run
 
-    run_jobs(len(plan.jobs), start, device)
+    run_jobs(len(plan.jobs), start)
 
 
 def _rows(job: _Job, size: int) -> int:
@@ -184,13 +221,16 @@ def _rows(job: _Job, size: int) -> int:
     return min(job.span[1] - job.span[0], size)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _mode(dtype: torch.dtype, device: torch.device) -> _Mode:
+    """Choose how to compute: what is fastest and no less exact than dense SDPA."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "plain"
+    if torch.cpu._is_amx_tile_supported():
+        return "fused"
+    return "mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
 
 
-def _plan(selection: BlockSelection, kv_heads: int) -> _Jobs:
+def _make_jobs(selection: BlockSelection, kv_heads: int) -> _Jobs:
     """Cut the tasks into jobs.
 
     What the jobs of a batch row are depends on that row alone, and so its numbers do, to the last bit.
@@ -211,6 +251,7 @@ def _plan(selection: BlockSelection, kv_heads: int) -> _Jobs:
     kinds[last:] = 2
 
     sorted_keys, order = (selection.counts * 3 + kinds).flatten(1).sort(dim=1, descending=True, stable=True)
+    limit = _JOB_LOGITS * max(1, team_size() // 8)
     jobs = []
     stop = stop_block = 0
     for sample, keys in enumerate(sorted_keys):
@@ -218,7 +259,7 @@ def _plan(selection: BlockSelection, kv_heads: int) -> _Jobs:
             width, kind = divmod(key, 3)
             rows = min(spans[kind][1] - spans[kind][0], size)
             place = (spans[kind][0] + grid.offset) % size
-            step = max(1, _JOB_LOGITS // (rows * width * size))
+            step = max(1, limit // (rows * width * size))
             end = stop + length
             while stop < end:
                 start, stop = stop, min(stop + step, end)
@@ -256,18 +297,30 @@ def _hide_left_of_window(logits: Tensor, ages: Tensor, place: int, size: int, wi
     by_slot[:, :, :slots].masked_fill_(distance >= window, -math.inf)
 
 
-def _to_blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _gatherer(blocks: Tensor, most: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return what gathers at most so many blocks by their numbers into memory of its own, in a dtype."""
+    room = torch.empty(most, blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    converted = room if dtype == blocks.dtype else torch.empty_like(room, dtype=dtype)
+
+    def gather(chosen: Tensor) -> Tensor:
+        gathered = torch.index_select(blocks, 0, chosen, out=room[: len(chosen)])
+        return gathered if converted is room else converted[: len(chosen)].copy_(gathered)
+
+    return gather
+
+
+def _to_blocks(x: Tensor, size: int) -> Tensor:
     """Lay out keys or values as [B * Hkv * Kb, size * D], a partial last block padded with zeros."""
     batch, heads, length, dim = x.shape
     whole = -(-length // size) * size
-    if x.dtype == dtype and x.is_contiguous() and length == whole:
+    if x.is_contiguous() and length == whole:
         return x.view(-1, size * dim)
-    laid = torch.empty(batch, heads, whole, dim, dtype=dtype, device=x.device)
+    laid = torch.empty(batch, heads, whole, dim, dtype=x.dtype, device=x.device)
 
     def run(number: int) -> None:
         sample, head = divmod(number, heads)
         laid[sample, head, :length] = x[sample, head]
         laid[sample, head, length:] = 0
 
-    run_jobs(batch * heads, lambda: run, x.device)
+    run_jobs(batch * heads, lambda: run)
     return laid.view(-1, size * dim)

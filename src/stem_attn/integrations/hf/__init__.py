@@ -7,7 +7,7 @@
     print(hf.stats(model))
     hf.disable(model)
 
-Checked with transformers 5.17 and 5.23.
+Checked with transformers 5.17, 5.23 and 5.24.
 """
 
 from stem_attn.integrations.hf.counters import Stats

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stem_attn.integrations.hf.masks import is_compact, layout, to_dense, to_dense_traced
 
 
-def attend(
+def attend_densely(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, eager: bool, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """Attend densely under a mask of any form.

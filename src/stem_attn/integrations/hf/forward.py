@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
-from stem_attn.integrations.hf import autocast, compiled, dense
+from stem_attn.integrations.hf.autocast import autocast_off, cast_like_sdpa
+from stem_attn.integrations.hf.compiled import refuse_export, route_op
 from stem_attn.integrations.hf.counters import Counters
+from stem_attn.integrations.hf.dense import attend_densely, is_causal
 from stem_attn.integrations.hf.masks import is_compact
 from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
@@ -66,7 +68,7 @@ def stem_attention_forward(
     Returns:
         ([B, L, Hq, Dv], attention weights where the model's eager function ran, otherwise None).
     """
-    compiled.refuse_export()
+    refuse_export()
     state: State | None = getattr(module, ATTRIBUTE, _bare)
     reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if state is None or reason is not None:
@@ -75,14 +77,14 @@ def stem_attention_forward(
             counters.dense(reason or "not enabled", query.shape[0] * query.shape[2])
         if state is not None and _wants_weights(module, kwargs):  # only eager attention has any
             eager = eager or state.implementation_before(module.config) == "eager"
-        return dense.attend(
+        return attend_densely(
             module, query, key, value, attention_mask, eager=eager, dropout=dropout, scaling=scaling, **kwargs
         )
     layer = getattr(module, "layer_idx", None)
     dense_layer = _is_dense_layer(layer, module, state.policy)
-    run = compiled.route_op if torch.compiler.is_compiling() else route
-    query, key, value = autocast.cast(query, key, value)
-    with autocast.off(query.device.type):
+    run = route_op if torch.compiler.is_compiling() else route
+    query, key, value = cast_like_sdpa(query, key, value)
+    with autocast_off(query.device.type):
         out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
     return out, None
 
@@ -100,7 +102,7 @@ def why_dense(
     for name, (reason, eager) in _SPECIAL.items():
         if kwargs.get(name) is not None:
             return reason, eager
-    if not dense.is_causal(module, kwargs):
+    if not is_causal(module, kwargs):
         return "not causal", False
     if module.training or dropout:
         return "training", False

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -24,6 +26,9 @@ def why_refused(model: PreTrainedModel, policy: PrefillPolicy) -> str | None:
         return "it has trained sparse attention (an indexer), which Stem would replace"
     if not any(calls_interface(type(m)) for m in model.modules()):
         return "it has no attention layers that call the attention interface"
+    kinds: set[Any] = {type(m) for m in model.modules()}
+    if any(_cuts_masks(kind) for kind in kinds):
+        return "its attention computes with masks, and does not ask for ones of which every pair is given"
     for part in parts:
         if not part._supports_sdpa and not all(_only_adds_to_sdpa(type(m)) for m in part.modules()):
             return f"{text.model_type} does not support SDPA, to which dense calls go"
@@ -57,6 +62,17 @@ def _only_adds_to_sdpa(kind: type) -> bool:
             uses = [n for n in names if n.id == "attention_mask" and n not in passed]
             return not uses and any(k.arg in NEED_EAGER for k in call.keywords)
     return False
+
+
+@functools.cache
+def _cuts_masks(kind: Any) -> bool:
+    """Tell whether an attention layer cuts masks (Doge), although its model may get None or ours."""
+    if not calls_interface(kind) or "allow_is_causal_skip=False" in inspect.getsource(sys.modules[kind.__module__]):
+        return False
+    nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind))))
+    return any(
+        isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name) and n.value.id == "attention_mask" for n in nodes
+    )
 
 
 def calls_interface(kind: type) -> bool:

@@ -11,7 +11,7 @@ from stem_attn.api import block_sparse_attention, stem_attention
 from stem_attn.backends.base import Geometry
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
-from stem_attn.integrations.hf import dense
+from stem_attn.integrations.hf.dense import attend_densely, check_keys
 from stem_attn.integrations.hf.masks import Layout, layout
 from stem_attn.integrations.hf.state import State
 
@@ -49,7 +49,7 @@ def route(
             holds other keys than those that the mask is for.
     """
     batch, _, q_len, _ = query.shape
-    dense.check_keys(module, query, key, mask)
+    check_keys(module, query, key, mask)
     tokens = layout(mask, batch, q_len)
     seen, keys = tokens.seen, tokens.present
     told_lens = state.prompt_lens(batch, layer, fresh=seen == q_len)
@@ -111,7 +111,7 @@ def _dense(
     reason: str,
 ) -> Tensor:
     state.counters.dense(reason, query.shape[0] * query.shape[2])
-    out, _ = dense.attend(module, query, key, value, mask, eager=False, scaling=scale)
+    out, _ = attend_densely(module, query, key, value, mask, eager=False, scaling=scale)
     return out
 
 
