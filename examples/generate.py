@@ -17,8 +17,10 @@ name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruc
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 
-text = "The password of the red door is 7956.\n\n" + "\n\n".join(topics.values())
-ids = tokenizer(text).input_ids[:3000] + tokenizer("\n\nThe password of the red door is").input_ids
+text = tokenizer("\n\n".join(topics.values())).input_ids
+fact = tokenizer("\n\nThe password of the red door is 7956.\n\n").input_ids
+question = tokenizer("\n\nThe password of the red door is").input_ids
+ids = text[:1500] + fact + text[1500:2000] + question
 inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
@@ -31,8 +33,8 @@ def answer() -> None:
 
 answer()
 
-# Small blocks, because 3000 tokens are few: 24 blocks of 128 leave little to choose from.
-config = StemConfig(block_size=64, budget_ratio=0.2, budget_bias=0)
+# Small blocks, because 2000 tokens are few: 16 blocks of 128 leave little to choose from.
+config = StemConfig(block_size=32, budget_ratio=0.2, budget_bias=0)
 hf.enable(model, config, policy=PrefillPolicy(min_seq_len=1024))
 answer()
 print(hf.stats(model))

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stem_attn.integrations import hf
 from stem_attn.policy import make_settings, read_settings
 
-TOKENS = 512  # short, so that it takes less than a minute; tune at the length that matters to you
+TOKENS = 256  # short, so that it takes less than a minute; tune at the length that matters to you
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "tuned.json"
     options = ["--length", str(TOKENS), "--prompts", "1", "--held-out", "0", "--target", "kl=0.05"]
-    small = ["--set", "block_size=16", "--set", "min_seq_len=256", "--set", "budget_ratio=0.1"]
+    small = ["--set", "block_size=16", "--set", "min_seq_len=128", "--set", "budget_ratio=0.1"]
     command = [sys.executable, "-m", "stem_attn", "tune", "--model", name, *options, *small]
     subprocess.run([*command, "--device", "cpu", "--out", str(file)], check=True)
     config, policy = make_settings(read_settings(file))

@@ -63,12 +63,13 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stand_in(model))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stand_in(tiny_model.tokenizer))
-    pipeline = transformers.pipeline
 
     def of_a_stand_in(task, name):
-        return pipeline(task, stand_in(model)(name), tokenizer=tiny_model.tokenizer())
+        assert task == "text-generation"
+        return transformers.TextGenerationPipeline(stand_in(model)(name), tokenizer=tiny_model.tokenizer())
 
-    monkeypatch.setattr(transformers, "pipeline", of_a_stand_in)
+    # transformers puts another object in its own place, and under pytest `import` has given us the first one.
+    monkeypatch.setattr(sys.modules["transformers"], "pipeline", of_a_stand_in)
     return marks
 
 
