@@ -96,7 +96,7 @@ def test_counts_may_differ_by_head_and_batch_row(monkeypatch, job_logits):
 
 def test_jobs_hold_every_task_once_and_bound_their_logits():
     selection = random_selection(333, 400, 16, batch=3, heads=6, per_head=True)
-    plan = cpu._plan(selection, 2)
+    plan = cpu._make_jobs(selection, 2)
     tasks = [(job.sample, i) for job in plan.jobs for i in range(job.tasks.start, job.tasks.stop)]
     assert sorted(i for _, i in tasks) == list(range(selection.counts.numel()))
     assert plan.blocks.numel() == selection.counts.sum()
