@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test test-all test-vllm test-vllm-smoke lint types format wheel release-check
+.PHONY: demo docs docs-links test test-all test-vllm test-vllm-smoke lint types format wheel release-check
 
 demo: $(READY)
 	$(BIN)/stem-attn prefill
@@ -28,6 +28,14 @@ test-vllm-smoke: $(VLLM_READY)
 
 test-vllm: $(VLLM_READY) $(READY)
 	STEM_TEST_MODEL="$$($(BIN)/python -c '$(CONVERT)')" $(VLLM_PYTEST) --verbose
+
+# The site, in docs/_build/html. A warning is an error: a broken link, a page that nothing leads to, a bad docstring.
+docs: $(READY)
+	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html
+
+# Links that leave the site; needs a network.
+docs-links: $(READY)
+	$(BIN)/sphinx-build --builder linkcheck --quiet docs docs/_build/linkcheck
 
 lint: $(READY)
 	$(BIN)/ruff check .

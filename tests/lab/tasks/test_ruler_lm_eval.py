@@ -1,4 +1,4 @@
-"""Stem under lm-eval: `HFLM(pretrained=enable(model), tokenizer=tokenizer)`. docs/ruler.md shows it."""
+"""Stem under lm-eval: `HFLM(pretrained=enable(model), tokenizer=tokenizer)`. docs/tasks.md shows it."""
 
 import pytest
 
