@@ -110,7 +110,7 @@ def inspect(
     from stem_attn.lab.inspect.pack import rows_to_show
     from stem_attn.lab.inspect.report import contents, numbers, sentence
     from stem_attn.lab.inspect.run import look
-    from stem_attn.lab.progress import named_steps
+    from stem_attn.lab.progress import show_progress
 
     loaded = load_model(model, gguf, device, dtype)
     prompt = _prompt(loaded, own, question, max_tokens)
@@ -120,8 +120,9 @@ def inspect(
         named.check_layers(config.num_hidden_layers)
     k_blocks = -(-prompt.tokens // block_size)
     shown = rows_to_show(k_blocks, config.num_hidden_layers * config.num_attention_heads, rows)
-    with named_steps("inspect", "step") as on_step:
-        found = look(loaded.model, prompt.ids, chosen, block_size=block_size, rows=shown, on_step=on_step)
+    steps = config.num_hidden_layers + len(chosen)
+    with show_progress("inspect", "steps", steps, at_most=True) as progress:
+        found = look(loaded.model, prompt.ids, chosen, block_size=block_size, rows=shown, on_step=progress.starts)
 
     settings: Record = {
         "block_size": block_size,
