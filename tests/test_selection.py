@@ -178,3 +178,12 @@ def test_one_prompt_length_a_batch_row():
         alone = select_blocks(q[part], k[part], v[part], config=SMALL, prompt_len=length).to_mask()
         assert torch.equal(together[part], alone)
     assert not torch.equal(together[0].sum(-1), together[1].sum(-1))
+
+
+@pytest.mark.parametrize("value_term", ["log", "zscore", "none"])
+def test_double_precision_selects_what_float32_does(value_term):
+    q, k, v = make_qkv(300, dtype=torch.float64)
+    config = dataclasses.replace(SMALL, value_term=value_term)
+    found, expected = (select_blocks(*qkv, config=config) for qkv in ((q, k, v), (q.float(), k.float(), v.float())))
+    assert found.density() < 0.6
+    assert (found.to_mask() != expected.to_mask()).float().mean() < 1e-3

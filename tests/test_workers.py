@@ -113,7 +113,9 @@ def test_no_number_of_threads_is_left_changed(fails):
         except ValueError:
             assert fails
         assert torch.get_num_threads() == 3
-        assert threads_of_a_new_thread() == 3
+        deadline = time.monotonic() + 5  # a worker may still be starting, and new threads see its number until it has
+        while threads_of_a_new_thread() != 3:
+            assert time.monotonic() < deadline
 
 
 def test_modes_of_the_calling_thread_reach_the_workers():

@@ -11,7 +11,7 @@ from stem_attn.blocks import BlockSelection
 from stem_attn.config import StemConfig
 from stem_attn.policy import PrefillPolicy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BlockSelection",
     "PrefillPolicy",

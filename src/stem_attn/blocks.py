@@ -7,9 +7,12 @@ query row may start inside a block, and row r is the absolute block `first_block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from stem_attn import plots
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +209,41 @@ class BlockSelection:
         """
         batch, heads, _ = self.counts.shape
         return int(self.counts.sum(dtype=torch.int64)) / (batch * heads * self.grid.causal_blocks)
+
+    def plot(self, *, head: int | None = None, batch: int = 0, mass: Tensor | None = None, axes: Any = None) -> Any:
+        """Draw the kept blocks with matplotlib.
+
+        Args:
+            head: Query head; None: the share of heads that keep each block.
+            batch: Batch row.
+            mass: float [B, Hq, Qb, Kb], the attention on every key block, as `methods.estimates.attention_mass` gives
+                it: pruned blocks are then drawn too, in another colour, and both are stronger where there is more.
+            axes: matplotlib axes to draw into; None: new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: There is no such head or batch row, or the mass has another shape.
+            ImportError: matplotlib is not installed.
+        """
+        batches, heads, q_blocks = self.counts.shape
+        for name, index, size in (("batch", batch, batches), ("head", head or 0, heads)):
+            if not 0 <= index < size:
+                raise ValueError(f"{name} must be from 0 to {size - 1}, got {index}")
+        kept = self.to_mask()
+        if mass is not None and mass.shape != kept.shape:
+            raise ValueError(f"mass must have the shape {list(kept.shape)} of the blocks, got {list(mass.shape)}")
+        chosen = slice(None) if head is None else slice(head, head + 1)
+        grid, shown = self.grid, kept[batch, chosen].float().mean(0)
+        name = "all heads" if head is None else f"head {head}"
+        return plots.draw_blocks(
+            shown,
+            None if mass is None else mass[batch, chosen].mean(0),
+            rows=(grid.first_block, grid.first_block + q_blocks),
+            title=f"{name}: density {float(shown.sum()) / grid.causal_blocks:.3f}",
+            axes=axes,
+        )
 
 
 def pack_mask(mask: Tensor, counts: Tensor, width: int) -> Tensor:

@@ -65,12 +65,15 @@ def _app() -> "typer.Typer":
 
     from stem_attn.lab.bench.command import bench
     from stem_attn.lab.density.command import density
+    from stem_attn.lab.doctor.command import doctor
     from stem_attn.lab.fidelity.command import fidelity
+    from stem_attn.lab.inspect.command import inspect
     from stem_attn.lab.prefill.command import prefill
     from stem_attn.lab.serving.command import serving
     from stem_attn.lab.tasks.command import ruler, tasks
     from stem_attn.lab.tasks.report_command import report
     from stem_attn.lab.tune.command import tune
+    from stem_attn.lab.verdict.command import verdict
 
     app = typer.Typer(
         help="Stem: training-free sparse attention for the prefill of long prompts (arXiv 2603.06274).",
@@ -91,11 +94,14 @@ def _app() -> "typer.Typer":
     ) -> None:
         pass
 
+    app.command()(doctor)
     app.command()(prefill)
+    app.command()(inspect)
     app.command()(bench)
     app.command()(density)
     app.command()(serving)
     app.command()(tune)
+    app.command("report")(verdict)
     accuracy = typer.Typer(help="Measure accuracy against dense attention.")
     accuracy.command()(fidelity)
     accuracy.command()(ruler)

@@ -270,9 +270,15 @@ def _run_sizes(lead: int, length: int, size: int, stride: int, device: torch.dev
     return present.clamp_(min=0).view(blocks, -1)
 
 
+def _norms(v: Tensor) -> Tensor:
+    """Magnitudes float32 [Tk] of values [Tk, Dv]; summed up in v's own dtype where that is finer."""
+    norms: Tensor = torch.linalg.vector_norm(v, dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))
+    return norms.float()
+
+
 def _log_term(v: Tensor, config: StemConfig) -> Tensor:
     """Largest `max(0, log |v|)` of each key block: float32 [Kb] for v [Tk, Dv]."""
-    norms = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
+    norms = _norms(v)
     padded = F.pad(norms, (0, -len(norms) % config.block_size))
     largest: Tensor = torch.unflatten(padded, -1, (-1, config.block_size)).amax(-1)
     logs: Tensor = largest.clamp_(min=1).log_()
@@ -284,7 +290,7 @@ def _zscore_term(v: Tensor, config: StemConfig) -> Tensor:
 
     Only whole groups of `stride` tokens count; the rest of the last block counts as zeros.
     """
-    norms = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
+    norms = _norms(v)
     groups = len(norms) // config.stride
     blocks = -(-len(norms) // config.block_size)
     if groups < 2:  # no deviation to speak of

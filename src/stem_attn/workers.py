@@ -29,10 +29,14 @@ class _Team:
 
     pool: ThreadPoolExecutor
     threads: int
+    cores_each: int  # that torch uses for one operation of a thread
     inference: bool  # of the calling thread; torch keeps it for each
     stopped: bool = False
 
 
+# Only one thread at a time may run Python: with more than these, they wait for one another (docs/log.md). Then two
+# share the jobs, and torch splits each operation over the cores that each of them has.
+_MOST_ALONE = 4
 _here = threading.local()  # .team: of the call that this thread leads
 
 
@@ -52,7 +56,9 @@ def on_worker(function: Callable[[], T], device: torch.device) -> T:
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads < 2:
         return function()
-    team = _Team(_pool(os.getpid(), _cpus()), threads, torch.is_inference_mode_enabled())
+    members = threads if threads <= _MOST_ALONE else 2
+    each = threads // members
+    team = _Team(_pool(os.getpid(), _cpus(), each), members, each, torch.is_inference_mode_enabled())
 
     def lead() -> T:
         _here.team = team
@@ -119,9 +125,17 @@ def team_size() -> int:
     return team.threads if team else 1
 
 
+def cores_each() -> int:
+    """Return how many cores torch uses for one operation of this thread's jobs."""
+    team: _Team | None = getattr(_here, "team", None)
+    return team.cores_each if team else 1
+
+
 @cache
-def _pool(process: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
-    """Return the threads of a process that run on some CPUs; a fork's child has none of its parent's.
+def _pool(process: int, cpus: frozenset[int], cores: int) -> ThreadPoolExecutor:
+    """Return the threads of a process that run on some CPUs, and use so many of them for an operation.
+
+    A fork's child has none of its parent's.
 
     They are made when they are needed, and as many as calls at the same time need.
     """
@@ -133,7 +147,7 @@ def _pool(process: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
         with lock:
             # torch keeps a number of threads for each thread, and one more for threads that are yet to begin.
             others = torch.get_num_threads()
-            torch.set_num_threads(1)
+            torch.set_num_threads(cores)
             restore = threading.Thread(target=torch.set_num_threads, args=(others,))
             restore.start()
             restore.join()

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import stem_attn
 import tiny_model
 from stem_attn import cli
 from stem_attn.lab.bench import limit
+from stem_attn.lab.doctor import run as doctor
 from stem_attn.lab.shapes import MODELS, SHAPES, Shape
 
 SOURCE = Path(stem_attn.__file__).parent
@@ -26,6 +28,7 @@ BENCH += ["--lengths", "300", "--repeats", "1", *SMALL]
 TTFT = ["bench", "--ttft", "--shape", "smollm2", "--device", "cpu", "--lengths", "300", "--repeats", "1", *SMALL]
 # The command, and the option that names a result file or a folder of them.
 COMMANDS = {
+    "doctor": (["doctor"], "--json"),
     "prefill": (["prefill", *MODEL, "--max-tokens", "400", "--new-tokens", "1", *SMALL], "--json"),
     "bench": (BENCH, "--json"),
     "bench to a folder": (BENCH, "--out"),
@@ -35,6 +38,11 @@ COMMANDS = {
         "--out",
     ),
     "tune": (["tune", *MODEL, "--length", "256", "--prompts", "1", "--held-out", "0", *SMALL], "--out"),
+    "inspect": (
+        ["inspect", *MODEL, "--max-tokens", "400", "--block-size", "16",
+         "--variant", "small=stem-default,min_seq_len=0"],
+        "--out",
+    ),
     "fidelity": (
         ["eval", "fidelity", *MODEL, "--length", "512", "--block-size", "16", "--prompts", "1", "--densities", "0.6",
          "--methods", "stem-official"], "--out",
@@ -60,6 +68,7 @@ def folder(tmp_path_factory):
 def arguments(request, folder, tmp_path, monkeypatch):
     """A command on tiny tensors that writes below `tmp_path`."""
     monkeypatch.setattr(limit, "_SIZE", {"cuda": 64, "cpu": 64})
+    monkeypatch.setattr(doctor, "DTYPES", {"float32": torch.float32})
     monkeypatch.setitem(SHAPES, "llama3-8b", Shape(2, 1, 16))
     tiny = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 101, "num_hidden_layers": 1}
     monkeypatch.setitem(MODELS, "smollm2", MODELS["smollm2"] | tiny | {"num_attention_heads": 2})
@@ -144,6 +153,7 @@ def test_answers_that_cannot_be_kept_are_printed(folder, tmp_path, monkeypatch, 
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
 FROM_STDIN = {
+    "inspect": [*COMMANDS["inspect"][0], "--out", "{tmp}", "--prompt-file", "-", "--max-tokens", "1900"],
     "prefill": ["prefill", *MODEL, "--new-tokens", "1", "--json", "{tmp}/out.json", *SMALL, "--prompt-file", "-"],
     "tune": [*COMMANDS["tune"][0], "--out", "{tmp}/out.json", "--text-file", "-"],
     "fidelity": [*COMMANDS["fidelity"][0], "--out", "{tmp}", "--text-file", "-"],
@@ -159,9 +169,11 @@ def run_on_stdin(name, content, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", FROM_STDIN)
 def test_a_text_is_read_from_stdin(name, folder, tmp_path, monkeypatch):
     assert run_on_stdin(name, TEXT.encode(), folder, tmp_path, monkeypatch) == 0
-    written = {"prefill": "out.json", "tune": "out.tune.json", "fidelity": "fidelity.json"}[name]
+    written = {"prefill": "out.json", "tune": "out.tune.json", "fidelity": "fidelity.json", "inspect": "inspect.json"}[
+        name
+    ]
     found = json.loads((tmp_path / written).read_text())
-    text = found["prompt"] if name == "prefill" else found["texts"][0]
+    text = found["prompt"] if name in ("prefill", "inspect") else found["texts"][0]
     assert text["source"] == "stdin"
     if name == "prefill":
         assert text["tokens"] == len(TEXT) + 1

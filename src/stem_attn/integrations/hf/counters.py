@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stem_attn import plots
 from stem_attn.blocks import BlockSelection
 
 log = logging.getLogger("stem_attn.hf")
@@ -46,6 +47,23 @@ class Stats:
     density: float | None
     tokens: dict[str, int]
     unknown_prompt_len: int
+
+    def plot(self, *, axes: Any = None) -> Any:
+        """Draw the calls by kind with matplotlib, dense ones by reason.
+
+        Args:
+            axes: matplotlib axes to draw into; None: new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        calls = {"sparse": self.sparse, "banded (sliding window)": self.banded}
+        calls |= {f"dense: {reason}": count for reason, count in self.dense.items()}
+        density = "nothing sparse yet" if self.density is None else f"density {self.density:.3f} of the sparse ones"
+        return plots.draw_calls(calls, title=f"{self.method}: {self.calls} attention calls, {density}", axes=axes)
 
 
 class Counters:

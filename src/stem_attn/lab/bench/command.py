@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from stem_attn.config import StemConfig
+    from stem_attn.lab.progress import OnStep
     from stem_attn.policy import PrefillPolicy
 
 _ROUNDS = {"attention": 10, "ttft": 3}
@@ -121,8 +122,9 @@ def bench(
     Everything is checked against float64 on sampled rows, and what is wrong is not timed. On a GPU the L2 cache is
     flushed before each call and the SM clock is read in every round. Exit code 1 if something failed.
     """
-    from stem_attn.lab.bench.gate import GateError
     from stem_attn.lab.bench.report import render
+    from stem_attn.lab.gate import GateError
+    from stem_attn.lab.progress import show_progress
 
     config, policy = settings_from_options(preset, override or [], config_file)
     if policy.layer_budgets and not ttft:
@@ -172,13 +174,20 @@ def bench(
                 raise InputError(f"--q-len must be from 1 to the length {length}, got {q_len}")
     files = _files(out, json_path, csv_path, plot)
     report = {**new_record("bench", settings, where), "cases": []}
-    cases = _ttft_cases(report, config, policy, where, layers) if ttft else _attention_cases(report, config, where)
     try:
-        for case in cases:
-            report["cases"].append(case)
-            _write(report, {kind: files[kind] for kind in ("json", "csv") if kind in files})  # a long run may be cut
+        with show_progress("bench", "steps", _steps(settings)) as progress:
+            on_step = progress.starts
+            cases = (
+                _ttft_cases(report, config, policy, where, layers, on_step)
+                if ttft
+                else _attention_cases(report, config, where, on_step)
+            )
+            for case in cases:
+                report["cases"].append(case)
+                # A long run may be cut.
+                _write(report, {kind: files[kind] for kind in ("json", "csv") if kind in files})
     except GateError as error:
-        _say(f"stem-attn: error: {error}")
+        print(f"stem-attn: error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     show(render(report), stderr=json_path == "-")
     _write(report, files)
@@ -188,23 +197,36 @@ def bench(
         raise typer.Exit(1)
 
 
-def _attention_cases(report: Record, config: StemConfig, device: torch.device) -> Iterator[Record]:
+def _steps(settings: Record) -> int:
+    """Count what starts: a contender's check or a round of timing, or a model and its prefills."""
+    cases, rounds = len(settings["lengths"]), int(settings["repeats"])
+    if settings["kind"] == "ttft":
+        return 1 + cases * 2 * (rounds + 1)
+    return cases * (len(settings["methods"]) + rounds)
+
+
+def _attention_cases(report: Record, config: StemConfig, device: torch.device, on_step: OnStep) -> Iterator[Record]:
     from stem_attn.lab.bench.cases import Case
     from stem_attn.lab.bench.run import run_case
 
     s = report["settings"]
     for length in s["lengths"]:
         case = Case(Shape(**s["heads"]), s["batch"], s["q_len"] or length, length, DTYPES[s["dtype"]], device)
-        yield run_case(case, config, s["methods"], rounds=s["repeats"], seed=s["seed"], say=_say)
+        yield run_case(case, config, s["methods"], rounds=s["repeats"], seed=s["seed"], on_step=on_step)
 
 
 def _ttft_cases(
-    report: Record, config: StemConfig, policy: PrefillPolicy, device: torch.device, layers: int | None
+    report: Record,
+    config: StemConfig,
+    policy: PrefillPolicy,
+    device: torch.device,
+    layers: int | None,
+    on_step: OnStep,
 ) -> Iterator[Record]:
     from stem_attn.lab.bench import ttft
 
     s = report["settings"]
-    _say("building the model")
+    on_step("building the model")
     model = ttft.build_model(s["shape"], layers, max(s["lengths"]), DTYPES[s["dtype"]], device, s["seed"])
     report["model"] = {"name": model.name, "layers": model.layers}
     try:
@@ -214,7 +236,7 @@ def _ttft_cases(
     report["check"] = ttft.check_adapter(model, config, s["seed"])
     for length in s["lengths"]:
         yield ttft.measure(
-            model, config, policy, length, batch=s["batch"], rounds=s["repeats"], seed=s["seed"], say=_say
+            model, config, policy, length, batch=s["batch"], rounds=s["repeats"], seed=s["seed"], on_step=on_step
         )
 
 
@@ -264,7 +286,3 @@ def _contenders(text: str | None) -> list[str]:
     if unknown or not chosen:
         raise InputError(f"--methods: unknown method {', '.join(unknown) or '(none)'}; known: {', '.join(known)}")
     return list(dict.fromkeys(chosen))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -14,8 +13,9 @@ from stem_attn.config import StemConfig
 from stem_attn.lab.bench import contenders
 from stem_attn.lab.bench.cases import Case
 from stem_attn.lab.bench.contenders import Contender, Problem, UnavailableError
-from stem_attn.lab.bench.gate import AttentionGate, Errors, GateError, Sample, check_selection, draw_samples
 from stem_attn.lab.bench.limit import limit
+from stem_attn.lab.gate import AttentionGate, Errors, GateError, Sample, check_selection, draw_samples
+from stem_attn.lab.progress import OnStep
 from stem_attn.lab.results import Record
 from stem_attn.lab.timing import first_call, peak_extra_mib, time_rounds
 from stem_attn.scoring import block_scores
@@ -23,9 +23,7 @@ from stem_attn.selection import select_top_blocks
 
 
 @torch.inference_mode()
-def run_case(
-    case: Case, config: StemConfig, names: list[str], *, rounds: int, seed: int, say: Callable[[str], None]
-) -> Record:
+def run_case(case: Case, config: StemConfig, names: list[str], *, rounds: int, seed: int, on_step: OnStep) -> Record:
     """Measure the named contenders on one problem.
 
     Args:
@@ -34,14 +32,14 @@ def run_case(
         names: From `contenders.names()`.
         rounds: Measurements of each contender.
         seed: Of the inputs and of the rows that are checked.
-        say: Receives a line about what is being done.
+        on_step: Told what starts: once a contender, once a round.
 
     Returns:
         A record of plain values: the case, `density`, `methods` that were timed, and those `skipped` or `failed`
         with the reason.
     """
     q, k, v = case.inputs(seed)
-    samples = draw_samples(case, seed)
+    samples = draw_samples(case.batch, case.shape.heads, case.q_len, seed)
     # The selection that all attention kernels are given comes from plain torch, whatever the backends do.
     grid = BlockGrid(case.q_len, case.k_len, config.block_size)
     scores = block_scores(q, k, v, config, case.shape.head_dim**-0.5)
@@ -56,7 +54,7 @@ def run_case(
     skipped: list[Record] = []
     failed: list[Record] = []
     for name in names:
-        say(f"{case.k_len} tokens: checking {name}")
+        on_step(f"{case.k_len} tokens, checking {name}")
         try:
             built = contenders.build(name, problem)
         except UnavailableError as reason:
@@ -84,10 +82,14 @@ def run_case(
                 }
             )
 
-    say(f"{case.k_len} tokens: timing {len(ready)} contenders, {rounds} rounds")
     limit_name, limit_run, limit_flops = limit(case.device, case.dtype)
     limit_run()
-    times, states = time_rounds([limit_run, *(contender.run for contender in ready)], case.device, rounds)
+    times, states = time_rounds(
+        [limit_run, *(contender.run for contender in ready)],
+        case.device,
+        rounds,
+        on_round=lambda number: on_step(f"{case.k_len} tokens, timing {len(ready)} contenders, round {number}"),
+    )
     limit_tflops = limit_flops / times[0].median / 1e9
     flops = {"dense": case.causal_flops(), "attention": case.kept_flops(selection)}
     flops["whole"] = flops["attention"]

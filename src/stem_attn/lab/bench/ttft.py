@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stem_attn.config import StemConfig
-from stem_attn.lab.bench.gate import GateError
+from stem_attn.lab.gate import GateError
+from stem_attn.lab.progress import OnStep
 from stem_attn.lab.results import Record
 from stem_attn.lab.shapes import MODELS
 from stem_attn.policy import PrefillPolicy
@@ -101,7 +102,7 @@ def measure(
     batch: int,
     rounds: int,
     seed: int,
-    say: Callable[[str], None],
+    on_step: OnStep,
 ) -> Record:
     """Time one prefill, dense and sparse by turns.
 
@@ -113,7 +114,7 @@ def measure(
         batch: Prompts.
         rounds: Measurements of each; one more of each warms up and is not counted.
         seed: Of the prompt.
-        say: Receives a line about what is being done.
+        on_step: Told what starts: once a prefill.
 
     Raises:
         GateError: The logits are not finite.
@@ -126,7 +127,7 @@ def measure(
     stats = None
     for r in range(rounds + 1):
         for name in ("dense", "stem"):
-            say(f"{length} tokens: {name}, " + (f"round {r} of {rounds}" if r else "warm-up"))
+            on_step(f"{length} tokens, {name}, " + (f"round {r}" if r else "warm-up"))
             if name == "stem":
                 hf.enable(model.module, config, policy=policy)
             try:

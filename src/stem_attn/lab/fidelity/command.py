@@ -28,7 +28,7 @@ from stem_attn.lab.options import (
     listed,
     load_model,
 )
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, write_files
+from stem_attn.lab.results import Record, check_writable, make_folder, new_record, show, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.fidelity.paper_tests import PaperTest
@@ -121,8 +121,9 @@ def fidelity(
     import torch
 
     from stem_attn.lab.fidelity.files import contents
+    from stem_attn.lab.fidelity.report import render
     from stem_attn.lab.fidelity.run import Found, measure_prompt
-    from stem_attn.lab.progress import named_steps
+    from stem_attn.lab.progress import show_progress
     from stem_attn.lab.texts import excerpts
 
     torch.manual_seed(_SEED)
@@ -141,9 +142,10 @@ def fidelity(
         "seed": _SEED,
         "seconds_by_prompt": [],
     }
-    for number, text in enumerate(texts):
-        name, start = f"prompt {number + 1}/{len(texts)}", time.perf_counter()
-        with named_steps(name, "step") as on_step:
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    with show_progress("fidelity", "steps", len(texts) * (layers + len(candidates)), at_most=True) as progress:
+        for number, text in enumerate(texts):
+            name, start = f"prompt {number + 1}/{len(texts)}", time.perf_counter()
             measure_prompt(
                 loaded.model,
                 text.ids,
@@ -151,16 +153,16 @@ def fidelity(
                 prompt=number,
                 block_size=block_size,
                 logit_stride=logit_stride,
-                on_step=on_step,
+                on_step=lambda step, name=name: progress.starts(f"{name}, {step}"),  # type: ignore[misc]
                 found=found,
             )
-        settings["seconds_by_prompt"].append(round(time.perf_counter() - start, 1))
-        # A run that is cut off leaves the prompts that it has done.
-        record = _record(loaded, settings, texts[: number + 1], compared, as_published, tests, found)
-        files = contents(record)
-        write_files({out / name: content for name, content in files.items()})
-        print(f"{name}: {len(found.left(candidates))} cases, written to {out}", file=sys.stderr, flush=True)
-    print_text(str(files["fidelity.md"]))
+            settings["seconds_by_prompt"].append(round(time.perf_counter() - start, 1))
+            # A run that is cut off leaves the prompts that it has done.
+            record = _record(loaded, settings, texts[: number + 1], compared, as_published, tests, found)
+            files = contents(record)
+            write_files({out / name: content for name, content in files.items()})
+            print(f"{name}: {len(found.left(candidates))} cases, written to {out}", file=sys.stderr, flush=True)
+    show(render(record, str(out / "fidelity.md")))
 
 
 def _candidates(

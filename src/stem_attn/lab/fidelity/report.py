@@ -1,4 +1,4 @@
-"""Turn the record of `stem-attn eval fidelity` into the numbers and Markdown tables that a page shows."""
+"""Turn the record of `stem-attn eval fidelity` into numbers, Markdown tables for a page, and the terminal's view."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich.console import Group
+from rich.constrain import Constrain
+from rich.table import Table
+from rich.text import Text
+
 from stem_attn.lab import machine
 from stem_attn.lab.results import Record
+from stem_attn.lab.tables import narrow_table, within_columns
 
 REFERENCE = "stem-official"
 
@@ -78,6 +84,50 @@ def markdown(record: Record) -> str:
         lines = [f"- {each['method']} at {each['target']}: {each['reason']}" for each in record["unreachable"]]
         sections.append("## Left out\n\n" + "\n".join(lines))
     return "\n\n".join(sections) + "\n"
+
+
+def render(record: Record, page: str) -> Constrain:
+    """Return what the terminal shows: the means of every method.
+
+    Args:
+        record: What the command writes as JSON.
+        page: Name of the file with all tables.
+    """
+    found = summarize(record)
+    parts: list[Text | Table] = []
+    for density in (*record["settings"]["densities"], None):
+        rows = [found[name, density] for name in record["methods"] if (name, density) in found]
+        if rows:
+            title = "As published, at whatever density results" if density is None else f"Density {density:g}"
+            reference = None if density is None else found.get((REFERENCE, density))  # other densities: no comparison
+            parts += [_narrow(title, rows, reference), Text()]
+    parts += [
+        Text(f"{each['method']} at {each['target']} is left out: {each['reason']}", style="dim")
+        for each in record["unreachable"]
+    ]
+    parts.append(Text(f"By layer and position, and the paper's tests: {page}", style="dim"))
+    return within_columns(Group(*parts))
+
+
+def _narrow(title: str, rows: Sequence[Summary], reference: Summary | None) -> Table:
+    numbers = (
+        "density",
+        "error",
+        "recall",
+        "KL,\nnats",
+        "top-1",
+        "perplexity,\nchange",
+        "error /\nofficial",
+        "KL /\nofficial",
+    )
+    table = narrow_table(title, ("method",), numbers)
+    for one in rows:
+        ratios = ("-", "-")
+        if reference is not None:
+            error, kl = _ratio(one.error, reference.error), _ratio(one.kl_nats, reference.kl_nats)
+            ratios = (f"{error:.3f}", f"{kl:.3f}")
+        table.add_row(one.method, f"{one.density:.4f}", *_numbers(one), *ratios)
+    return table
 
 
 def ratio_to(reference: Summary, summary: Summary) -> tuple[float, float, int]:

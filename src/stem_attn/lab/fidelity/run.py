@@ -96,7 +96,7 @@ def measure_prompt(
         prompt: The prompt's number, for the rows.
         block_size: Tokens a block, of every method.
         logit_stride: Compare the predictions of every so many positions.
-        on_step: Told what starts: once a layer of the dense forward, once a sparse forward.
+        on_step: Told what starts: once a layer of the dense forward, once a candidate's sparse forwards.
         found: Rows are added.
 
     Raises:
@@ -150,8 +150,8 @@ def _propagate(
     """Run the model sparsely in every layer; twice and interpolated, where the density lies between two choices."""
     runs: list[tuple[float, Record]] = []
     sides = 1
+    on_step(str(candidate))
     while len(runs) < sides:
-        on_step(str(candidate))
         hidden, density, sides = _sparse_forward(model, ids, candidate, block_size, side=len(runs))
         numbers = compare_positions(model, dense_hidden, hidden, ids, stride=logit_stride)
         runs.append((density, _prediction_row(numbers)))

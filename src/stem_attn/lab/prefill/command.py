@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stem_attn.lab.configs import plain_settings, settings_from_options
+from stem_attn.lab.configs import DEMO, plain_settings, settings_from_options
 from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import (
     METHOD,
+    OUTPUT,
     PROMPT,
     ConfigOption,
     DeviceOption,
@@ -25,25 +25,15 @@ from stem_attn.lab.options import (
     SetOption,
     load_model,
 )
-from stem_attn.lab.results import Record, check_json, deliver, new_record
+from stem_attn.lab.results import Record, check_json, check_writable, deliver, new_record, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
     from stem_attn.lab.prompts import Prompt
     from stem_attn.policy import PrefillPolicy
 
-# The published presets are made for long prompts: of a few thousand tokens their fixed minimum of 128-token blocks
-# keeps nearly everything. Smaller blocks and a budget in proportion to the prompt keep 25% to 30%.
-DEMO = {
-    "block_size": 64,
-    "budget_ratio": 0.165,
-    "budget_bias": 0,
-    "tail_blocks": 2,
-    "sink_blocks": 2,
-    "local_blocks": 4,
-    "min_seq_len": 1024,
-}
 DEMO_TOKENS = 6144
+_ROUNDS = 2
 
 
 def prefill(
@@ -88,6 +78,12 @@ def prefill(
     config_file: ConfigOption = None,
     override: SetOption = None,
     json_path: JsonOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a PNG of times and memory (needs matplotlib).", rich_help_panel=OUTPUT
+        ),
+    ] = None,
 ) -> None:
     """Prefill a long prompt with a real model, densely and with Stem, and compare.
 
@@ -102,20 +98,33 @@ def prefill(
     config, policy = settings_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
     check_dtype(dtype)
     check_json(json_path)
+    if plot is not None:
+        require("matplotlib", extra="eval")
+        check_writable(plot)
     own = read_text(prompt_file) if prompt_file is not None else None
 
     from stem_attn.lab.prefill.measure import memory_method
     from stem_attn.lab.prefill.report import render
     from stem_attn.lab.prefill.run import compare
+    from stem_attn.lab.progress import show_progress
 
     loaded = load_model(model, gguf, device, dtype)
     if new_tokens >= loaded.context_tokens:
         raise InputError(f"--new-tokens {new_tokens} leaves no room in the model's context of {loaded.context_tokens}")
     prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)
     _check_length(prompt, loaded, policy, new_tokens)
-    result = compare(
-        loaded.model, loaded.tokenizer, prompt.ids, config, policy, new_tokens=new_tokens, on_start=_progress
-    )
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    with show_progress("prefill", "layers", (1 + 2 * _ROUNDS) * layers) as progress:  # the first one warms up
+        result = compare(
+            loaded.model,
+            loaded.tokenizer,
+            prompt.ids,
+            config,
+            policy,
+            new_tokens=new_tokens,
+            on_layer=progress.finishes,
+            rounds=_ROUNDS,
+        )
 
     settings: Record = {
         "preset": preset,
@@ -136,6 +145,10 @@ def prefill(
         right = None if prompt.needle is None else prompt.needle.answer in found[side]["answer"]
         found[side]["answer_right"] = right
     deliver(found, render(found), json_path)
+    if plot is not None:
+        from stem_attn.lab.prefill.plot import draw
+
+        write_files({plot: draw(found)})
 
 
 def _prompt(
@@ -169,21 +182,3 @@ def _check_length(prompt: Prompt, loaded: LoadedModel, policy: PrefillPolicy, ne
             f"the prompt has {prompt.tokens} tokens, too short: with this config Stem starts at {policy.min_seq_len} "
             f"(min_seq_len) and leaves shorter prompts to dense attention"
         )
-
-
-def _progress(name: str, calls: int) -> Callable[[], None]:
-    """Show a bar for one prefill; it moves with every attention call, which is every layer."""
-    from transformers.utils import logging
-
-    # transformers' own bars show the loading; this is the same bar, under the same switch.
-    bar = logging.tqdm(total=calls, desc=f"Prefill, {name}", unit="layer", leave=False)
-    left = calls
-
-    def on_call() -> None:
-        nonlocal left
-        left -= 1
-        bar.update()
-        if left == 0:
-            bar.close()
-
-    return on_call

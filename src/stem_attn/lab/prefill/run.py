@@ -22,8 +22,8 @@ from stem_attn.policy import PrefillPolicy
 
 _WARM_UP_TOKENS = 256
 
-OnStart = Callable[[str, int], Callable[[], Any]]
-"""Called with a phase's name and its number of attention calls; what it returns is called after each of them."""
+OnLayer = Callable[[str], None]
+"""Told the name of a prefill whenever a layer's attention is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def compare(
     policy: PrefillPolicy,
     *,
     new_tokens: int,
-    on_start: OnStart,
-    rounds: int = 2,
+    on_layer: OnLayer,
+    rounds: int,
 ) -> Comparison:
     """Prefill a prompt densely and with Stem, in turns, and compare the two.
 
@@ -105,7 +105,7 @@ def compare(
         config: The method.
         policy: Which layers are sparse; whether that pays on this machine does not count.
         new_tokens: Most tokens of each answer.
-        on_start: Told when a prefill starts.
+        on_layer: Told what is done.
         rounds: Prefills of each side; the fastest counts.
 
     Raises:
@@ -114,7 +114,7 @@ def compare(
     ids = ids.to(model.device)
     with _stem(model, config, policy):
         pass  # learn at once whether the model can
-    _run_prompt(model, ids[:, :_WARM_UP_TOKENS], "warm-up", on_start)
+    _run_prompt(model, ids[:, :_WARM_UP_TOKENS], "warm-up", on_layer)
 
     density = 0.0
     passes: dict[str, list[_Pass]] = {"dense": [], "stem": []}
@@ -122,7 +122,7 @@ def compare(
     for number in range(1, rounds + 1):
         for side, attention in (("dense", nullcontext()), ("stem", _stem(model, config, policy))):
             with attention:
-                done = _run_prompt(model, ids, f"{side} {number}/{rounds}", on_start)
+                done = _run_prompt(model, ids, f"{side} {number}/{rounds}", on_layer)
                 if side == "stem":
                     stats = hf.stats(model)
                 if number == 1:
@@ -159,10 +159,10 @@ def _stem(model: Any, config: StemConfig, policy: PrefillPolicy) -> Iterator[Non
         hf.disable(model)
 
 
-def _run_prompt(model: Any, ids: Tensor, name: str, on_start: OnStart) -> _Pass:
+def _run_prompt(model: Any, ids: Tensor, name: str, on_layer: OnLayer) -> _Pass:
     """Run the whole prompt through the model; logits for the last position only."""
-    on_call = on_start(name, model.config.get_text_config().num_hidden_layers)
-    with keep_hidden(model) as hidden, PeakMemory(model.device) as memory, AttentionClock(model, on_call) as clock:
+    clock = AttentionClock(model, lambda: on_layer(name))
+    with keep_hidden(model) as hidden, PeakMemory(model.device) as memory, clock:
         synchronize(model.device)
         start = time.perf_counter()
         result = model(ids, use_cache=True, logits_to_keep=1)

@@ -127,6 +127,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         started = time.monotonic()
         require("transformers", "gguf", "wonderwords", extra="eval")
         from stem_attn.lab.named_methods import NamedMethod, parse_methods
+        from stem_attn.lab.progress import show_progress
         from stem_attn.lab.tasks.report import render
         from stem_attn.lab.tasks.run import Settings, evaluate
         from stem_attn.lab.tasks.store import Store
@@ -165,19 +166,12 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         elif settings.chat and loaded.tokenizer.chat_template is None:
             raise InputError(f"--template chat: the tokenizer of {loaded.name} has no chat template")
 
-        from transformers.utils import logging
-
         def stop() -> bool:
             return minutes is not None and time.monotonic() - started > 60 * minutes
 
         total = len(settings.tasks) * len(settings.lengths) * len(settings.methods) * len(settings.samples)
-        with logging.tqdm(total=total, unit="prompt") as bar:
-
-            def on_prompt(done: str) -> None:
-                bar.set_description(done, refresh=False)
-                bar.update()
-
-            results = evaluate(loaded, settings, store, on_prompt, stop)
+        with show_progress(name, "prompts", total) as progress:
+            results = evaluate(loaded, settings, store, progress.finishes, stop)
         if not results.records:
             raise InputError("no prompt was answered: give --minutes more, or fewer --samples a --part")
         found = _record(name, loaded, settings, results)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Group
+from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
 from stem_attn.lab.results import Record
+from stem_attn.lab.tables import narrow_table, within_columns
 
-_COMPARISONS = ("minus dense", "same answer", "drift")
+_COMPARISONS = ("minus\ndense", "same\nanswer", "drift")
+_FEW_LENGTHS = 2  # with more, the comparisons do not fit beside the scores
 
 
-def render(found: Record) -> Group:
+def render(found: Record) -> Constrain:
     """Return what the terminal shows.
 
     Args:
         found: The record that `stem-attn eval tasks --json` or `eval report --json` writes.
     """
     notes = [Text(note, style="dim") for note in _notes(found)]
-    means = (_means(found), Text()) if found["means"] else ()
-    return Group(_facts(found), Text(), *means, _tasks(found), *notes)
+    means = [part for table in _means(found) for part in (table, Text())]
+    return within_columns(Group(_facts(found), Text(), *means, _tasks(found), *notes))
 
 
 def _facts(found: Record) -> Table:
@@ -34,30 +35,38 @@ def _facts(found: Record) -> Table:
     return facts
 
 
-def _means(found: Record) -> Table:
+def _means(found: Record) -> list[Table]:
     """One row a family and method: the score at every length, as in the paper's Table 4, and the comparisons."""
-    lengths = sorted({cell["length"] for cell in found["cells"]})
-    table = Table(title="Mean over tasks")
-    _add_columns(table, ("tasks", "method"), (*map(_tokens, lengths), "average", "budget", *_COMPARISONS))
     rows = found["means"]
+    if not rows:
+        return []
+    lengths = sorted({cell["length"] for cell in found["cells"]})
+    names, score_names, comparison_names = (
+        ("tasks", "method"),
+        (*map(_tokens, lengths), "average"),
+        ("budget", *_COMPARISONS),
+    )
+    if len(lengths) <= _FEW_LENGTHS:
+        tables = [narrow_table("Mean over tasks", names, (*score_names, *comparison_names))]
+    else:
+        tables = [
+            narrow_table("Mean over tasks", names, score_names),
+            narrow_table("Mean over tasks and lengths, compared with dense", names, comparison_names),
+        ]
     for number, row in enumerate(rows):
         first = number == 0 or rows[number - 1]["family"] != row["family"]
         last = number == len(rows) - 1 or rows[number + 1]["family"] != row["family"]
-        table.add_row(
-            f"{row['family']} ({row['tasks']})" if first else "",
-            row["method"],
-            *[_number(row["by_length"].get(length)) for length in lengths],
-            _number(row["average"]),
-            _number(row["budget"], ".1%"),
-            *_comparisons(row),
-            end_section=last,
-        )
-    return table
+        words = (f"{row['family']} ({row['tasks']})" if first else "", row["method"])
+        scores = (*(_number(row["by_length"].get(length)) for length in lengths), _number(row["average"]))
+        comparisons = (_number(row["budget"], ".1%"), *_comparisons(row))
+        parts = [(*scores, *comparisons)] if len(tables) == 1 else [scores, comparisons]
+        for table, cells in zip(tables, parts, strict=True):
+            table.add_row(*words, *cells, end_section=last)
+    return tables
 
 
 def _tasks(found: Record) -> Table:
-    table = Table(title="By task")
-    _add_columns(table, ("task", "method"), ("length", "samples", "score", "budget", *_COMPARISONS))
+    table = narrow_table("By task", ("task", "method"), ("length", "samples", "score", "budget", *_COMPARISONS))
     cells = sorted(found["cells"], key=lambda cell: list(found["tasks"]).index(cell["task"]))
     for number, cell in enumerate(cells):
         first = number == 0 or cells[number - 1]["task"] != cell["task"]
@@ -73,13 +82,6 @@ def _tasks(found: Record) -> Table:
             end_section=last,
         )
     return table
-
-
-def _add_columns(table: Table, words: Sequence[str], numbers: Sequence[str]) -> None:
-    for name in words:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", overflow="fold")
 
 
 def _comparisons(row: Record) -> tuple[str, str, str]:

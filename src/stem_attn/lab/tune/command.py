@@ -85,7 +85,7 @@ def tune(
 
     import torch
 
-    from stem_attn.lab.progress import named_steps
+    from stem_attn.lab.progress import show_progress
     from stem_attn.lab.texts import excerpts
     from stem_attn.lab.tune import run as search
     from stem_attn.lab.tune.report import render
@@ -111,17 +111,19 @@ def tune(
         "model": {"name": loaded.name, "dtype": name_of(loaded.model.dtype)},
         "texts": [text.describe() for text in texts],
     }
-    with named_steps("tune", "forward") as on_step:
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    most = search.most_forwards(config, length, layers, prompts, held_out)
+    with show_progress("tune", "forwards", most, at_most=True) as progress:
         start = time.perf_counter()
         found = search.tune(
-            loaded.model, ids[:prompts], config, policy, wanted, logit_stride=logit_stride, on_step=on_step
+            loaded.model, ids[:prompts], config, policy, wanted, logit_stride=logit_stride, on_step=progress.starts
         )
         record["seconds"] = round(time.perf_counter() - start, 1)
         record |= search.describe(found, wanted)
         write_files({record_path: to_json(record), out: to_json(record["config"])})
         if held_out:
             record["held_out"] = search.check(
-                loaded.model, ids[prompts:], found, logit_stride=logit_stride, on_step=on_step
+                loaded.model, ids[prompts:], found, logit_stride=logit_stride, on_step=progress.starts
             )
             write_files({record_path: to_json(record)})
     show(render(record, str(out)))

@@ -205,6 +205,22 @@ def tune(
     return _Search(prompts, config, policy, steps, target).answer(at)
 
 
+def most_forwards(config: StemConfig, tokens: int, layers: int, prompts: int, held_out: int) -> int:
+    """Return how many forwards `tune` and `check` make at most.
+
+    Args:
+        config: The method.
+        tokens: Of a prompt.
+        layers: Of the model.
+        prompts: To tune on.
+        held_out: To check on.
+    """
+    budgets = len(levels(config, tokens))
+    uniform = 2 + math.ceil(math.log2(max(budgets - 1, 1)))
+    trials = uniform + layers + len(_RECIPES) + _BISECTIONS
+    return prompts * (1 + trials + 1) + held_out * (1 + 4)  # a dense one first, and the answer as it is written
+
+
 class _Search:
     def __init__(
         self, prompts: Prompts, config: StemConfig, policy: PrefillPolicy, steps: list[Level], target: Target

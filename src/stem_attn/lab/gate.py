@@ -18,7 +18,6 @@ from torch import Tensor
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
-from stem_attn.lab.bench.cases import Case
 from stem_attn.reference import reference_row
 from stem_attn.scoring import block_scores
 
@@ -48,16 +47,16 @@ class Sample:
     tokens: tuple[int, ...]
 
 
-def draw_samples(case: Case, seed: int) -> list[Sample]:
+def draw_samples(batch: int, heads: int, q_len: int, seed: int) -> list[Sample]:
     """Choose heads and query tokens; the first, the last and a tile's edge are always among the tokens."""
     rng = random.Random(seed)
-    pairs = [(b, h) for b in range(case.batch) for h in range(case.shape.heads)]
-    edges = {0, case.q_len - 1, min(127, case.q_len - 1)}
-    count = min(_ROWS, case.q_len)
+    pairs = [(b, h) for b in range(batch) for h in range(heads)]
+    edges = {0, q_len - 1, min(127, q_len - 1)}
+    count = min(_ROWS, q_len)
     samples = []
-    for batch, head in rng.sample(pairs, min(_HEADS, len(pairs))):
-        tokens = edges | set(rng.sample(range(case.q_len), count))
-        samples.append(Sample(batch, head, tuple(sorted(tokens))))
+    for b, h in rng.sample(pairs, min(_HEADS, len(pairs))):
+        tokens = edges | set(rng.sample(range(q_len), count))
+        samples.append(Sample(b, h, tuple(sorted(tokens))))
     return samples
 
 

@@ -1,0 +1,1 @@
+"""Result files of other commands in one page that says whether it is worth it."""

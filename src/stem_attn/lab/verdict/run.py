@@ -1,0 +1,157 @@
+"""Judge, from what was measured, whether Stem is worth it at every length; the words follow from the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stem_attn.lab.verdict.read import ATTENTION, Accuracy, Evidence, Speed
+
+FASTER = 1.1
+"""Dense over Stem from which a prompt is worth the trouble."""
+SAME, CLOSE = 0.97, 0.9
+"""Shares of the same next tokens: from the first one on the model is called the same, from the second on close."""
+POINTS = -1.0
+"""Of 100; a task that loses more, beyond chance, has suffered."""
+_KINDS = ("first token in vLLM", "prefill of a real model", "whole model, random weights", ATTENTION)
+_CLOSE_LENGTH = 1.5
+_CLOSE_DENSITY = 0.05
+
+YES, PERHAPS, NO, OPEN = "Yes", "Perhaps", "No", "Open"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is said about one length with one set of settings.
+
+    Args:
+        answer: `YES`, `PERHAPS`, `NO` or `OPEN`.
+        length: Tokens.
+        settings: Stem's.
+        reason: The numbers, in a sentence.
+        cautions: What keeps speed and accuracy from belonging together.
+    """
+
+    answer: str
+    length: int
+    settings: str
+    reason: str
+    cautions: tuple[str, ...] = ()
+
+
+def judge(found: Evidence) -> list[Judgement]:
+    """Judge every length whose speed is known; without any, every length whose accuracy is known."""
+    stem = [one for one in found.accuracies if one.is_stem]
+    if not found.speeds:
+        lengths = sorted({one.length for one in stem})
+        return [_without_speed(length, [one for one in stem if one.length == length]) for length in lengths]
+    best: dict[tuple[str, int], Speed] = {}
+    for speed in found.speeds:
+        key = speed.settings, speed.length
+        if key not in best or _order(speed) < _order(best[key]):
+            best[key] = speed
+    return [_judge(best[key], stem) for key in sorted(best, key=lambda key: (key[1], key[0]))]
+
+
+def headline(judgements: Sequence[Judgement]) -> str:
+    """Say the verdict in a sentence or two."""
+    if not judgements:
+        return "Nothing here compares Stem with dense attention."
+    words = {
+        YES: "Worth it at {}.",
+        PERHAPS: "Perhaps worth it at {}: try it on your own task.",
+        NO: "Not worth it at {}.",
+        OPEN: "Open at {}: something is not measured yet.",
+    }
+    said = []
+    for answer, text in words.items():
+        lengths = sorted({one.length for one in judgements if one.answer == answer})
+        if lengths:
+            said.append(text.format(", ".join(f"{length:,}" for length in lengths) + " tokens"))
+    return " ".join(said)
+
+
+def _order(speed: Speed) -> tuple[int, float]:
+    """Prefer what is nearest to use; of the same kind, as with several chunk sizes, the least gain."""
+    return _KINDS.index(speed.kind), speed.ratio
+
+
+def _judge(speed: Speed, stem: Sequence[Accuracy]) -> Judgement:
+    seconds = f"{_seconds(speed.dense_seconds)}, Stem {_seconds(speed.stem_seconds)}"
+    told = f"{speed.kind}: {speed.ratio:.2f} times as fast as dense ({seconds})"
+    if speed.ratio < FASTER:
+        return Judgement(NO, speed.length, speed.settings, f"{told}.")
+    near = _nearest(speed, stem)
+    if not near:
+        ask = "what it does to the answers is not measured: run stem-attn eval fidelity"
+        return Judgement(OPEN, speed.length, speed.settings, f"{told}; {ask}.")
+    answer, effect = _effect(near)
+    if speed.kind == ATTENTION and answer != NO:
+        answer = OPEN
+        told += ", the rest of the model not counted (run stem-attn bench --ttft or stem-attn serving)"
+    return Judgement(answer, speed.length, speed.settings, f"{told}; {effect}.", _cautions(speed, near[0]))
+
+
+def _without_speed(length: int, measured: Sequence[Accuracy]) -> Judgement:
+    answer, effect = _effect(measured)
+    ask = "what it gains is not measured: run stem-attn bench --ttft or stem-attn serving"
+    return Judgement(NO if answer == NO else OPEN, length, measured[0].method, f"{effect}; {ask}.")
+
+
+def _nearest(speed: Speed, stem: Sequence[Accuracy]) -> list[Accuracy]:
+    """Return what is known of the same settings, if of any, at the nearest length and density.
+
+    What prunes as hard as what was timed, or harder, comes before what prunes less.
+    """
+    known = [one for one in stem if one.method == speed.settings] or list(stem)
+    if not known:
+        return []
+    density = 0.0 if speed.density is None else speed.density
+    as_hard = [one for one in known if one.density <= density + _CLOSE_DENSITY] or known
+
+    def distance(one: Accuracy) -> tuple[float, float]:
+        return abs(math.log(one.length / speed.length)), abs(one.density - density)
+
+    best = min(as_hard, key=distance)
+
+    def belongs(one: Accuracy) -> bool:
+        same = (one.length, one.method, one.file) == (best.length, best.method, best.file)
+        return same and abs(one.density - best.density) <= _CLOSE_DENSITY
+
+    return [one for one in as_hard if belongs(one)]
+
+
+def _effect(measured: Sequence[Accuracy]) -> tuple[str, str]:
+    """Judge accuracy: the worst of what was measured counts."""
+    answer, said = YES, []
+    for one in measured:
+        if one.top1_agreement is not None:
+            share = one.top1_agreement
+            own = YES if share >= SAME else PERHAPS if share >= CLOSE else NO
+            said.append(f"the same next token at {share:.1%} of the positions")
+        else:
+            points = one.points or 0.0
+            beyond_chance = one.interval is None or one.interval[1] < 0
+            own = NO if points < POINTS and beyond_chance else PERHAPS if points < POINTS else YES
+            said.append(f"{one.kind} {points:+.1f} points against dense")
+        answer = max(answer, own, key=(YES, PERHAPS, NO).index)
+    first = measured[0]
+    return answer, f"{', '.join(said)} ({first.method}, {first.length:,} tokens, density {first.density:.3f})"
+
+
+def _cautions(speed: Speed, accuracy: Accuracy) -> tuple[str, ...]:
+    said = []
+    if accuracy.method != speed.settings:
+        said.append(f"Accuracy was measured of {accuracy.method}, speed of {speed.settings}.")
+    if max(speed.length, accuracy.length) > _CLOSE_LENGTH * min(speed.length, accuracy.length):
+        said.append(f"Accuracy was measured at {accuracy.length:,} tokens, speed at {speed.length:,}.")
+    if speed.density is not None and abs(speed.density - accuracy.density) > _CLOSE_DENSITY:
+        said.append(f"Accuracy was measured at density {accuracy.density:.3f}, speed at {speed.density:.3f}.")
+    if speed.kind in (ATTENTION, "whole model, random weights"):
+        said.append("Speed was measured on random numbers, not on the model of the accuracy results.")
+    return tuple(said)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
