@@ -71,7 +71,7 @@ def test_the_crossover_is_told_by_the_whole_prompt():
 
 
 def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
-    assert parse({}) == Settings(StemConfig(), PrefillPolicy(), "default")
+    assert parse({}) == Settings(StemConfig(), PrefillPolicy.preset("default"), "default")
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"budget_bias": 7, "decay": 0.9}))
     got = parse({"preset": "official", "config_file": str(file), "decay": 0.8, "crossover": False})
@@ -88,7 +88,7 @@ def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
             {"budget_ration": 0.1},
             "unknown key budget_ration in .*; known: preset, config_file",
         ),
-        ({"preset": "fast"}, "unknown preset 'fast'; known: default, official, paper"),
+        ({"preset": "fast"}, "unknown preset 'fast'; known: default, default-0.1, official, paper"),
         ({"crossover": 1}, "crossover must be True or False, got 1"),
         ({"config_file": "/no/such.json"}, "cannot read settings.file /no/such.json: No such file"),
         ({"config_file": 3}, "config_file must be a path, got 3"),
@@ -142,7 +142,7 @@ def test_layers_are_told_by_name():
     assert layer_index("model.layers.3.self_attn.attn") == 3
     assert layer_index("model.attn") is None
     policy = PrefillPolicy(layer_budgets=(1.0, 0.5))
-    assert layer_config("model.layers.1.self_attn.attn", StemConfig(), policy) == StemConfig(budget_scale=0.5)
-    assert layer_config("model.attn", StemConfig(), PrefillPolicy()) == StemConfig()
+    assert layer_config("model.layers.1.self_attn.attn", StemConfig(), policy, 2) == StemConfig(budget_scale=0.5)
+    assert layer_config("model.attn", StemConfig(), PrefillPolicy(), 2) == StemConfig()
     with pytest.raises(ValueError, match=r"layer_budgets: model\.attn does not say which"):
-        layer_config("model.attn", StemConfig(), policy)
+        layer_config("model.attn", StemConfig(), policy, 2)
