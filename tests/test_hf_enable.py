@@ -525,5 +525,3 @@ def test_budgets_fall_along_depth():
     as_factors = density(layer_budgets=(1.9, 1.0, 0.1))
     assert density(depth_decay=0.1) == as_factors
     assert density() != as_factors
-    assert hf.enable(model, "default") is model  # the preset brings its policy
-    assert model._stem_state.policy.depth_decay == 0.1

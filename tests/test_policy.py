@@ -18,11 +18,10 @@ def why_dense(policy, length, config="default", told=None, backend=CPU):
 
 
 def test_presets():
-    assert PrefillPolicy.preset("default") == PrefillPolicy(depth_decay=0.1)
-    assert PrefillPolicy.preset("default-0.1") == PrefillPolicy()
+    assert PrefillPolicy.preset("default") == PrefillPolicy()
     assert PrefillPolicy.preset("official") == PrefillPolicy(min_seq_len=0, dense_layers=(0, 1))
     assert PrefillPolicy.preset("paper", crossover=False) == PrefillPolicy(min_seq_len=8192, crossover=False)
-    with pytest.raises(ValueError, match=r"unknown preset .fast.; known: default, default-0\.1, official, paper"):
+    with pytest.raises(ValueError, match=r"unknown preset .fast.; known: default, official, paper"):
         PrefillPolicy.preset("fast")
 
 

@@ -87,9 +87,9 @@ class StemConfig:
     decay: float = 0.85
     decay_from: DecayStart = "plateau"
     tail_blocks: int = 2
-    tail_ratio: float = 1.0
+    tail_ratio: float = 0.5
     budget_scope: BudgetScope = "layer"
-    head_floor: float = 0.25
+    head_floor: float = 0.5
     sink_blocks: int = 1
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
@@ -148,8 +148,7 @@ class StemConfig:
         """Return a named configuration, with some fields replaced.
 
         Args:
-            name: `"default"`; `"default-0.1"`, what it was in version 0.1; `"official"`, the authors' torch code; or
-                `"paper"`, the published equations.
+            name: `"default"`; `"official"`, the authors' torch code; or `"paper"`, the published equations.
             overrides: Fields of `StemConfig` to replace.
 
         Raises:
@@ -208,7 +207,6 @@ def field_names() -> tuple[str, ...]:
 # What is left out here stands at the field's default.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "default-0.1": {"tail_ratio": 0.5, "head_floor": 0.5},  # the default of version 0.1, for one version
     "official": {
         "score": "linear",
         "budget_scope": "head",

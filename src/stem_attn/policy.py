@@ -140,7 +140,6 @@ class PrefillPolicy:
 
 # What is left out here stands at the field's default.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"depth_decay": 0.1},
     "official": {"min_seq_len": 0, "dense_layers": (0, 1)},
     "paper": {"min_seq_len": 8192},
 }

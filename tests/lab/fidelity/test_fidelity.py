@@ -107,7 +107,7 @@ def test_propagated_numbers_are_those_of_the_adapter():
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
-            hf.enable(model, config, policy=PrefillPolicy.preset("default", min_seq_len=0, crossover=False))
+            hf.enable(model, config, policy=PrefillPolicy(min_seq_len=0, crossover=False))
             model(ids, use_cache=False)
         density = hf.stats(model).density
         hf.disable(model)
@@ -179,9 +179,7 @@ def test_a_residual_is_part_of_a_methods_output():
     with torch.inference_mode():
         with keep_hidden(model) as hidden:
             model(ids, use_cache=False)
-            hf.enable(
-                model, mean.build(BLOCK).config, policy=PrefillPolicy.preset("default", min_seq_len=0, crossover=False)
-            )
+            hf.enable(model, mean.build(BLOCK).config, policy=PrefillPolicy(min_seq_len=0, crossover=False))
             model(ids, use_cache=False)
         hf.disable(model)
         numbers = compare_positions(model, *hidden, ids)
