@@ -510,3 +510,18 @@ def test_importing_the_adapter_registers_nothing():
         "assert 'stem' not in ALL_ATTENTION_FUNCTIONS.valid_keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@torch.no_grad()
+def test_budgets_fall_along_depth():
+    model, ids = tiny_model("llama", num_hidden_layers=3), tokens(1, LENGTH)
+    config = dataclasses.replace(SPARSE, budget_ratio=0.4)
+
+    def density(**policy):
+        enable(model, config, **policy)
+        model(ids)
+        return hf.stats(model).density
+
+    as_factors = density(layer_budgets=(1.9, 1.0, 0.1))
+    assert density(depth_decay=0.1) == as_factors
+    assert density() != as_factors

@@ -21,7 +21,7 @@ def test_presets():
     assert PrefillPolicy.preset("default") == PrefillPolicy()
     assert PrefillPolicy.preset("official") == PrefillPolicy(min_seq_len=0, dense_layers=(0, 1))
     assert PrefillPolicy.preset("paper", crossover=False) == PrefillPolicy(min_seq_len=8192, crossover=False)
-    with pytest.raises(ValueError, match="unknown preset 'fast'; known: default, official, paper"):
+    with pytest.raises(ValueError, match=r"unknown preset .fast.; known: default, official, paper"):
         PrefillPolicy.preset("fast")
 
 
@@ -38,6 +38,8 @@ def test_no_field_is_the_methods_too():
         ({"layer_budgets": [1.0, -1]}, "layer_budgets must be a finite number from 0"),
         ({"layer_budgets": [1.0, "2"]}, "layer_budgets"),
         ({"min_seq_len": None}, "min_seq_len"),
+        ({"depth_decay": 0}, "depth_decay must be above 0"),
+        ({"depth_decay": 1.5}, "depth_decay must be a finite number from 0 to 1"),
         ({"crossover": 1}, "crossover must be True or False"),
     ],
 )
@@ -64,16 +66,25 @@ def test_layers():
     policy = PrefillPolicy(dense_layers=[0, -1], layer_budgets=[1, 3.0, 2.0])
     assert [policy.is_dense_layer(i, 3) for i in range(3)] == [True, False, True]
     config = StemConfig(budget_scale=0.5)
-    assert policy.layer_config(config, 1) == StemConfig(budget_scale=1.5)
-    assert policy.layer_config(config, 1) is policy.layer_config(config, 1)
-    assert PrefillPolicy().layer_config(config, 7) is config
+    assert policy.layer_config(config, 1, 3) == StemConfig(budget_scale=1.5)
+    assert policy.layer_config(config, 1, 3) is policy.layer_config(config, 1, 3)
+    assert PrefillPolicy().layer_config(config, 7, 8) is config
     with pytest.raises(ValueError, match="layer_budgets has 3 factors, none for layer 3"):
-        policy.layer_config(config, 3)
+        policy.layer_config(config, 3, 4)
     policy.check_layers(3)
     with pytest.raises(ValueError, match="layer_budgets has 3 factors, and the model has 4 layers"):
         policy.check_layers(4)
     with pytest.raises(ValueError, match="are not all layers of a model with 4"):
         PrefillPolicy(dense_layers=(4,)).check_layers(4)
+
+
+def test_budgets_fall_evenly_along_depth_around_the_same_mean():
+    policy, config = PrefillPolicy(depth_decay=0.1), StemConfig(budget_scale=0.5)
+    scales = [policy.layer_config(config, layer, 5).budget_scale for layer in range(5)]
+    assert scales == pytest.approx([0.95, 0.725, 0.5, 0.275, 0.05])
+    assert policy.layer_config(config, 0, 1) is config  # one layer has no depth
+    tuned = PrefillPolicy(depth_decay=0.1, layer_budgets=(1.0, 3.0))  # what was found stands in its place
+    assert tuned.layer_config(config, 1, 2).budget_scale == 1.5
 
 
 def test_a_settings_file_gives_the_fields_it_names(tmp_path):

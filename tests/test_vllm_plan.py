@@ -142,7 +142,7 @@ def test_layers_are_told_by_name():
     assert layer_index("model.layers.3.self_attn.attn") == 3
     assert layer_index("model.attn") is None
     policy = PrefillPolicy(layer_budgets=(1.0, 0.5))
-    assert layer_config("model.layers.1.self_attn.attn", StemConfig(), policy) == StemConfig(budget_scale=0.5)
-    assert layer_config("model.attn", StemConfig(), PrefillPolicy()) == StemConfig()
+    assert layer_config("model.layers.1.self_attn.attn", StemConfig(), policy, 2) == StemConfig(budget_scale=0.5)
+    assert layer_config("model.attn", StemConfig(), PrefillPolicy(), 2) == StemConfig()
     with pytest.raises(ValueError, match=r"layer_budgets: model\.attn does not say which"):
-        layer_config("model.attn", StemConfig(), policy)
+        layer_config("model.attn", StemConfig(), policy, 2)

@@ -28,8 +28,11 @@ class PrefillPolicy:
     Args:
         min_seq_len: Tokens; an adapter leaves shorter prompts to dense attention.
         dense_layers: Indices of the layers that stay dense; negative ones count from the end.
-        layer_budgets: One more factor on the budget for every layer of the model, in order; what `stem-attn tune`
-            finds. Layers that are dense or have a sliding window ignore theirs. Empty: none.
+        depth_decay: Factor on the last layer's budget, above 0 and at most 1. The first layer's is 2 minus that, and in
+            between it falls evenly with depth, so that the mean stays: an error of an early layer flows through all
+            later ones. 1: all layers alike.
+        layer_budgets: In the place of that, one more factor on the budget for every layer of the model, in order; what
+            `stem-attn tune` finds. Layers that are dense or have a sliding window ignore theirs. Empty: none.
         crossover: Whether prompts that keep too many blocks to be faster than dense attention stay dense. Turn it off
             to study accuracy.
 
@@ -39,11 +42,15 @@ class PrefillPolicy:
 
     min_seq_len: int = 4096
     dense_layers: tuple[int, ...] = ()
+    depth_decay: float = 1.0
     layer_budgets: tuple[float, ...] = ()
     crossover: bool = True
 
     def __post_init__(self) -> None:
         check_int("min_seq_len", self.min_seq_len, 0)
+        check_float("depth_decay", self.depth_decay, 0.0, 1.0)
+        if self.depth_decay == 0:
+            raise ValueError("depth_decay must be above 0, got 0")
         layers, factors = self.dense_layers, self.layer_budgets
         if not isinstance(layers, tuple | list) or any(type(i) is not int for i in layers):
             raise ValueError(f"dense_layers must be a sequence of layer indices, got {layers!r}")
@@ -85,18 +92,22 @@ class PrefillPolicy:
         """Tell whether a layer of a model with so many stays dense."""
         return layer in self.dense_layers or layer - layers in self.dense_layers
 
-    def layer_config(self, config: StemConfig, layer: int) -> StemConfig:
-        """Return the config of one layer: its factor of `layer_budgets` goes into `budget_scale`.
+    def layer_config(self, config: StemConfig, layer: int, layers: int) -> StemConfig:
+        """Return the config of one layer: its factor goes into `budget_scale`.
 
         Args:
             config: The method.
             layer: From 0 on.
+            layers: Of the model.
 
         Raises:
-            ValueError: There are factors, but none for this layer.
+            ValueError: There are `layer_budgets`, but none for this layer.
         """
         if not self.layer_budgets:
-            return config
+            if self.depth_decay == 1 or layers < 2:
+                return config
+            depth = min(layer / (layers - 1), 1.0)
+            return _scaled(config, 2 - self.depth_decay - 2 * (1 - self.depth_decay) * depth)
         if layer >= len(self.layer_budgets):
             raise ValueError(f"layer_budgets has {len(self.layer_budgets)} factors, none for layer {layer}")
         return _scaled(config, self.layer_budgets[layer])

@@ -89,6 +89,7 @@ def select_at_density(
     scale: float | None,
     *,
     layer: int | None = None,
+    layers: int = 0,
 ) -> tuple[Choice, ...]:
     """Select with a method at a density.
 
@@ -104,6 +105,7 @@ def select_at_density(
         v: [B, Hkv, T, Dv].
         scale: Factor of the logits, or None for 1 / sqrt(D).
         layer: The layer's index in the model, for budgets by layer.
+        layers: Of the model.
 
     Returns:
         One choice, or two of rising density.
@@ -115,7 +117,7 @@ def select_at_density(
     config = _schedule(method)
     if density is None:
         if layer is not None and isinstance(method, Stem):
-            method = Stem(named.policy.layer_config(method.config, layer))
+            method = Stem(named.policy.layer_config(method.config, layer, layers))
         chosen: Method = method if named.rows == (0.0, 1.0) else SomeRows(method, *named.rows)
         return (Choice(chosen, chosen.select(q, k, v, scale=scale)),)
     if config is None:

@@ -14,7 +14,7 @@ from stem_attn.checks import resolve_config
 from stem_attn.config import StemConfig, field_names
 from stem_attn.integrations.hf.configs import exchange, give_back, take_own
 from stem_attn.integrations.hf.counters import Stats
-from stem_attn.integrations.hf.refuse import calls_interface, why_refused
+from stem_attn.integrations.hf.refuse import calls_interface, layer_count, why_refused
 from stem_attn.integrations.hf.register import NAME, make_known
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 from stem_attn.integrations.hf.told import normalize, telling
@@ -100,7 +100,7 @@ def enable(
         if old is None:
             give_back(model, swap, NAME)
         raise ValueError(f"{type(model).__name__} cannot run with stem: {error}") from error
-    state = State(config, policy, lengths, backend, selector, swap)
+    state = State(config, policy, lengths, backend, selector, swap, layer_count(model))
     for module in (model, *switched):
         setattr(module, ATTRIBUTE, state)
     return model

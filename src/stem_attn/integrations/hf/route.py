@@ -56,7 +56,7 @@ def route(
     if mask is None and told_lens is None and q_len < state.policy.min_seq_len:
         # Nothing else can matter, and in short prompts the host's time shows.
         return _dense(state, module, query, key, value, mask, scale, "short prompt")
-    config = state.config if layer is None else state.policy.layer_config(state.config, layer)
+    config = state.config if layer is None else state.policy.layer_config(state.config, layer, state.layers)
     reason = _why_dense(state, tokens, told_lens, q_len)
     rows = tokens.rows or ()
     lens = told_lens or [end - first for first, end in rows]

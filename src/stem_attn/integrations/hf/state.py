@@ -29,6 +29,7 @@ class State:
         backend: The backend's name, or "auto".
         method: What selects instead of Stem; None: Stem.
         swap: The configs that the model had, and its own.
+        layers: Of the model; 0 where nobody knows, and then no budget depends on it.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class State:
         backend: str = "auto",
         method: Method | None = None,
         swap: Swap | None = None,
+        layers: int = 0,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -46,6 +48,7 @@ class State:
         self.backend = backend
         self.method = method
         self.swap = swap or []
+        self.layers = layers
         self.counters = Counters()
         self._take_key()
 

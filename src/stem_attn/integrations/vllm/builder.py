@@ -91,7 +91,7 @@ class StemBuilder:
                 reason = "dense layer"
             impl.dense_reason = reason
             if reason is None:
-                impl.config = layer_config(name, self._settings.config, policy)
+                impl.config = layer_config(name, self._settings.config, policy, total)
                 self._sparse_layers += 1
             else:
                 self._dense_layers[reason] += 1

@@ -38,13 +38,14 @@ def layer_index(layer_name: str) -> int | None:
     return next((int(part) for part in layer_name.split(".") if part.isdigit()), None)
 
 
-def layer_config(layer_name: str, config: StemConfig, policy: PrefillPolicy) -> StemConfig:
-    """Return a layer's own config, with its factor of `policy.layer_budgets`.
+def layer_config(layer_name: str, config: StemConfig, policy: PrefillPolicy, layers: int) -> StemConfig:
+    """Return a layer's own config, with its factor of the budget.
 
     Args:
         layer_name: vLLM's name of the attention layer.
         config: The method.
         policy: Checked against the number of layers.
+        layers: Layers of the whole model, all pipeline stages together.
 
     Raises:
         ValueError: There are factors, and the name does not say which layer it is.
@@ -54,4 +55,4 @@ def layer_config(layer_name: str, config: StemConfig, policy: PrefillPolicy) -> 
         if policy.layer_budgets:
             raise ValueError(f"layer_budgets: {layer_name} does not say which of the model's layers it is")
         return config
-    return policy.layer_config(config, index)
+    return policy.layer_config(config, index, layers)

@@ -41,10 +41,10 @@ class Candidate:
         return f"{self.named.name} at {'its own density' if self.density is None else f'{self.density:g}'}"
 
     def select(
-        self, block_size: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer: int
+        self, block_size: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer: int, layers: int
     ) -> tuple[Choice, ...]:
         """Select for a layer; see `select_at_density`."""
-        return select_at_density(self.named, block_size, self.density, q, k, v, scale, layer=layer)
+        return select_at_density(self.named, block_size, self.density, q, k, v, scale, layer=layer, layers=layers)
 
 
 @dataclass(slots=True)
@@ -103,13 +103,14 @@ def measure_prompt(
         InputError: The model has no full attention layer to measure, or no method can have its density.
     """
     ids = ids.to(model.device)
+    layers = model.config.get_text_config().num_hidden_layers
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         on_step(f"layer {layer}")
         dense = DenseLayer(q, k, v, scale)
         for candidate in found.left(candidates):
             try:
-                choices = candidate.select(block_size, q, k, v, dense.scale, layer)
+                choices = candidate.select(block_size, q, k, v, dense.scale, layer, layers)
             except UnreachableDensityError as error:
                 found.drop(candidate, f"layer {layer}: {error}")
                 continue
@@ -171,10 +172,11 @@ def _sparse_forward(
         Hidden states, the density of all layers together, and the most choices that any layer had.
     """
     kept, causal, sides = 0, 0, 1
+    layers = model.config.get_text_config().num_hidden_layers
 
     def sparse(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         nonlocal kept, causal, sides
-        choices = candidate.select(block_size, q, k, v, scale, layer)
+        choices = candidate.select(block_size, q, k, v, scale, layer, layers)
         choice = choices[min(side, len(choices) - 1)]
         kept += int(choice.selection.counts.sum())
         causal += choice.selection.counts.shape[1] * choice.selection.grid.causal_blocks

@@ -208,7 +208,7 @@ def _choose(
     if named.policy.is_dense_layer(layer, layers):
         dense = Dense(block_size=block_size)
         return Choice(dense, dense.select(q, k, v, scale=scale))
-    return select_at_density(named, block_size, None, q, k, v, scale, layer=layer)[0]
+    return select_at_density(named, block_size, None, q, k, v, scale, layer=layer, layers=layers)[0]
 
 
 def _kept(

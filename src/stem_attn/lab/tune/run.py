@@ -415,7 +415,7 @@ def _even(config: StemConfig, policy: PrefillPolicy) -> tuple[StemConfig, Prefil
 
 
 def _by_layer(config: StemConfig, policy: PrefillPolicy, layers: Sequence[int]) -> dict[int, StemConfig]:
-    return {layer: policy.layer_config(config, layer) for layer in layers}
+    return {layer: policy.layer_config(config, layer, len(policy.layer_budgets)) for layer in layers}
 
 
 def numbers(outcome: Outcome) -> dict[str, float]:
