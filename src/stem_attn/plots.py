@@ -34,7 +34,7 @@ def colors(kept: Tensor, strengths: Tensor | None) -> Tensor:
     """
     kept = kept.float()
     shown = kept if strengths is None else strengths.float().maximum(kept * _FAINTEST)
-    blue, orange = (torch.tensor(color, device=kept.device) / 255 for color in (KEPT, PRUNED))
+    blue, orange = (torch.tensor(color, dtype=torch.float32, device=kept.device) / 255 for color in (KEPT, PRUNED))
     own = orange + kept[..., None] * (blue - orange) if strengths is not None else blue
     return 1 - shown[..., None] * (1 - own)
 
