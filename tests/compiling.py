@@ -28,6 +28,8 @@ def compile_for_hopper(kernel: Any, types: dict[str, Any], constants: dict[str, 
 def run_alone(file: str, *arguments: object, timeout: int = 120, **env: str) -> None:
     """Run a test file as a script, without Triton's interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # where this file is
+    env = {"PYTHONPATH": os.pathsep.join(paths)} | env
     subprocess.run([sys.executable, file, *map(str, arguments)], env=inherited | env, check=True, timeout=timeout)
 
 

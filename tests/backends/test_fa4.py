@@ -96,3 +96,12 @@ def test_matches_float64(q_len: int, k_len: int, dim: int, dtype: torch.dtype) -
     assert error.abs().max() <= 2 * dense_error.abs().max()
     assert error.pow(2).mean() <= 4 * dense_error.pow(2).mean()
     torch.testing.assert_close(lse.double().cpu(), exact_lse, atol=2e-3, rtol=1e-3)
+
+
+def test_every_sequence_of_a_packed_call_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sequence has a prefix that is no whole number of blocks."""
+    q, k, v = (torch.zeros(n, 2, 64, dtype=torch.float16) for n in (328, 328 + 100, 328 + 100))
+    call = Call(Layout.packed(q, k, v, [0, 128, 328], [0, 128, 428]), BLOCK, 0.125)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert "prefix must be a multiple of 128 tokens, got 100" in str(BACKEND.why_unsupported(call))

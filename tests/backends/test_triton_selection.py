@@ -345,3 +345,44 @@ def test_long_prompts(preset, k_len):
     # Both sides round in float32, each in its own order of summation.
     rounding = 2**-20 * float(scores[scores.isfinite()].abs().max())
     assert_same_blocks(made, select_plainly(q, k, v, config).to_mask(), scores, rounding)
+
+
+def test_budgets_of_layers_and_chunks_share_what_they_can():
+    """Layers that differ in their budget share launches, chunks of a prompt share its table."""
+    from stem_attn.backends.triton import selection
+
+    q, k, v = make_qkv(16, 320, heads=2, kv_heads=1)
+    layers = [make_config(score="mass", budget_scope="layer", budget_scale=1 + n / 100) for n in range(32)]
+    launches, tables = set(), set()
+    for stop in range(16, 321, 16):
+        for config in layers:
+            call = make_call(q, k[:, :, :stop], v[:, :, :stop], config)
+            launches.add(selection.launches_for(call, call.parts[0], config))
+            tables.add(selection.keep_table(budget_of(config, (320,)), 2, torch.device("cpu")))
+    assert len(launches) == 20  # a chunk each
+    assert len(tables) == 32  # a layer each
+    before = selection._launches.cache_info().misses, selection.keep_table.cache_info().misses
+    for config in layers:
+        selection.launches_for(call, call.parts[0], config)
+        selection.keep_table(budget_of(config, (320,)), 2, torch.device("cpu"))
+    assert (selection._launches.cache_info().misses, selection.keep_table.cache_info().misses) == before
+
+
+def test_a_triton_that_lacks_what_the_kernels_use_is_told(monkeypatch):
+    import triton
+
+    from stem_attn import backends
+    from stem_attn.backends.triton import TritonBackend
+
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    reason = TritonBackend().why_unavailable()
+    assert reason == "it needs Triton 3.4 or later, which PyTorch 2.8 brings; this is Triton 3.2.0"
+    load = backends._load
+    monkeypatch.setattr(backends, "_load", lambda name: (load(name)[0], reason) if name == "triton" else load(name))
+    monkeypatch.setattr(TritonBackend, "automatic_on", ("cpu", "cuda"))
+    q, k, v = make_qkv(32)
+    before = backends.fallbacks().get(f"triton: {reason}", 0)
+    assert backends.for_call("auto", Call(Layout.dense(q, k, v), 16, SCALE)).name == "cpu"
+    assert backends.fallbacks()[f"triton: {reason}"] == before + 1
+    with pytest.raises(RuntimeError, match=r"not available here: it needs Triton 3\.4"):
+        backends.by_name("triton")

@@ -5,12 +5,12 @@ import logging
 
 import pytest
 import torch
+from test_hf_families import KINDS, LENGTH, run
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_models import COMMON, FAMILIES, KEEP_ALL, enable, relative_error, tokens
 from stem_attn.integrations import hf
-from test_hf_families import KINDS, LENGTH, run
 
 pytestmark = pytest.mark.slow
 

@@ -267,3 +267,13 @@ def test_refusals_say_what_was_expected() -> None:
     assert "48" in why(size=48)
     assert "320" in why(dim=320)
     assert "float64" in why(dtype=torch.float64)
+
+
+def test_everything_needs_no_indices() -> None:
+    q, k, v = on_device(*make_qkv(111, 200, batch=2, heads=2, kv_heads=1, dim=64, dtype=torch.float16))
+    everything = BlockSelection.everything(batch=2, heads=2, grid=BlockGrid(111, 200, 64), device=DEVICE)
+    out = attend(q, k, v, selection=everything)
+    assert everything._indices is None
+    assert torch.equal(
+        out, attend(q, k, v, selection=BlockSelection(everything.indices, everything.counts, 64, 111, 200))
+    )

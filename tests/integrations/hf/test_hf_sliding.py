@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_hf_families import KINDS, LENGTH, run
 from transformers import DynamicCache
 
 from hf_models import BLOCK, KEEP_ALL, enable, relative_error, tiny_model, tokens
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
-from test_hf_families import KINDS, LENGTH, run
 
 HYBRID = {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {

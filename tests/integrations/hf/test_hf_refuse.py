@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from test_hf_enable import untouched
+from test_hf_families import KINDS, LENGTH, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_models import COMMON, FAMILIES, KEEP_ALL, enable, relative_error, tiny_config, tokens
 from stem_attn.integrations import hf
-from test_hf_enable import untouched
-from test_hf_families import KINDS, LENGTH, run
 
 REASONS = {
     "bloom": "attention interface",

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
+from test_hf_enable import implementations, tiny_vlm, untouched
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, StaticCache
 
 from hf_models import KEEP_ALL, SPARSE, enable, relative_error, tiny_config, tiny_model, tokens
 from stem_attn.integrations import hf
-from test_hf_enable import implementations, tiny_vlm, untouched
 
 LENGTH = 200
 

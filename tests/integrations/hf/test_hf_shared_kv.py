@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_hf_families import KINDS, LENGTH, run
 from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
 from stem_attn.integrations import hf
-from test_hf_families import KINDS, LENGTH, run
 
 LAYERS = ["sliding_attention", "full_attention"]
 SHARING = {
