@@ -69,7 +69,9 @@ def test_the_bound_is_the_density_or_above_it(forced_blocks, q_len, prompt_len):
 def test_presets_by_device_and_length(device_type, preset, tokens, faster):
     backend = TritonBackend() if device_type == "cuda" else CpuBackend()
     calls = [(tokens, BlockGrid(tokens, tokens, 128))]
-    geometry = Geometry(device_type, torch.bfloat16, 128, 0)
+    # float32 on CPUs: for bfloat16 the break-even depends on whether this processor has matrix units
+    dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
+    geometry = Geometry(device_type, dtype, 128, 0)
     reason = PrefillPolicy(min_seq_len=0).why_dense(StemConfig.preset(preset), calls, None, backend, geometry)
     assert reason == (None if faster else REASON)
 
