@@ -112,9 +112,10 @@ def check_python(block, place):
                 assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
-# Bash runs the block, so that its syntax and variables are right, but no program: stem-attn's arguments are noted.
+# Bash runs the block, so that its syntax and variables are right, but no program: stem-attn's arguments are noted:
+# those of a call in one line, which bash writes at once, because a block may run several calls beside one another.
 NO_PROGRAMS = r"""
-stem-attn() { printf '%s\0' "$@" >> calls; printf '\n' >> calls; }
+stem-attn() { local IFS=$'\x1f'; printf '%s\n' "$*" >> calls; }
 command_not_found_handle() { return 0; }
 .() { return 0; }
 PATH=/nowhere
@@ -126,7 +127,7 @@ def check_bash(block, place):
     shell(block, BASH_ENV=str(place / "no_programs"))
     calls = place / "calls"
     for call in calls.read_text().split("\n")[:-1] if calls.exists() else []:
-        parse_options(call.split("\0")[:-1])
+        parse_options(call.split("\x1f") if call else [])
 
 
 def parse_options(arguments):
