@@ -46,6 +46,9 @@ SeedOption = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of everything random.", rich_help_panel=PROMPT)
 ]
 LengthOption = Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of a prompt.", rich_help_panel=PROMPT)]
+QuestionOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Asked after the text.", rich_help_panel=PROMPT)
+]
 TextFileOption = Annotated[
     list[Path] | None,
     typer.Option(

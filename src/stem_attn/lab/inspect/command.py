@@ -20,6 +20,7 @@ from stem_attn.lab.options import (
     DtypeOption,
     GgufOption,
     ModelOption,
+    QuestionOption,
     VariantOption,
     listed,
     load_model,
@@ -57,9 +58,7 @@ def inspect(
             rich_help_panel=PROMPT,
         ),
     ] = None,
-    question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Asked after the text.", rich_help_panel=PROMPT)
-    ] = None,
+    question: QuestionOption = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(

@@ -21,6 +21,7 @@ from stem_attn.lab.options import (
     GgufOption,
     JsonOption,
     ModelOption,
+    QuestionOption,
     SeedOption,
     SetOption,
     load_model,
@@ -50,9 +51,7 @@ def prefill(
             rich_help_panel=PROMPT,
         ),
     ] = None,
-    question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Asked after the text.", rich_help_panel=PROMPT)
-    ] = None,
+    question: QuestionOption = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -135,7 +134,7 @@ def prefill(
     found: Record = {
         **new_record("prefill", settings, loaded.model.device),
         "model": loaded.name,
-        "layers": loaded.model.config.get_text_config().num_hidden_layers,
+        "layers": layers,
         "dtype": name_of(loaded.model.dtype),
         "prompt": prompt.describe(),
         "memory_method": memory_method(loaded.model.device),
