@@ -216,8 +216,8 @@ def _why_no_vllm() -> str | None:
         from stem_attn.integrations.vllm import compat
     except Exception as error:  # an installation that is broken
         return f"{type(error).__name__}: {first_line(error)}"
-    reason = compat.why_unsupported()
-    if reason:
+    reason = compat.why_unsupported("cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
         return reason
     if not any(point.name == "stem" for point in entry_points(group="vllm.general_plugins")):
         return "this package's plugin is not registered: install the package, a folder on PYTHONPATH is not enough"
