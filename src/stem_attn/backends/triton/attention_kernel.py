@@ -64,7 +64,7 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     LSE: tl.constexpr,
     SINKS: tl.constexpr,
-    TANH: tl.constexpr,  # how a softcap's tanh is computed: "exact" or "fast"; "none": there is no softcap
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
 ):
     heads = tl.num_programs(0) // rows

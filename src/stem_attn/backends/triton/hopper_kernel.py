@@ -83,7 +83,7 @@ def hopper_attention_kernel(
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
-    TANH: gl.constexpr,  # how a softcap's tanh is computed: "exact" or "fast"; "none": there is no softcap
+    TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
 ):
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)

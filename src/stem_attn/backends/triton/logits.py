@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stem_attn.call import Call
 
-Tanh = Literal["none", "exact", "fast"]
+Tanh = Literal["none", "fast", "short", "exact"]
+"""How the tanh of a softcap is computed, if at all; see `tanh_kernel.tanh`."""
 LOG2_E = math.log2(math.e)
 
 
@@ -50,8 +51,9 @@ class Logits(NamedTuple):
         """
         if self.softcap is None:
             return "none"
-        instructed = dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
-        return "fast" if instructed else "exact"
+        if dtype == torch.float32:
+            return "exact"
+        return "fast" if dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None else "short"
 
 
 def sinks_of(call: Call, otherwise: Tensor) -> Tensor:

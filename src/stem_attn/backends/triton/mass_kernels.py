@@ -44,7 +44,7 @@ def mass_kernel(
     STEP: tl.constexpr,  # as many are copied in one box
     ROWS: tl.constexpr,  # query runs a program; a power of two
     COLUMNS: tl.constexpr,  # key runs a step; a power of two
-    TANH: tl.constexpr,  # how a softcap's tanh is computed: "exact" or "fast"; "none": there is no softcap
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     CUDA: tl.constexpr,
 ):
     """Walk ROWS query runs over the key blocks that they see; the longest walks start first."""

@@ -142,7 +142,7 @@ def merge_kernel(
     LOG2_BLOCK: tl.constexpr,  # of the tokens a block
     TILE: tl.constexpr,  # blocks a step
     TMA: tl.constexpr,
-    TANH: tl.constexpr,  # how a softcap's tanh is computed: "exact" or "fast"; "none": there is no softcap
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
 ):
     """Merge a query block's output with the means of its pruned past blocks, by an online softmax."""

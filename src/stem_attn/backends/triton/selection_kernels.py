@@ -248,7 +248,7 @@ def score_kernel(
     TILE: tl.constexpr,  # rows and columns
     STEP: tl.constexpr,  # of the depth
     VALUES: tl.constexpr,
-    TANH: tl.constexpr,  # how a softcap's tanh is computed: "exact" or "fast"; "none": there is no softcap
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
 ):
     """Score a tile of (query row, key block) pairs; tiles wholly in the future are left unwritten."""
     column_tiles = tl.cdiv(k_blocks, TILE)
