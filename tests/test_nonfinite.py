@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import SMALL, make_qkv
 from stem_attn import BlockSelection, StemConfig, stem_attention
-from stem_attn.backends import cpu
+from stem_attn.backends.cpu import gathered
 from stem_attn.blocks import BlockGrid
 from stem_attn.selection import select_top_blocks
 
@@ -82,7 +82,7 @@ def test_one_number_harms_only_what_it_must(where, number):
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("mode", ["mixed", "fused"])
 def test_one_number_in_bfloat16_as_any_cpu_computes_it(monkeypatch, mode, where):
-    monkeypatch.setattr(cpu, "_mode", lambda dtype, device: mode)
+    monkeypatch.setattr(gathered, "mode_of", lambda dtype, device: mode)
     clean = make_qkv(Q_LEN, K_LEN, batch=2, dtype=torch.bfloat16)
     dirty = spoil(clean, where, math.nan)
     out = stem_attention(*dirty, config=SMALL, backend="cpu")
