@@ -1,7 +1,9 @@
 """What several test files share."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -22,6 +24,13 @@ SMALL = StemConfig(
     tail_blocks=0,
     budget_scope="head",
 )
+
+
+def installed(there: bool, what: str) -> None:
+    """Skip where something that `make` installs is missing; CI installs it, so there that is an error."""
+    if not there:
+        assert not os.environ.get("CI"), f"{what} is missing"
+        pytest.skip(f"{what} is not installed: `make test` installs it")
 
 
 def make_qkv(

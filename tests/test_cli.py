@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import tiny_model
+from helpers import installed
 from stem_attn import __version__, cli
 from stem_attn.lab import models
 
@@ -42,6 +43,7 @@ def test_module_runs_and_prints_its_version():
 
 def test_installed_command_reports_an_error_in_one_line(folder):
     command = os.path.join(os.path.dirname(sys.executable), "stem-attn")
+    installed(os.path.exists(command), "the command stem-attn")
     done = subprocess.run(
         [command, "prefill", "--model", folder, "--prompt-file", "nowhere.txt"],
         capture_output=True, text=True, timeout=120,

@@ -374,8 +374,9 @@ def test_a_triton_that_lacks_what_the_kernels_use_is_told(monkeypatch):
     from stem_attn import backends
     from stem_attn.backends.triton import TritonBackend
 
-    monkeypatch.setattr(triton, "__version__", "3.2.0")
-    reason = TritonBackend().why_unavailable()
+    with monkeypatch.context() as patch:  # no longer than this, since what is available is found out once a process
+        patch.setattr(triton, "__version__", "3.2.0")
+        reason = TritonBackend().why_unavailable()
     assert reason == "it needs Triton 3.4 or later, which PyTorch 2.8 brings; this is Triton 3.2.0"
     load = backends._load
     monkeypatch.setattr(backends, "_load", lambda name: (load(name)[0], reason) if name == "triton" else load(name))

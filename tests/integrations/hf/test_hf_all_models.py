@@ -78,6 +78,7 @@ SPECIAL = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
+    "longcat_flash": {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "minimax": {"sliding_window": None},
     "recurrent_gemma": {

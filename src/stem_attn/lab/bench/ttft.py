@@ -64,7 +64,8 @@ def build_model(
 def check_adapter(model: RandomModel, config: StemConfig, seed: int) -> Record:
     """Check that the adapter with every block kept gives the dense logits, before anything is timed.
 
-    The last position's logits may differ from the fused dense kernel's by twice what torch's unfused kernel does.
+    The last position's logits may differ from the fused dense kernel's by twice what torch's unfused kernel does, or
+    by one rounding of their dtype where those two agree more closely than that.
 
     Raises:
         GateError: They differ more, or the adapter did not attend sparsely.
@@ -84,7 +85,7 @@ def check_adapter(model: RandomModel, config: StemConfig, seed: int) -> Record:
     finally:
         hf.disable(model.module)
     found = float((kept - dense).norm() / dense.norm())
-    allowed = _FACTOR * float((unfused - dense).norm() / dense.norm())
+    allowed = max(_FACTOR * float((unfused - dense).norm() / dense.norm()), torch.finfo(model.module.dtype).eps)
     if sparse != model.layers:
         raise GateError(f"the adapter ran {sparse} of {model.layers} layers")
     if not found <= allowed:  # NaN fails
