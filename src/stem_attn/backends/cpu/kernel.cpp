@@ -77,7 +77,7 @@ struct Float16 {
 };
 
 inline float to_float(float x) { return x; }
-inline float to_float(Bfloat16 x) { return bits<float>(uint32_t(x.code) << 16); }
+[[maybe_unused]] inline float to_float(Bfloat16 x) { return bits<float>(uint32_t(x.code) << 16); }
 inline float to_float(Float16 x) {
   const uint32_t rest = x.code & 0x7fff, sign = x.code ^ rest;
   const uint32_t finite = bits<uint32_t>(bits<float>(rest << 13) * 0x1p112f);
