@@ -22,6 +22,8 @@ from stem_attn import backends, block_sparse_attention, fallbacks
 from stem_attn.backends.cpu import build, native
 from stem_attn.blocks import BlockSelection
 from stem_attn.cache import CACHE_VARIABLE
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -157,7 +159,7 @@ def test_a_machine_with_a_compiler_uses_the_kernel(monkeypatch):
     monkeypatch.delenv(native.SWITCH, raising=False)
     assert native.why_not() is None
     called = []
-    monkeypatch.setattr(native, "attend_blocks", lambda *args, **kwargs: called.append(kwargs["threads"]))
+    monkeypatch.setattr(native, "attend_blocks", lambda *args, **kwargs: called.append(args[-1]))
     attend_something()
     assert called == [torch.get_num_threads()]
     assert backends.by_name("cpu").how() == "a kernel compiled for this CPU"
@@ -301,10 +303,11 @@ def test_no_thread_is_left_and_the_lock_is_free_meanwhile(kernel):
     q, k, v = make_qkv(4000, heads=8, kv_heads=2, dim=64)
     selection = random_selection(4000, 4000, 128, heads=8)
     out = torch.empty_like(q)
+    asked = Call(Layout.dense(q, k, v), 128, 0.125)
     ended = threading.Event()
 
     def attend() -> None:
-        native.attend_blocks(q, k, v, selection, scale=0.125, window=None, out=out, lse=None, threads=3)
+        native.attend_blocks(asked, q, k, v, selection, out, None, threads=3)
         ended.set()
 
     attend()

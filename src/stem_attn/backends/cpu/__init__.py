@@ -48,12 +48,18 @@ class CpuBackend(BlockedBackend):
             reason = native.why_not()
             if reason is None:
                 threads = torch.get_num_threads()
-                on_worker(
-                    lambda: native.attend_blocks(
-                        q, k, v, selection, scale=call.scale, window=call.window, out=out, lse=lse, threads=threads
-                    ),
-                    q.device,
-                )
+                on_worker(lambda: native.attend_blocks(call, q, k, v, selection, out, lse, threads), q.device)
                 return
             fallbacks.note("the CPU backend computes in plain torch, which is slower", f"cpu: {reason}")
-        gathered.attend_blocks(q, k, v, selection, scale=call.scale, window=call.window, out=out, lse=lse)
+        gathered.attend_blocks(
+            q,
+            k,
+            v,
+            selection,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            window=call.window,
+            out=out,
+            lse=lse,
+        )

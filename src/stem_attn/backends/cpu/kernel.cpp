@@ -35,12 +35,14 @@ struct Call {
   Tensor q, k, v, out;     // [B, Hq, Tq, D], [B, Hkv, Tk, D], [B, Hkv, Tk, Dv], [B, Hq, Tq, Dv]
   Tensor lse;              // float32 [B, Hq, Tq]; no data: not wanted
   Tensor indices, counts;  // int32 [B, Hq, Qb, S], [B, Hq, Qb]
+  Tensor sinks;            // float32 [Hq], one more logit a head; no data: none
   int64_t batch, heads, kv_heads, q_len, k_len, dim, v_dim;
   int64_t block_size;
   int64_t window;  // tokens; 0: none
   int64_t threads;
   float scale;
-  int32_t dtype;
+  float softcap;  // 0: none
+  int32_t dtype;  // 0: float32, 1: bfloat16, 2: float16
 };
 
 #if defined(__AVX512F__)
@@ -56,6 +58,7 @@ constexpr int kQueries = 128;           // of a task: its panels share packed ke
 constexpr int kPanels = (kQueries + kPanel - 1) / kPanel;
 constexpr int kKeys = 128;  // packed at a time: with them a panel stays in the nearest cache
 constexpr int kStrip = 16;  // words of a key that lie together
+constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 typedef float Vec __attribute__((vector_size(4 * kLanes), may_alias));
@@ -118,6 +121,19 @@ inline Vec exp2(Vec x) {
   y = y * f + 6.931472057e-1f;
   y = y * f + 1.0f;
   return x < -126.0f ? Vec{} : y * (Vec)((IntVec)sum << 23);
+}
+
+// To 2e-7 of it: near 0 by a polynomial (Cephes), else by a power that does not overflow.
+inline Vec tanh(Vec x) {
+  const Vec size = x < 0.0f ? -x : x, square = x * x;
+  Vec near = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  near = near * square - 5.37397155531e-2f;
+  near = near * square + 1.33314422036e-1f;
+  near = near * square - 3.33332819422e-1f;
+  near = near * square * x + x;
+  const Vec power = exp2(size * (-2 * kLog2E));
+  const Vec far = (1.0f - power) / (1.0f + power);
+  return size < 0.625f ? near : x < 0.0f ? -far : far;
 }
 
 // What products are made of: words of 32 bits, each a float ...
@@ -353,7 +369,7 @@ class Worker {
   // `peak` to them. Edge: some queries do not see some of the keys.
   template <bool Edge>
   void find_logits(int p, int64_t key, int64_t keys, int64_t packed, Vec (&peak)[kVecs]) {
-    const float factor = c_.scale * 1.44269504088896340736f;
+    const float factor = c_.softcap ? c_.scale / c_.softcap : c_.scale * kLog2E;
     const int64_t rows = ceil_div(packed, kRows) * kRows;
     const Vec* q = q_.vecs() + p * words_ * kVecs;
     Vec* to = logits_.vecs();
@@ -370,6 +386,7 @@ class Worker {
       for (int m = 0; m < kRows; ++m) {
         for (int n = 0; n < kVecs; ++n, ++to) {
           Vec x = sums[m][n] * factor;
+          if (c_.softcap) x = tanh(x) * (c_.softcap * kLog2E);
           if (Edge) {
             const IntVec age = query[n] - int32_t(key + j + m);
             x = age < 0 ? Vec{} - kInf : x;
@@ -385,13 +402,20 @@ class Worker {
   void finish(const Task& task, int p) {
     const Panel& panel = panels_[p];
     const float* from = out_.floats() + p * v_rows_ * kPanel;
+    const float sink = c_.sinks.data ? *c_.sinks.at<float>(task.head) * kLog2E : -kInf;
     for (int i = 0; i < panel.queries; ++i) {
       const int64_t query = task.start + p * kPanel + i;
-      const float peak = panel.peak[i / kLanes][i % kLanes], total = panel.total[i / kLanes][i % kLanes];
+      float peak = panel.peak[i / kLanes][i % kLanes], total = panel.total[i / kLanes][i % kLanes], decay = 1;
+      if (sink != -kInf) {
+        const float higher = std::max(peak, sink);
+        decay = std::exp2(peak - higher);
+        total = total * decay + std::exp2(sink - higher);
+        peak = higher;
+      }
       T* to = c_.out.at<T>(task.sample, task.head, query);
-      for (int64_t d = 0; d < c_.v_dim; ++d) from_float(from[d * kPanel + i] / total, to[d * c_.out.stride[3]]);
+      for (int64_t d = 0; d < c_.v_dim; ++d) from_float(from[d * kPanel + i] * decay / total, to[d * c_.out.stride[3]]);
       if (c_.lse.data) {
-        *c_.lse.at<float>(task.sample, task.head, query) = (peak + std::log2(total)) * 0.69314718055994530942f;
+        *c_.lse.at<float>(task.sample, task.head, query) = (peak + std::log2(total)) / kLog2E;
       }
     }
   }

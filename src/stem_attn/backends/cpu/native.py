@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stem_attn.backends.cpu import build
 from stem_attn.blocks import BlockSelection
+from stem_attn.call import Call
 
 SWITCH = "STEM_ATTN_NATIVE"
 """Environment variable: with 0 the kernel is neither compiled nor used."""
@@ -27,10 +28,11 @@ class _Call(ctypes.Structure):
     """`Call` of kernel.cpp."""
 
     _fields_ = (
-        *((name, _Tensor) for name in ("q", "k", "v", "out", "lse", "indices", "counts")),
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "lse", "indices", "counts", "sinks")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_len", "k_len", "dim", "v_dim")),
         *((name, ctypes.c_int64) for name in ("block_size", "window", "threads")),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("dtype", ctypes.c_int32),
     )
 
@@ -48,13 +50,11 @@ def why_not() -> str | None:
 
 
 def attend_blocks(
+    call: Call,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     selection: BlockSelection,
-    *,
-    scale: float,
-    window: int | None,
     out: Tensor,
     lse: Tensor | None,
     threads: int,
@@ -66,12 +66,11 @@ def attend_blocks(
     depends on nothing but its kept blocks: how many threads there are changes no bit.
 
     Args:
+        call: What attention is asked for; its tensors are not read.
         q: [B, Hq, Tq, D], the last Tq of Tk tokens, float32, bfloat16 or float16; any strides, as for all others.
         k: [B, Hkv, Tk, D].
         v: [B, Hkv, Tk, Dv].
         selection: The kept blocks.
-        scale: Factor of the logits.
-        window: Tokens of a causal sliding window, or None.
         out: [B, Hq, Tq, Dv] in q's dtype; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
         threads: At most so many: the calling one, and new ones that run where it may run and end with the call.
@@ -83,14 +82,15 @@ def attend_blocks(
     assert kernel is not None, reason
     batch, heads, q_len, dim = q.shape
     kv_heads, k_len, v_dim = v.shape[1:]
-    tensors = (q, k, v, out, lse, selection.indices, selection.counts)  # held here while the kernel reads them
-    call = _Call(
+    sinks = None if call.sinks is None else call.sinks.float()
+    tensors = (q, k, v, out, lse, selection.indices, selection.counts, sinks)  # held here while the kernel reads them
+    arguments = _Call(
         *map(_describe, tensors),
         *(batch, heads, kv_heads, q_len, k_len, dim, v_dim),
-        *(selection.block_size, 0 if window is None else min(window, k_len), threads),
-        *(scale, _DTYPES[q.dtype]),
+        *(selection.block_size, 0 if call.window is None else min(call.window, k_len), threads),
+        *(call.scale, 0.0 if call.softcap is None else call.softcap, _DTYPES[q.dtype]),
     )
-    if kernel.stem_attend(ctypes.byref(call)):  # Python's lock is free meanwhile
+    if kernel.stem_attend(ctypes.byref(arguments)):  # Python's lock is free meanwhile
         raise MemoryError("no memory for block-sparse attention")
 
 
