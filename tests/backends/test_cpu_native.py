@@ -203,7 +203,7 @@ def test_what_the_kernel_does_not_take_is_no_fallback(monkeypatch):
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["", "-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+@pytest.fixture(params=["", "-mno-avx512f", "-mno-avx"])
 def kernel(request, tmp_path, monkeypatch) -> None:
     """The kernel as it is compiled for this CPU, and for older ones."""
     if COMPILER is None or (request.param and platform.machine() not in ("x86_64", "AMD64")):

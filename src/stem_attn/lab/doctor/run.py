@@ -66,7 +66,7 @@ def examine_integrations() -> list[Record]:
     """Look at the adapters in the same form; vLLM's is not run, since that takes an engine."""
     reasons = {"transformers": _why_no_transformers(), "vllm": _why_no_vllm()}
     checks = {"transformers": [] if reasons["transformers"] else [_check_model()], "vllm": []}
-    return [{"name": name, "why_not": reason, "checks": checks[name]} for name, reason in reasons.items()]
+    return [{"name": name, "why_not": reason, "how": None, "checks": checks[name]} for name, reason in reasons.items()]
 
 
 def is_wrong(found: Record) -> bool:
