@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from stem_attn import backends
-from stem_attn.api import block_sparse_attention, stem_attention
+from stem_attn.api import block_sparse_attention
 from stem_attn.backends.base import Geometry
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.config import StemConfig
 from stem_attn.integrations.hf.dense import attend_densely, check_keys
 from stem_attn.integrations.hf.masks import Layout, layout
+from stem_attn.integrations.hf.sparse import SparseCall
 from stem_attn.integrations.hf.state import State
 
 
@@ -72,29 +73,43 @@ def route(
     if reason is not None:
         return _dense(state, module, query, key, value, mask, scale, reason)
 
-    if window is None:
-        state.counters.attended("sparse", batch * q_len)
-        if told_lens is None and seen > q_len:
-            state.counters.unknown_prompt_len()
-    else:
-        state.counters.attended("banded", batch * q_len)
+    sparse = SparseCall(state, config, scale)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
-        if window is None:
-            return _sparse(state, config, q, k, v, scale, lens)
-        return _banded(state, q, k, v, scale, window)
+        return sparse.attend(q, k, v, lens) if window is None else _banded(state, q, k, v, scale, window)
 
-    key, value = key[:, :, :keys], value[:, :, :keys]
-    # Rows that are padded alike go together; otherwise each row is cut to its real tokens.
+    out = _without_padding(attend, query, key[:, :, :keys], value[:, :, :keys], rows, lens, seen)
+    if window is not None:
+        state.counters.attended("banded", batch * q_len)
+        return out
+    if not sparse.stands(layer):
+        return _dense(state, module, query, key, value, mask, scale, "audit missed the target")
+    state.counters.attended("sparse", batch * q_len)
+    if told_lens is None and seen > q_len:
+        state.counters.unknown_prompt_len()
+    return out
+
+
+def _without_padding(
+    attend: Callable[[Tensor, Tensor, Tensor, list[int]], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: tuple[tuple[int, int], ...],
+    lens: list[int],
+    seen: int,
+) -> Tensor:
+    """Attend to all batch rows, those that are padded alike together, each cut to its real tokens: [B, L, Hq, Dv]."""
+    batch, heads, q_len, _ = query.shape
     alike = len(set(rows)) == 1
     if alike and rows[0] == (0, seen):
         return attend(query, key, value, lens).transpose(1, 2).contiguous()
-    out = query.new_zeros(batch, q_len, query.shape[1], value.shape[3])
+    out = query.new_zeros(batch, q_len, heads, value.shape[3])
     parts = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
     for which, (first, end) in parts:
         queries = _present(first, end, seen, q_len)
         if queries.start < queries.stop:
-            present = _present(first, end, seen, keys)
+            present = _present(first, end, seen, key.shape[2])
             part = attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens[which])
             out[which, queries] = part.transpose(1, 2)
     return out
@@ -151,21 +166,6 @@ def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len:
             return "decode"
         raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {real}")
     return "short prompt" if max(told_lens or real) < state.policy.min_seq_len else None
-
-
-def _sparse(
-    state: State, config: StemConfig, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]
-) -> Tensor:
-    if state.method is None:
-        out, selection = stem_attention(
-            q, k, v, config=config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
-        )
-    else:
-        selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
-        residual = state.config.residual
-        out = block_sparse_attention(q, k, v, selection, scale=scale, residual=residual, backend=state.backend)
-    state.counters.selection(selection)
-    return out
 
 
 def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
