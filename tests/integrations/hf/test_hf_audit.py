@@ -10,8 +10,8 @@ from hf_models import KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
 from stem_attn import PrefillPolicy, select_blocks
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import Choice
-from stem_attn.lab.fidelity.layer_numbers import DenseLayer
 from stem_attn.lab.intercept import intercept
+from stem_attn.lab.layer_numbers import DenseLayer
 from stem_attn.methods import Stem
 
 LENGTH = 1024
