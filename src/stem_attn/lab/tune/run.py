@@ -277,7 +277,7 @@ class _Search:
     def sensitivity(self, level: int) -> dict[int, float]:
         """Return the KL where one layer has a level and all others are dense; of a group, its layers' even share."""
         dense = len(self.steps) - 1
-        found = {}
+        found: dict[int, float] = {}
         for group in neighbours(self.layers):
             alone = [level if layer in group else dense for layer in self.layers]
             nats = self.attempt("sensitivity", alone, prompts=1).outcome.kl_nats
