@@ -23,12 +23,18 @@ def truth(call, part, selection, out):
     hidden = key > query
     if call.window is not None:
         hidden |= key <= query - call.window
-    logits = (part.q.double() @ k.mT * call.scale).masked_fill(hidden, -torch.inf)
-    share = logits.softmax(-1)
+    logits = part.q.double() @ k.mT * call.scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks.double()[:, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], -1)
+    share = logits.softmax(-1)[..., : part.k_len]
     blocks = selection.to_mask()[:, :, query[:, 0] // call.block_size - grid.first_block]
     kept = blocks.repeat_interleave(call.block_size, -1)[..., : part.k_len]
     exact = share @ v
-    return float((share * kept).sum(-1).mean()), float((out.double() - exact).norm() / exact.norm())
+    return float(((share * kept).sum(-1) / share.sum(-1)).mean()), float((out.double() - exact).norm() / exact.norm())
 
 
 def sparse(q, k, v, config=SMALL):
@@ -87,6 +93,27 @@ def test_a_window_hides_old_keys():
     assert found.recall.value == pytest.approx(recall, abs=1e-5)
     assert found.error.value == pytest.approx(error, rel=1e-3)
     everything = BlockSelection.everything(batch=1, heads=4, grid=grid, device="cpu")
+    assert all_rows(call, [everything], out).recall.value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("tile", [2**24, 1])
+@pytest.mark.parametrize(
+    "asked", [{"softcap": 1.5}, {"sinks": [8.0, -3.0, 9.0, 7.0]}, {"softcap": 2.0, "sinks": [3.0] * 4}]
+)
+@pytest.mark.usefixtures("every_query")
+def test_a_softcap_and_sinks_are_part_of_what_is_exact(asked, tile, monkeypatch):
+    monkeypatch.setattr("stem_attn.audit._TILE_NUMBERS", tile)
+    q, k, v = make_qkv(129, 200)
+    how = {name: torch.tensor(x) if name == "sinks" else x for name, x in asked.items()}
+    out, selection = stem_attention(3 * q, k, v, config=SMALL, return_selection=True, **how)
+    call = Call(Layout.dense(3 * q, k, v), 16, 32**-0.5, **how)
+    found = all_rows(call, [selection], out)
+    recall, error = truth(call, call.parts[0], selection, out)
+    assert found.recall.value == pytest.approx(recall, abs=1e-5)
+    assert found.error.value == pytest.approx(error, rel=1e-3)
+    plain = all_rows(Call(Layout.dense(3 * q, k, v), 16, 32**-0.5), [selection], out)
+    assert plain.error.value != pytest.approx(found.error.value, rel=0.05)
+    everything = BlockSelection.everything(batch=1, heads=4, grid=call.grid(call.parts[0]), device="cpu")
     assert all_rows(call, [everything], out).recall.value == pytest.approx(1.0)
 
 

@@ -43,7 +43,8 @@ class Audit:
     """Say how close a layer's sparse attention came to the exact one, estimated from sampled query rows.
 
     Args:
-        recall: Share of the exact attention probability that falls on kept blocks, mean over heads and queries.
+        recall: Share of the exact attention probability that falls on kept blocks, mean over heads and queries. What
+            sinks take is no part of it.
         error: |O_sparse - O| / |O| over all heads and queries, before the output projection.
         rows: Query rows of single heads that were sampled.
     """
@@ -149,22 +150,27 @@ def _look(call: Call, part: Part, selection: BlockSelection, out: Tensor, places
             kv, q = slice(first, first + step), slice(first * group, (first + step) * group)
             at = places[b, q]
             query, given = (torch.take_along_dim(x[b, q], at[..., None], 1).to(dtype) for x in (part.q, out))
-            share, exact = _exact_rows(call, query, keys[b, kv].to(dtype), values[b, kv].to(dtype), at + grid.offset)
+            share, exact = _exact_rows(call, q, query, keys[b, kv].to(dtype), values[b, kv].to(dtype), at + grid.offset)
             by_block = F.pad(share, (0, grid.k_blocks * grid.block_size - k_len))
             by_block = by_block.view(*at.shape, grid.k_blocks, grid.block_size).sum(3)
             row = (at + grid.offset) // grid.block_size - grid.first_block
             kept = torch.take_along_dim(selection.indices[b, q], row[..., None], 1).long()
-            found[0, b, q] = by_block.gather(2, kept.clamp(min=0)).where(kept >= 0, 0).sum(2)
+            recall = by_block.gather(2, kept.clamp(min=0)).where(kept >= 0, 0).sum(2)
+            if call.sinks is not None:
+                whole = by_block.sum(2)
+                recall = (recall / whole).where(whole != 0, 1)
+            found[0, b, q] = recall
             found[1, b, q] = (given - exact).square().sum(2)
             found[2, b, q] = exact.square().sum(2)
     return found
 
 
-def _exact_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_rows(call: Call, which: slice, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Attend exactly, as the call's properties say. This alone knows what they mean.
 
     Args:
         call: The call.
+        which: Which of the call's query heads these are.
         q: [Hq, R, D].
         k: [Hkv, Tk, D].
         v: [Hkv, Tk, Dv].
@@ -176,11 +182,18 @@ def _exact_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> 
     heads, rows, _ = q.shape
     together = len(k), heads // len(k) * rows
     logits = (q.reshape(*together, -1) * call.scale) @ k.mT
+    if call.softcap is not None:
+        logits = logits.div_(call.softcap).tanh_().mul_(call.softcap)
     place, key = places.view(*together, 1), torch.arange(k.shape[1], device=k.device)
     hidden = key > place
     if call.window is not None:
         hidden |= key <= place - call.window
-    share = torch.softmax(logits.masked_fill_(hidden, -torch.inf), -1)
+    logits.masked_fill_(hidden, -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks[which].to(logits.dtype).repeat_interleave(rows).view(*together, 1)
+        share = torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
+    else:
+        share = torch.softmax(logits, -1)
     return share.view(heads, rows, -1), (share @ v).view(heads, rows, -1)
 
 

@@ -19,7 +19,7 @@ ROWS = 64
 
 
 def policy(**fields):
-    return PrefillPolicy(min_seq_len=0, crossover=False, **fields)
+    return PrefillPolicy(**{"min_seq_len": 0, "crossover": False, "depth_decay": 1.0, **fields})
 
 
 def logits_of(model, ids, mask=None):

@@ -13,8 +13,12 @@ from stem_attn.backends.base import Geometry
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.integrations.hf.dense import attend_densely, check_keys
 from stem_attn.integrations.hf.masks import Layout, layout
+from stem_attn.integrations.hf.properties import Properties
 from stem_attn.integrations.hf.sparse import SparseCall
 from stem_attn.integrations.hf.state import State
+
+Attend = Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]
+"""Called with q, k, v of batch rows that are padded alike, and their prompts' lengths; returns [B, Hq, Tq, Dv]."""
 
 
 def route(
@@ -28,8 +32,13 @@ def route(
     scale: float | None,
     layer: int | None,
     dense_layer: bool,
+    properties: Properties,
 ) -> Tensor:
     """Attend causally, over the selected blocks where that pays.
+
+    Where it does not pay, SDPA runs, or with a softcap or sinks our kernels over all blocks: the model's own eager
+    function would need memory quadratic in the prompt. That runs where a call is short, a decode step, or padded
+    between tokens.
 
     Args:
         state: The model's settings and counters.
@@ -41,6 +50,7 @@ def route(
         scale: Factor of the logits, or None for 1 / sqrt(D).
         layer: The layer's index in the model, for its budget.
         dense_layer: Whether the layer is one of `policy.dense_layers`.
+        properties: The layer's softcap and sinks.
 
     Returns:
         [B, L, Hq, Dv]; zeros at padded queries of sparse and banded calls.
@@ -56,34 +66,50 @@ def route(
     told_lens = state.prompt_lens(batch, layer, fresh=seen == q_len)
     if mask is None and told_lens is None and q_len < state.policy.min_seq_len:
         # Nothing else can matter, and in short prompts the host's time shows.
-        return _dense(state, module, query, key, value, mask, scale, "short prompt")
+        return _dense(state, module, query, key, value, mask, scale, properties, "short prompt")
     config = state.config if layer is None else state.policy.layer_config(state.config, layer, state.layers)
     reason = _why_dense(state, tokens, told_lens, q_len)
     rows = tokens.rows or ()
     lens = told_lens or [end - first for first, end in rows]
     window = tokens.window if tokens.window is not None and tokens.window < max(lens, default=0) else None
+    whole = None  # why all blocks are kept
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
-        reason = "dense layer"
-    if reason is None and window is None and state.policy.crossover and state.method is None:
+        whole = "dense layer"
+    elif reason is None and window is None and state.policy.crossover and state.method is None:
         calls = _calls(state, rows, lens, q_len, keys, seen)
         device_type = query.device.type
         geometry = Geometry(device_type, query.dtype, max(query.shape[3], value.shape[3]), seen)
         backend = backends.expected(state.backend, device_type)
-        reason = state.policy.why_dense(config, calls, told_lens, backend, geometry)
-    if reason is not None:
-        return _dense(state, module, query, key, value, mask, scale, reason)
+        whole = state.policy.why_dense(config, calls, told_lens, backend, geometry)
+    if reason is not None or (whole is not None and not properties.any):
+        return _dense(state, module, query, key, value, mask, scale, properties, reason or whole or "")
 
-    sparse = SparseCall(state, config, scale)
+    how: dict[str, Any] = {"scale": scale, "softcap": properties.softcap, "sinks": properties.sinks}
+    sparse = SparseCall(state, config, how)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
-        return sparse.attend(q, k, v, lens) if window is None else _banded(state, q, k, v, scale, window)
+    def all_blocks(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        return _all_blocks(state, q, k, v, how)
 
-    out = _without_padding(attend, query, key[:, :, :keys], value[:, :, :keys], rows, lens, seen)
+    def banded(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        assert window is not None
+        return _banded(state, q, k, v, window, how)
+
+    def run(attend: Attend) -> Tensor:
+        return _without_padding(attend, query, key[:, :, :keys], value[:, :, :keys], rows, lens, seen)
+
+    if whole is not None:
+        state.counters.dense(whole, batch * q_len)
+        return run(all_blocks)
     if window is not None:
         state.counters.attended("banded", batch * q_len)
-        return out
+        return run(banded)
+    out = run(sparse.attend)
     if not sparse.stands(layer):
-        return _dense(state, module, query, key, value, mask, scale, "audit missed the target")
+        missed = "audit missed the target"
+        if not properties.any:
+            return _dense(state, module, query, key, value, mask, scale, properties, missed)
+        state.counters.dense(missed, batch * q_len)
+        return run(all_blocks)
     state.counters.attended("sparse", batch * q_len)
     if told_lens is None and seen > q_len:
         state.counters.unknown_prompt_len()
@@ -91,7 +117,7 @@ def route(
 
 
 def _without_padding(
-    attend: Callable[[Tensor, Tensor, Tensor, list[int]], Tensor],
+    attend: Attend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,10 +149,13 @@ def _dense(
     value: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    properties: Properties,
     reason: str,
 ) -> Tensor:
     state.counters.dense(reason, query.shape[0] * query.shape[2])
-    out, _ = attend_densely(module, query, key, value, mask, eager=False, scaling=scale)
+    # Sinks are the module's own to its eager function.
+    cap = {} if properties.softcap is None else {"softcap": properties.softcap}
+    out, _ = attend_densely(module, query, key, value, mask, eager=properties.any, scaling=scale, **cap)
     return out
 
 
@@ -168,7 +197,14 @@ def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len:
     return "short prompt" if max(told_lens or real) < state.policy.min_seq_len else None
 
 
-def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
+def _all_blocks(state: State, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:
+    grid = BlockGrid(q.shape[2], k.shape[2], state.block_size)
+    everything = BlockSelection.everything(batch=q.shape[0], heads=q.shape[1], grid=grid, device=q.device)
+    out: Tensor = block_sparse_attention(q, k, v, everything, backend=state.backend, **how)
+    return out
+
+
+def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, window: int, how: dict[str, Any]) -> Tensor:
     band = BlockSelection.band(
         batch=q.shape[0],
         heads=q.shape[1],
@@ -178,4 +214,5 @@ def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, 
         k_len=k.shape[2],
         device=q.device,
     )
-    return block_sparse_attention(q, k, v, band, scale=scale, window=window, backend=state.backend)
+    out: Tensor = block_sparse_attention(q, k, v, band, window=window, backend=state.backend, **how)
+    return out

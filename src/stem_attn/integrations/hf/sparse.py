@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from stem_attn.api import block_sparse_attention, stem_attention
@@ -20,13 +22,13 @@ class SparseCall:
     Args:
         state: The model's settings and counters.
         config: The layer's; of another method only `residual`.
-        scale: Factor of the logits, or None for 1 / sqrt(D).
+        how: What attention is asked for: `scale`, `softcap` and `sinks` of the public functions.
     """
 
-    def __init__(self, state: State, config: StemConfig, scale: float | None) -> None:
+    def __init__(self, state: State, config: StemConfig, how: dict[str, Any]) -> None:
         self._state = state
         self._config = config
-        self._scale = scale
+        self._how = how
         self._selections: list[BlockSelection] = []
         self._audit: AuditSums | None = None
 
@@ -42,18 +44,19 @@ class SparseCall:
         Returns:
             [B, Hq, Tq, Dv].
         """
-        state, config, scale = self._state, self._config, self._scale
+        state, config, how = self._state, self._config, self._how
         if state.method is None:
             out, selection = stem_attention(
-                q, k, v, config=config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
+                q, k, v, config=config, prompt_len=lens, backend=state.backend, return_selection=True, **how
             )
         else:
-            selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
+            selection = state.method.select(q, k, v, scale=how["scale"], prompt_len=lens)
             residual = config.residual
-            out = block_sparse_attention(q, k, v, selection, scale=scale, residual=residual, backend=state.backend)
+            out = block_sparse_attention(q, k, v, selection, residual=residual, backend=state.backend, **how)
         self._selections.append(selection)
         if state.policy.audit_rows:
-            call = Call(Layout.dense(q, k, v, lens), state.block_size, resolve_scale(scale, q.shape[3]))
+            asked = {**how, "scale": resolve_scale(how["scale"], q.shape[3])}
+            call = Call(Layout.dense(q, k, v, lens), state.block_size, **asked)
             seed = state.counters.next_audit_seed()
             sums = audit(call, [selection], out, rows=state.policy.audit_rows, seed=seed)
             self._audit = sums if self._audit is None else self._audit + sums
