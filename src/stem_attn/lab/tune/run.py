@@ -31,7 +31,7 @@ from stem_attn.lab.tune.forwards import Outcome, Prompts
 from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
 from stem_attn.policy import PrefillPolicy
 
-_CURVE_LEVELS = 10  # levels at which attention errors are measured
+_CURVE_LEVELS = 7  # levels at which attention errors are known; of the last, which keeps everything, without measuring
 _MOST_GROUPS = 10  # of layers whose sensitivities are told apart
 _BISECTIONS = 6
 _CLOSE = 1.02  # densities within this ratio are not bisected further
@@ -205,7 +205,7 @@ def tune(
         config,
         policy,
         logit_stride=logit_stride,
-        curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at],
+        curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at[:-1]],
         on_step=on_step,
     )
     return _Search(prompts, config, policy, steps, target).answer(at)
@@ -222,7 +222,7 @@ def most_forwards(config: StemConfig, tokens: int, layers: int, prompts: int, he
         held_out: To check on.
     """
     budgets = len(levels(config, tokens))
-    uniform = 2 + math.ceil(math.log2(max(budgets - 1, 1)))
+    uniform = 1 + math.ceil(math.log2(max(budgets - 1, 1)))
     on_all = 1 + uniform + 1 + _BISECTIONS + 1  # a dense one first, and the answer as it is written last
     return prompts * on_all + len(neighbours(range(layers))) + len(_RECIPES) + held_out * (1 + 4)
 
@@ -240,7 +240,7 @@ class _Search:
     def answer(self, at: list[int]) -> Tuned:
         """Do all of it; `at` are the levels whose attention errors are known."""
         uniform, level = self.least_uniform()
-        curves = [interpolate(self.prompts.errors[layer], at, self.densities) for layer in self.layers]
+        curves = [interpolate([*self.prompts.errors[layer], 0.0], at, self.densities) for layer in self.layers]
         by_layer, recipe, sensitivity = uniform, None, {}
         if uniform.fails is not None:
             level = min(level, len(self.steps) - 2)  # dense is at no one's expense
@@ -262,7 +262,10 @@ class _Search:
             return self.attempt("uniform", [level] * len(self.layers))
 
         low, high = 0, len(self.steps) - 1
-        fails, reaches = at(low), at(high)
+        dense = dict.fromkeys(self.layers, self.steps[high].scale)
+        exact = Outcome(1.0, 0.0, 1.0, dict.fromkeys(self.layers, 1.0))
+        fails, reaches = at(low), Trial("uniform", dense, self.prompts.count, exact)
+        self.trials.append(reaches)
         if self.target.met(fails.outcome):
             return Bracket(None, fails), low
         while high - low > 1:
