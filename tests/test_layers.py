@@ -15,7 +15,7 @@ LAYERS = [
     {"blocks", "checks", "workers"},
     {"scoring", "budget", "selection", "residual", "reference", "layout", "method"},
     {"call"},
-    {"backends"},
+    {"backends", "audit"},
     {"run", "policy"},
     {"traced"},
     {"api"},

@@ -63,6 +63,7 @@ def _fail(message: str) -> int:
 def _app() -> "typer.Typer":
     import typer
 
+    from stem_attn.lab.audit.command import audit
     from stem_attn.lab.bench.command import bench
     from stem_attn.lab.density.command import density
     from stem_attn.lab.doctor.command import doctor
@@ -107,5 +108,6 @@ def _app() -> "typer.Typer":
     accuracy.command()(ruler)
     accuracy.command()(tasks)
     accuracy.command()(report)
+    accuracy.command()(audit)
     app.add_typer(accuracy, name="eval")
     return app

@@ -47,6 +47,10 @@ COMMANDS = {
         ["eval", "fidelity", *MODEL, "--length", "512", "--block-size", "16", "--prompts", "1", "--densities", "0.6",
          "--methods", "stem-official"], "--out",
     ),
+    "audit": (
+        ["eval", "audit", *MODEL, "--length", "400", "--prompts", "1", "--draws", "2", "--rounds", "1", *SMALL],
+        "--json",
+    ),
     "ruler": (
         ["eval", "ruler", *MODEL, "--tasks", "fwe", "--lengths", "1536", "--samples", "1", "--methods", "dense"],
         "--json",
@@ -126,7 +130,7 @@ def test_a_disk_that_is_full_is_found_before_the_work(arguments, tmp_path, monke
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("arguments", ["prefill", "bench", "ttft", "ruler"], indirect=True)
+@pytest.mark.parametrize("arguments", ["prefill", "bench", "ttft", "audit", "ruler"], indirect=True)
 def test_json_on_stdout_is_the_record_alone(arguments, capsys):
     assert cli.run([*arguments[:-1], "-"]) == 0
     assert list(json.loads(capsys.readouterr().out))[:5] == ENVELOPE
@@ -197,7 +201,8 @@ def test_an_unknown_preset_is_told_the_known_ones_of_this_command(name, folder, 
     target = ["--out", "x.json"] if name == "tune" else []
     assert cli.run([*given, *target, "--preset", "fast"]) == 2
     message = capsys.readouterr().err
-    assert cli.run([command[0], "--help"]) == 0
+    words = 2 if command[0] == "eval" else 1
+    assert cli.run([*command[:words], "--help"]) == 0
     described = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
     known = message.split("known: ")[1].strip().split(", ")
     assert known == (["demo"] if name == "prefill" else []) + ["default", "default-0.1", "official", "paper"]
