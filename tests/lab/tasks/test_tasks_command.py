@@ -77,7 +77,7 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     capsys.readouterr()
 
     assert cli.run(["eval", "report", str(tmp_path / "none.jsonl")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "none.jsonl: No such file" in capsys.readouterr().err
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     assert cli.run(["eval", "report", str(empty)]) == 2

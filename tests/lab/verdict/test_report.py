@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny_model
-from stem_attn import PrefillPolicy, StemConfig, cli
+from stem_attn import PrefillPolicy, StemConfig, __version__, cli
 from stem_attn.lab.bench import limit
 from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
@@ -181,6 +181,23 @@ def test_what_is_not_measured_leaves_it_open():
     assert verdict(SPEED, dataclasses.replace(TOP1, is_stem=False)).answer == OPEN  # a rival's accuracy says nothing
 
 
+def test_without_speed_every_method_and_density_is_judged_by_itself():
+    easy = dataclasses.replace(TOP1, density=0.4, top1_agreement=0.99)
+    poor = dataclasses.replace(TOP1, method="stem-official", top1_agreement=0.5)
+    found = judge(Evidence(accuracies=[TOP1, easy, poor, dataclasses.replace(TASK, density=0.26)]))
+    assert [(one.settings, one.answer) for one in found] == [
+        ("stem-default at density 0.25", OPEN),
+        ("stem-default at density 0.40", OPEN),
+        ("stem-official at density 0.25", NO),
+    ]
+    assert "98.0% of the positions, task fwe +0.0 points" in found[0].reason
+    assert headline(found) == (
+        "Not worth it at 32,768 tokens with stem-official at density 0.25. "
+        "Open at 32,768 tokens with stem-default at density 0.25 and 32,768 tokens with stem-default at density 0.40: "
+        "something is not measured yet."
+    )
+
+
 def test_other_lengths_and_densities_are_said():
     found = verdict(SPEED, dataclasses.replace(TOP1, length=8192, density=0.5))
     assert found.cautions == (
@@ -220,6 +237,12 @@ def test_the_headline_names_the_lengths():
     short = dataclasses.replace(SPEED, length=4096, stem_seconds=11.0)
     told = headline(judge(Evidence(speeds=[SPEED, short], accuracies=[TOP1])))
     assert told == "Worth it at 32,768 tokens. Not worth it at 4,096 tokens."
+    slow = dataclasses.replace(SPEED, settings="stem-official", stem_seconds=11.0)
+    told = headline(judge(Evidence(speeds=[SPEED, slow, short], accuracies=[TOP1])))
+    assert told == (
+        "Worth it at 32,768 tokens with stem-default. "
+        "Not worth it at 4,096 tokens and 32,768 tokens with stem-official."
+    )
     assert headline([]) == "Nothing here compares Stem with dense attention."
 
 
@@ -253,11 +276,18 @@ def test_a_file_that_is_cut_off(results, tmp_path, capsys):
 
 def test_a_file_of_another_version(tmp_path, capsys):
     said = refused(capsys, tmp_path, OLD)
-    assert "fidelity.json is a result of another version of stem-attn (0.1.0) that this one cannot read" in said
+    assert f"fidelity.json was written by stem-attn 0.1.0, and {__version__} cannot read it (no 'date' in it)" in said
 
 
-@pytest.mark.parametrize("change", ["no cases", "unknown command", "cases of another form"])
-def test_a_record_of_another_form(results, tmp_path, capsys, change):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("no cases", "no 'cases' in it"),
+        ("unknown command", "not as expected: command 'measure'"),
+        ("cases of another form", "no 'methods' in it"),
+    ],
+)
+def test_a_record_of_another_form(results, tmp_path, capsys, change, said):
     record = load(results / "bench/bench.json")
     if change == "no cases":
         del record["cases"]
@@ -266,7 +296,7 @@ def test_a_record_of_another_form(results, tmp_path, capsys, change):
     else:
         record["cases"] = [{"k_len": 300}]
     (tmp_path / "bench.json").write_text(json.dumps(record))
-    assert "is a result of another version" in refused(capsys, tmp_path, tmp_path)
+    assert f"{__version__} cannot read it ({said}" in refused(capsys, tmp_path, tmp_path)
 
 
 def test_results_of_two_machines_or_models(results, tmp_path, capsys):

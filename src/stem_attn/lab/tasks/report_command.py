@@ -26,14 +26,11 @@ def report(
     import torch
 
     from stem_attn.lab.tasks.report import render
-    from stem_attn.lab.tasks.store import Store
+    from stem_attn.lab.tasks.store import read_answers
     from stem_attn.lab.tasks.summary import summarize
 
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"no such file: {file}")
     check_json(json_path)
-    stored = {text: record for file in files for text, record in Store(file).records.items()}
+    stored = {text: record for file in files for text, record in read_answers(file).items()}
     records = [{**record, **record["key"], "method": record["name"]} for record in stored.values()]
     if not records:
         raise InputError("the files hold no answers")

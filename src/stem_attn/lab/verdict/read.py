@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stem_attn import __version__
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab import machine
 from stem_attn.lab.configs import plain_settings
@@ -150,17 +151,18 @@ def _add(file: Path, found: Evidence) -> None:
     if version is None:
         found.ignored.append(str(file))
         return
-    reader = _READERS.get(record.get("command"))
     try:
         record["settings"], record["date"], record["arguments"]
+        reader = _READERS.get(record["command"])
         if reader is None:
-            raise KeyError("command")
+            raise ValueError(f"command {record['command']!r}")
         for one in reader(record, str(file)):
             (found.speeds if isinstance(one, Speed) else found.accuracies).append(one)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        wrong = f"no {error} in it" if isinstance(error, KeyError) else f"not as expected: {error}"
         raise InputError(
-            f"{file} is a result of another version of stem-attn ({version}) that this one cannot read (not as "
-            f"expected: {error}): measure again, or leave it out"
+            f"{file} was written by stem-attn {version}, and {__version__} cannot read it ({wrong}): measure again, or "
+            f"name the other files in the place of their folder"
         ) from error
     found.records[str(file)] = record
 
