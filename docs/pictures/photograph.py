@@ -5,7 +5,7 @@
     stem-attn report results --out worth-it.html
     python docs/pictures/photograph.py one both worth-it.html
 
-Needs stem-attn[dev] and what tests/browser.py needs. The pictures have 96 colours, to be small.
+Needs stem-attn[dev] and what tests/browser.py needs.
 """
 
 import sys
@@ -19,13 +19,15 @@ sys.path.insert(0, str(HERE.parents[1] / "tests"))
 from browser import Browser  # noqa: E402
 
 LAYER, HEAD = 15, 6
-WIDTH, HEIGHT = 1280, 880
+WIDTH, NARROW, HEIGHT = 1280, 980, 960
 
 
-def shrink(path: Path, box: tuple[int, int, int, int] | None = None) -> None:
-    """Cut a part out of a PNG, and write it with few colours."""
+def shrink(path: Path, *, colors: int | None = None, box: tuple[int, int, int, int] | None = None) -> None:
+    """Write a PNG again, smaller: a part of it, or with few colours."""
     picture = Image.open(path).convert("RGB").crop(box)
-    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    if colors is not None:
+        picture = picture.quantize(colors, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
 
 
 def choose(browser: Browser) -> None:
@@ -48,12 +50,12 @@ def main() -> None:
         browser.picture(HERE / "inspect.png")
         shrink(HERE / "inspect.png")
 
-        browser.open(both / "inspect.html", width=WIDTH, height=HEIGHT)
+        browser.open(both / "inspect.html", width=NARROW, height=HEIGHT)  # the maps stand side by side
         choose(browser)
         browser.picture(HERE / "both.png", whole=True)
         box = browser.run("document.getElementById('maps').getBoundingClientRect().toJSON()")
         top = box["top"] + browser.run("window.scrollY")
-        shrink(HERE / "both.png", (int(box["left"]), int(top), int(box["right"]), int(top + box["height"])))
+        shrink(HERE / "both.png", box=tuple(map(int, (box["left"], top, box["right"], top + box["height"]))))
 
         browser.open(report, width=WIDTH, height=620)
         browser.picture(HERE / "report.png")
@@ -61,7 +63,7 @@ def main() -> None:
     finally:
         browser.close()
     (HERE / "heads.png").write_bytes((one / "heads.png").read_bytes())
-    shrink(HERE / "heads.png")
+    shrink(HERE / "heads.png", colors=128)
 
 
 if __name__ == "__main__":
