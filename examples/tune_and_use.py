@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stem_attn.integrations import hf
 from stem_attn.policy import make_settings, read_settings
 
-TOKENS = 256  # short, so that it takes less than a minute; tune at the length that matters to you
+TOKENS = 160  # short, so that it takes less than a minute; tune at the length that matters to you
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 with tempfile.TemporaryDirectory() as folder:

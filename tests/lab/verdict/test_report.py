@@ -10,7 +10,7 @@ import pytest
 import tiny_model
 from stem_attn import PrefillPolicy, StemConfig, __version__, cli
 from stem_attn.lab.bench import limit
-from stem_attn.lab.configs import plain_settings
+from stem_attn.lab.configs import DEMO, plain_settings, settings_from_options
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.fidelity.report import summarize
 from stem_attn.lab.shapes import MODELS
@@ -223,7 +223,11 @@ def test_accuracy_of_the_same_settings_is_taken():
 def test_settings_are_named_by_their_preset():
     config = plain_settings(StemConfig.preset("official"), PrefillPolicy.preset("official"))
     assert settings_in_words(config) == "stem-official"
-    assert settings_in_words({**plain_settings(StemConfig(), PrefillPolicy()), "decay": 0.5}) == "decay=0.5"
+    assert (
+        settings_in_words(plain_settings(*settings_from_options("demo", [], own_presets={"demo": DEMO}))) == "stem-demo"
+    )
+    changed = plain_settings(StemConfig(decay=0.5, budget_ratio=0.2), PrefillPolicy())
+    assert settings_in_words(changed) == "budget_ratio=0.2, decay=0.5"
 
 
 def test_what_is_nearest_to_use_counts_and_the_least_gain_of_its_kind():

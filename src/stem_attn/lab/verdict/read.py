@@ -11,7 +11,7 @@ from typing import Any
 from stem_attn import __version__
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab import machine
-from stem_attn.lab.configs import plain_settings
+from stem_attn.lab.configs import DEMO, plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.results import Record
 from stem_attn.policy import PrefillPolicy, make_settings
@@ -122,11 +122,16 @@ def read(folders: Sequence[Path]) -> Evidence:
 
 def settings_in_words(config: Record) -> str:
     """Name settings by their preset, as accuracy files do, or by what differs from the default ones."""
-    default = plain_settings(StemConfig(), PrefillPolicy())
-    for preset in PRESETS:
-        if config == plain_settings(StemConfig.preset(preset), PrefillPolicy.preset(preset)):
+    named = {preset: (StemConfig.preset(preset), PrefillPolicy.preset(preset)) for preset in PRESETS}
+    for preset, settings in (named | {"demo": make_settings(DEMO)}).items():
+        if config == plain_settings(*settings):
             return f"stem-{preset}"
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in config.items() if value != default.get(name))
+    default = plain_settings(*named["default"])
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    match changed.get("budget_ratio"):
+        case [[None, ratio]]:  # one step for all lengths
+            changed["budget_ratio"] = ratio
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
 
 
 def _json_files(folders: Sequence[Path]) -> Iterator[Path]:
