@@ -57,7 +57,7 @@ def main() -> None:
         top = box["top"] + browser.run("window.scrollY")
         shrink(HERE / "both.png", box=tuple(map(int, (box["left"], top, box["right"], top + box["height"]))))
 
-        browser.open(report, width=WIDTH, height=620)
+        browser.open(report, width=WIDTH, height=560)
         browser.picture(HERE / "report.png")
         shrink(HERE / "report.png")
     finally:
