@@ -30,6 +30,12 @@ def shrink(path: Path, *, colors: int | None = None, box: tuple[int, int, int, i
     picture.save(path, optimize=True)
 
 
+def photograph(browser: Browser, name: str, *, whole: bool = False) -> None:
+    """Keep what a window shows, without the page's scroll bar."""
+    browser.run("document.documentElement.style.overflow = 'hidden'")
+    browser.picture(HERE / name, whole=whole)
+
+
 def choose(browser: Browser) -> None:
     """Choose the head on a page of `stem-attn inspect`."""
     browser.wait("document.body.dataset.ready")
@@ -47,18 +53,18 @@ def main() -> None:
     try:
         browser.open(one / "inspect.html", width=WIDTH, height=HEIGHT)
         choose(browser)
-        browser.picture(HERE / "inspect.png")
+        photograph(browser, "inspect.png")
         shrink(HERE / "inspect.png")
 
         browser.open(both / "inspect.html", width=NARROW, height=HEIGHT)  # the maps stand side by side
         choose(browser)
-        browser.picture(HERE / "both.png", whole=True)
+        photograph(browser, "both.png", whole=True)
         box = browser.run("document.getElementById('maps').getBoundingClientRect().toJSON()")
         top = box["top"] + browser.run("window.scrollY")
         shrink(HERE / "both.png", box=tuple(map(int, (box["left"], top, box["right"], top + box["height"]))))
 
         browser.open(report, width=WIDTH, height=560)
-        browser.picture(HERE / "report.png")
+        photograph(browser, "report.png")
         shrink(HERE / "report.png")
     finally:
         browser.close()
