@@ -39,9 +39,15 @@ def report(
         if len(held) > 1:
             raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
     _tell_apart(records)
-    settings = {"files": [str(file) for file in files]}
+    settings = {"files": [str(file) for file in files], "methods": _methods(records)}
     found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
     deliver(found, render(found), json_path)
+
+
+def _methods(records: list[Record]) -> list[Record]:
+    """Return every method once: its name, what it is a variant of, and its settings."""
+    fields = {record["method"]: dict(record["key"]["method"]) for record in records}
+    return [{"name": name, "base": own.pop("base"), "fields": own} for name, own in fields.items()]
 
 
 def _tell_apart(records: list[Record]) -> None:

@@ -258,7 +258,7 @@ def _fidelity(record: Record, file: str) -> Iterator[Speed | Accuracy]:
 
 
 def _tasks(record: Record, file: str) -> Iterator[Speed | Accuracy]:
-    # The tables that `eval report` makes of kept answers know no more of a method than its name.
+    # Files that `eval report` wrote before it kept the methods' settings know no more than their names.
     specs = {spec["name"]: spec for spec in record["settings"].get("methods", ())}
     not_mastered = {(each["task"], each["length"]) for each in record["not_in_means"]}
     for cell in record["cells"]:
