@@ -69,8 +69,10 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     found, expected = (json.loads(file.read_text()) for file in (joined, whole))
     assert found["cells"] == expected["cells"]
     assert found["means"] == expected["means"]
-    ran = {one["name"]: (one["base"], one["fields"].get("block_size")) for one in found["settings"]["methods"]}
-    assert ran == {"dense": ("dense", None), "xattention+tail": ("xattention", 128)}
+    dense, tail = found["settings"]["methods"]
+    assert dense == {"name": "dense", "base": "dense", "fields": {}}
+    assert (tail["name"], tail["base"]) == ("xattention+tail", "xattention")
+    assert tail["fields"]["method"]["block_size"] == 16
     # A random model masters nothing, so that nothing is averaged.
     assert [left["task"] for left in found["not_in_means"]] == ["key_values", "code_file"]
     text = shown(found)
