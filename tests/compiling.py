@@ -10,6 +10,13 @@ from typing import Any
 
 def compile_for_hopper(kernel: Any, types: dict[str, Any], constants: dict[str, Any], **options: Any) -> Any:
     """Compile for compute capability 9.0; arguments that `types` does not name are int32."""
+    return compile_for(("cuda", 90, 32), kernel, types, constants, **options)
+
+
+def compile_for(
+    target: tuple[str, Any, int], kernel: Any, types: dict[str, Any], constants: dict[str, Any], **options: Any
+) -> Any:
+    """Compile for a backend of Triton's, an architecture and its threads a warp."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -22,7 +29,7 @@ def compile_for_hopper(kernel: Any, types: dict[str, Any], constants: dict[str, 
         signature={name: types.get(name, "i32") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
 def run_alone(file: str, *arguments: object, timeout: int = 120, **env: str) -> None:

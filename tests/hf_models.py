@@ -100,7 +100,7 @@ def tiny_model(model_type: str, attn_implementation: str = "sdpa", **overrides: 
 def enable(model: PreTrainedModel, config: StemConfig, **options: Any) -> PreTrainedModel:
     """Enable Stem at any length and whether or not it is faster; fields of the policy may be given too."""
     policy = {name: options.pop(name) for name in policy_field_names() if name in options}
-    policy = PrefillPolicy(**{"min_seq_len": 0, "crossover": False, **policy})
+    policy = PrefillPolicy(**{"min_seq_len": 0, "crossover": False, "depth_decay": 1.0, **policy})
     return hf.enable(model, config, policy=policy, **options)
 
 

@@ -143,7 +143,7 @@ FIELD_CHANGES = {
     "decay": 0.3,
     "decay_from": "first_row",
     "tail_blocks": 3,
-    "tail_ratio": 1.0,
+    "tail_ratio": 0.5,
     "budget_scope": "layer",
     "head_floor": 1.0,
     "residual": "mean",

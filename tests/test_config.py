@@ -68,7 +68,7 @@ def test_bad_values_say_what_was_expected(fields, message):
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"default, official, paper"):
+    with pytest.raises(ValueError, match=r"default, default-0.1, official, paper"):
         StemConfig.preset("fast")
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"run", "policy"},
     {"traced"},
     {"api"},
-    {"methods"},
+    {"methods", "warm_up"},
     {"integrations"},
     {"lab"},
     {"cli"},

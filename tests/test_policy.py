@@ -19,9 +19,11 @@ def why_dense(policy, length, config="default", told=None, backend=CPU):
 
 def test_presets():
     assert PrefillPolicy.preset("default") == PrefillPolicy()
-    assert PrefillPolicy.preset("official") == PrefillPolicy(min_seq_len=0, dense_layers=(0, 1))
-    assert PrefillPolicy.preset("paper", crossover=False) == PrefillPolicy(min_seq_len=8192, crossover=False)
-    with pytest.raises(ValueError, match=r"unknown preset .fast.; known: default, official, paper"):
+    assert PrefillPolicy.preset("default-0.1") == PrefillPolicy(depth_decay=1.0)
+    assert PrefillPolicy.preset("official") == PrefillPolicy(min_seq_len=0, dense_layers=(0, 1), depth_decay=1.0)
+    paper = PrefillPolicy(min_seq_len=8192, crossover=False, depth_decay=1.0)
+    assert PrefillPolicy.preset("paper", crossover=False) == paper
+    with pytest.raises(ValueError, match=r"unknown preset .fast.; known: default, default-0.1, official, paper"):
         PrefillPolicy.preset("fast")
 
 
@@ -68,7 +70,7 @@ def test_layers():
     config = StemConfig(budget_scale=0.5)
     assert policy.layer_config(config, 1, 3) == StemConfig(budget_scale=1.5)
     assert policy.layer_config(config, 1, 3) is policy.layer_config(config, 1, 3)
-    assert PrefillPolicy().layer_config(config, 7, 8) is config
+    assert PrefillPolicy(depth_decay=1.0).layer_config(config, 7, 8) is config
     with pytest.raises(ValueError, match="layer_budgets has 3 factors, none for layer 3"):
         policy.layer_config(config, 3, 4)
     policy.check_layers(3)
@@ -83,6 +85,8 @@ def test_budgets_fall_evenly_along_depth_around_the_same_mean():
     scales = [policy.layer_config(config, layer, 5).budget_scale for layer in range(5)]
     assert scales == pytest.approx([0.95, 0.725, 0.5, 0.275, 0.05])
     assert policy.layer_config(config, 0, 1) is config  # one layer has no depth
+    everything = StemConfig(budget_ratio=1.0)
+    assert policy.layer_config(everything, 4, 5) is everything
     tuned = PrefillPolicy(depth_decay=0.1, layer_budgets=(1.0, 3.0))  # what was found stands in its place
     assert tuned.layer_config(config, 1, 2).budget_scale == 1.5
 
@@ -94,7 +98,7 @@ def test_a_settings_file_gives_the_fields_it_names(tmp_path):
     assert fields == {"block_size": 64, "layer_budgets": [1, 2], "min_seq_len": 100}
     config, policy = make_settings(fields, "official")
     assert config == StemConfig.preset("official", block_size=64)
-    assert policy == PrefillPolicy(min_seq_len=100, dense_layers=(0, 1), layer_budgets=(1.0, 2.0))
+    assert policy == PrefillPolicy.preset("official", min_seq_len=100, layer_budgets=(1.0, 2.0))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from stem_attn.api import (
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import StemConfig
 from stem_attn.policy import PrefillPolicy
+from stem_attn.warm_up import warm_up
 
 __version__ = "0.2.0"
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "stem_attention",
     "stem_attention_paged",
     "stem_attention_varlen",
+    "warm_up",
 ]

@@ -31,6 +31,8 @@ def stem_attention(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     return_selection: Literal[False] = False,
@@ -46,6 +48,8 @@ def stem_attention(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     return_selection: Literal[True],
@@ -60,6 +64,8 @@ def stem_attention(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     return_selection: bool = False,
@@ -77,6 +83,8 @@ def stem_attention(
         method: Another method that selects the blocks, for instance from `stem_attn.methods.make`. Of `config` only
             `residual` is read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
+        softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
+        sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
         prompt_len: Tokens of the whole prompt, prefix and coming chunks included: one int or one a batch row. The
             budget is computed from it. Default: Tk.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
@@ -103,14 +111,16 @@ def stem_attention(
             wanted="out selection" if return_selection else "out",
             scale=scale,
             residual=config.residual,
+            softcap=softcap,
+            sinks=sinks,
         )
         if not return_selection:
             return out
         return out, BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
     choice, block_size = _choice(config, method)
-    call = Call(
-        Layout.dense(q, k, v, prompt_len), block_size, resolve_scale(scale, q.shape[-1]), residual=config.residual
-    )
+    layout = Layout.dense(q, k, v, prompt_len)
+    scale = resolve_scale(scale, q.shape[-1])
+    call = Call(layout, block_size, scale, residual=config.residual, softcap=softcap, sinks=sinks)
     out, selections = run.prefill(call, choice, backend)
     return (out, selections[0]) if return_selection else out
 
@@ -123,6 +133,8 @@ def select_blocks(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
 ) -> BlockSelection:
@@ -135,6 +147,8 @@ def select_blocks(
         config: The method's settings: a `StemConfig`, or a preset's name.
         method: Another method that selects the blocks; nothing of `config` is read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
+        softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
+        sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
         prompt_len: Tokens of the whole prompt: one int or one a batch row, at least Tk. Default: Tk.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
@@ -158,10 +172,13 @@ def select_blocks(
             backend=backend,
             wanted="selection",
             scale=scale,
+            softcap=softcap,
+            sinks=sinks,
         )
         return BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
     choice, block_size = _choice(config, method)
-    call = Call(Layout.dense(q, k, v, prompt_len), block_size, resolve_scale(scale, q.shape[-1]))
+    layout = Layout.dense(q, k, v, prompt_len)
+    call = Call(layout, block_size, resolve_scale(scale, q.shape[-1]), softcap=softcap, sinks=sinks)
     return run.select(call, choice, backend)[0]
 
 
@@ -173,6 +190,8 @@ def block_sparse_attention(
     selection: BlockSelection,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     window: int | None = None,
     residual: Residual = "none",
     return_lse: Literal[False] = False,
@@ -188,6 +207,8 @@ def block_sparse_attention(
     selection: BlockSelection,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     window: int | None = None,
     residual: Residual = "none",
     return_lse: Literal[True],
@@ -202,6 +223,8 @@ def block_sparse_attention(
     selection: BlockSelection,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     window: int | None = None,
     residual: Residual = "none",
     return_lse: bool = False,
@@ -215,6 +238,8 @@ def block_sparse_attention(
         v: [B, Hkv, Tk, Dv].
         selection: The kept blocks, made for these lengths.
         scale: Factor of the logits; default `1 / sqrt(D)`.
+        softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
+        sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
         window: Tokens: keep only keys `i - window < j <= i`, inside edge blocks too. Default: no window.
         residual: What stands for pruned blocks before a query's own: `"none"`, or `"mean"`: each joins as one key and
             one value, the means of its tokens, with the weight of that many. Not with a window.
@@ -223,7 +248,7 @@ def block_sparse_attention(
 
     Returns:
         out [B, Hq, Tq, Dv] in q's dtype; with `return_lse` also the natural log-sum-exp of the logits, float32
-        [B, Hq, Tq]: of the kept ones, and of the means' with a residual.
+        [B, Hq, Tq]: of the kept ones, of the means' with a residual, and of the sink.
 
     Raises:
         ValueError: The inputs do not fit together, ask for gradients, or the named backend cannot take them.
@@ -235,9 +260,11 @@ def block_sparse_attention(
     if torch.compiler.is_compiling():
         wanted = "out lse" if return_lse else "out"
         properties: dict[str, Any] = {"scale": scale, "window": window, "residual": residual}
+        properties |= {"softcap": softcap, "sinks": sinks}
         out, lse, _, _ = traced.prefill(q, k, v, selection=selection, backend=backend, wanted=wanted, **properties)
     else:
-        call = Call(Layout.dense(q, k, v), selection.block_size, resolve_scale(scale, q.shape[-1]), window, residual)
+        layout, scale = Layout.dense(q, k, v), resolve_scale(scale, q.shape[-1])
+        call = Call(layout, selection.block_size, scale, window, residual, softcap, sinks)
         out, lse = run.attend(call, [selection], backend, return_lse=return_lse)
     if not return_lse:
         return out
@@ -256,6 +283,8 @@ def stem_attention_varlen(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     return_selection: Literal[False] = False,
@@ -273,6 +302,8 @@ def stem_attention_varlen(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     return_selection: Literal[True],
@@ -289,6 +320,8 @@ def stem_attention_varlen(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     return_selection: bool = False,
@@ -306,6 +339,8 @@ def stem_attention_varlen(
         config: The method's settings: a `StemConfig`, or a preset's name.
         method: Another method that selects the blocks. Of `config` only `residual` is read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
+        softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
+        sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
         prompt_len: Tokens of each sequence's whole prompt, N ints, or one for all. Default: its keys.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
         return_selection: Whether to return the kept blocks too; not while torch.compile traces.
@@ -331,11 +366,14 @@ def stem_attention_varlen(
             wanted="out",
             scale=scale,
             residual=config.residual,
+            softcap=softcap,
+            sinks=sinks,
         )
         return out
     choice, block_size = _choice(config, method)
     layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompt_len)
-    call = Call(layout, block_size, resolve_scale(scale, q.shape[-1]), residual=config.residual)
+    scale = resolve_scale(scale, q.shape[-1])
+    call = Call(layout, block_size, scale, residual=config.residual, softcap=softcap, sinks=sinks)
     out, selections = run.prefill(call, choice, backend)
     out = out[0].transpose(0, 1)
     return (out, selections) if return_selection else out
@@ -353,6 +391,8 @@ def stem_attention_paged(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     out: Tensor | None = None,
@@ -372,6 +412,8 @@ def stem_attention_paged(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     out: Tensor | None = None,
@@ -390,6 +432,8 @@ def stem_attention_paged(
     config: Config = "default",
     method: Method | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     prompt_len: PromptLen = None,
     backend: str = "auto",
     out: Tensor | None = None,
@@ -413,6 +457,8 @@ def stem_attention_paged(
         method: Another method that selects the blocks, from gathered keys and values. Of `config` only `residual` is
             read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
+        softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
+        sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
         prompt_len: Tokens of each sequence's whole prompt, coming chunks included: N ints, or one for all. Default:
             `seq_lens`.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
@@ -444,11 +490,14 @@ def stem_attention_paged(
             wanted="out",
             scale=scale,
             residual=config.residual,
+            softcap=softcap,
+            sinks=sinks,
         )
         return made
     choice, block_size = _choice(config, method)
     layout = Layout.paged(q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, prompt_len)
-    call = Call(layout, block_size, resolve_scale(scale, q.shape[-1]), residual=config.residual)
+    scale = resolve_scale(scale, q.shape[-1])
+    call = Call(layout, block_size, scale, residual=config.residual, softcap=softcap, sinks=sinks)
     shape = (*q.shape[:2], v_cache.shape[3])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.checks import check_residual, check_window, shape_of
+from stem_attn.checks import check_residual, check_sinks, check_softcap, check_window, shape_of
 from stem_attn.config import Residual
 from stem_attn.layout import Layout, Part
 
@@ -26,6 +26,11 @@ class Call:
         scale: Factor of the logits.
         window: Tokens: keep only keys `i - window < j <= i` of query i, inside edge blocks too. None: no window.
         residual: What stands for pruned blocks before a query's own.
+        softcap: What the logits' magnitude stays below: a scaled logit x becomes `softcap * tanh(x / softcap)`, before
+            any mask. None: no softcap.
+        sinks: [Hq] in any floating dtype: of every query head one more logit in the softmax's
+            sum, which has no value and neither scale nor softcap. The log-sum-exp includes it. -inf is no sink; NaN and
+            inf make NaN of the head's output, as softmax does, and of no other's. None: no sinks.
 
     Raises:
         ValueError: A property is out of its range, or two exclude each other.
@@ -36,10 +41,14 @@ class Call:
     scale: float
     window: int | None = None
     residual: Residual = "none"
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_window(self.window)
         check_residual(self.residual, self.window)
+        check_softcap(self.softcap)
+        check_sinks(self.sinks, self.q)
 
     @property
     def q(self) -> Tensor:

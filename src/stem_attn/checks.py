@@ -114,6 +114,28 @@ def check_residual(residual: Residual, window: int | None) -> None:
         )
 
 
+def check_softcap(softcap: float | None) -> None:
+    """Check what bounds the logits' magnitude."""
+    if softcap is None:
+        return
+    number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
+    if not number or not math.isfinite(softcap) or softcap <= 0:
+        raise ValueError(f"softcap must be None or a finite number above 0, got {softcap!r}")
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Check the sinks' form, not their values: a GPU would have to be asked for those."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or sinks.shape != q.shape[1:2] or not sinks.is_floating_point():
+        got = f"{sinks.dtype} {shape_of(sinks)}" if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ValueError(f"sinks must be None or a floating tensor [Hq] = [{q.shape[1]}], got {got}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
+    if torch.is_grad_enabled() and sinks.requires_grad:
+        raise ValueError("sparse prefill has no backward: call it under torch.no_grad() or with detached sinks")
+
+
 def shape_of(x: Any) -> str:
     """Return a tensor's shape, or what else came in its place, for a message."""
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__

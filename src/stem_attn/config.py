@@ -87,9 +87,9 @@ class StemConfig:
     decay: float = 0.85
     decay_from: DecayStart = "plateau"
     tail_blocks: int = 2
-    tail_ratio: float = 0.5
+    tail_ratio: float = 1.0
     budget_scope: BudgetScope = "layer"
-    head_floor: float = 0.5
+    head_floor: float = 0.25
     sink_blocks: int = 1
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
@@ -139,6 +139,12 @@ class StemConfig:
         """Tokens of a group of queries, with mass scores: twice `stride`, where that divides a block."""
         return self.stride if self.block_size % (2 * self.stride) else 2 * self.stride
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether every row of every prompt keeps all its blocks."""
+        never_falls = self.decay == 1 or self.decay_from == "plateau"  # no row has more than a full budget
+        return self.budget_scale >= 1 and never_falls and all(x == 1 for _, x in _ratio_steps(self.budget_ratio))
+
     def ratio(self, n: int) -> float:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
         return next(ratio for below, ratio in _ratio_steps(self.budget_ratio) if below is None or n < below)
@@ -148,7 +154,8 @@ class StemConfig:
         """Return a named configuration, with some fields replaced.
 
         Args:
-            name: `"default"`; `"official"`, the authors' torch code; or `"paper"`, the published equations.
+            name: `"default"`; `"official"`, the authors' torch code; `"paper"`, the published equations; or
+                `"default-0.1"`, what was the default in version 0.1.
             overrides: Fields of `StemConfig` to replace.
 
         Raises:
@@ -207,6 +214,7 @@ def field_names() -> tuple[str, ...]:
 # What is left out here stands at the field's default.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "default-0.1": {"tail_ratio": 0.5, "head_floor": 0.5},  # of version 0.1; goes with version 0.3
     "official": {
         "score": "linear",
         "budget_scope": "head",

@@ -30,7 +30,7 @@ class PrefillPolicy:
         dense_layers: Indices of the layers that stay dense; negative ones count from the end.
         depth_decay: Factor on the last layer's budget, above 0 and at most 1. The first layer's is 2 minus that, and in
             between it falls evenly with depth, so that the mean stays: an error of an early layer flows through all
-            later ones. 1: all layers alike.
+            later ones. 1: all layers alike. A budget of everything stays everything.
         layer_budgets: In the place of that, one more factor on the budget for every layer of the model, in order; what
             `stem-attn tune` finds. Layers that are dense or have a sliding window ignore theirs. Empty: none.
         crossover: Whether prompts that keep too many blocks to be faster than dense attention stay dense. Turn it off
@@ -42,7 +42,7 @@ class PrefillPolicy:
 
     min_seq_len: int = 4096
     dense_layers: tuple[int, ...] = ()
-    depth_decay: float = 1.0
+    depth_decay: float = 0.3
     layer_budgets: tuple[float, ...] = ()
     crossover: bool = True
 
@@ -104,7 +104,7 @@ class PrefillPolicy:
             ValueError: There are `layer_budgets`, but none for this layer.
         """
         if not self.layer_budgets:
-            if self.depth_decay == 1 or layers < 2:
+            if self.depth_decay == 1 or layers < 2 or config.keeps_everything:
                 return config
             depth = min(layer / (layers - 1), 1.0)
             return _scaled(config, 2 - self.depth_decay - 2 * (1 - self.depth_decay) * depth)
@@ -140,8 +140,9 @@ class PrefillPolicy:
 
 # What is left out here stands at the field's default.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "official": {"min_seq_len": 0, "dense_layers": (0, 1)},
-    "paper": {"min_seq_len": 8192},
+    "default-0.1": {"depth_decay": 1.0},
+    "official": {"min_seq_len": 0, "dense_layers": (0, 1), "depth_decay": 1.0},
+    "paper": {"min_seq_len": 8192, "depth_decay": 1.0},
 }
 
 

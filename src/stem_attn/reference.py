@@ -16,7 +16,15 @@ from stem_attn.config import Residual, StemConfig
 
 
 def reference_stem(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, scale: float, prompt_len: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    *,
+    scale: float,
+    prompt_len: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the whole method: score, budget, select, attend.
 
@@ -27,41 +35,64 @@ def reference_stem(
         config: The method.
         scale: Factor of the logits.
         prompt_len: Tokens of the whole prompt; default Tk.
+        softcap: As for `reference_attention`; so are sinks.
+        sinks: Likewise.
 
     Returns:
         out float64 [B, Hq, Tq, Dv], and the kept blocks, bool [B, Hq, Qb, Kb].
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    scores = reference_scores(q, k, v, config, scale=scale)
+    scores = reference_scores(q, k, v, config, scale=scale, softcap=softcap, sinks=sinks)
     budget = reference_budget(config, prompt_len or grid.k_len)[grid.first_block :]
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for b, row in torch.cartesian_prod(*map(torch.arange, (mask.shape[0], mask.shape[2]))).tolist():
         kept = reference_row(scores[b, :, row].tolist(), budget[row], grid.first_block + row, config, k.shape[1])
         for h, blocks in enumerate(kept):
             mask[b, h, row, blocks] = True
-    out, _ = reference_attention(q, k, v, mask, config.block_size, scale=scale, residual=config.residual)
+    properties = {"scale": scale, "residual": config.residual, "softcap": softcap, "sinks": sinks}
+    out, _ = reference_attention(q, k, v, mask, config.block_size, **properties)  # type: ignore[arg-type]
     return out, mask
 
 
-def reference_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, scale: float) -> Tensor:
+def reference_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Score block pairs: float64 [B, Hq, Qb, Kb], -inf for future ones where the estimate is of mass."""
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    estimate = _linear_scores if config.score == "linear" else _mass_scores
     group_size = q.shape[1] // k.shape[1]
     scores = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float64, device="cpu")
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             q_head, k_head, v_head = q[b, h].double(), k[b, h // group_size].double(), v[b, h // group_size].double()
             magnitude = _value_term(v_head.norm(dim=-1), config, grid)
-            scores[b, h] = estimate(q_head, k_head, config, grid, scale) + config.value_weight * magnitude
+            if config.score == "linear":
+                estimate = _linear_scores(q_head, k_head, config, grid, scale, softcap)
+            else:
+                sink = torch.tensor(-torch.inf, device="cpu") if sinks is None else sinks[h].double().cpu()
+                estimate = _mass_scores(q_head, k_head, config, grid, scale, softcap, sink)
+            scores[b, h] = estimate + config.value_weight * magnitude
     return scores
 
 
-def _linear_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float) -> Tensor:
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _linear_scores(
+    q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float, softcap: float | None
+) -> Tensor:
     """Estimate block pairs [Qb, Kb] of a head, q [Tq, D] and k [Tk, D], from token pairs.
 
     The routing logit of a block pair is the sum of `scale * q_i.k_j` over the pairs with
-    `i % stride + j % stride == stride - 1`, over the `block_size^2 / stride` such pairs that two whole blocks have.
+    `i % stride + j % stride == stride - 1`, over the `block_size^2 / stride` such pairs that two whole blocks have;
+    a softcap caps it.
     """
     size, stride = config.block_size, config.stride
     q_pos = torch.arange(grid.offset, grid.k_len, device="cpu")
@@ -70,14 +101,17 @@ def _linear_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, sc
     in_row = (q_pos // size == grid.block_ids()[:, None]).double()  # [Qb, Tq]
     in_column = (k_pos // size == torch.arange(grid.k_blocks, device="cpu")[:, None]).double()  # [Kb, Tk]
     logits = q @ k.T * scale
-    return in_row @ (logits * antidiagonal) @ in_column.T / (size * size / stride)
+    return _capped(in_row @ (logits * antidiagonal) @ in_column.T / (size * size / stride), softcap)
 
 
-def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float) -> Tensor:
+def _mass_scores(
+    q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scale: float, softcap: float | None, sink: Tensor
+) -> Tensor:
     """Estimate block pairs [Qb, Kb] of a head, q [Tq, D] and k [Tk, D]: log of the largest share of any query group.
 
     A group is the tokens of `stride` absolute positions in a row that the call has (of `query_stride`, for queries);
-    all its tokens count as its mean, and the spread of a key group's tokens adds to its logits.
+    all its tokens count as its mean, and the spread of a key group's tokens adds to its logits, which are then capped.
+    The sink has a share too, which is no block's.
     """
     size, stride = config.block_size, config.stride
 
@@ -100,10 +134,10 @@ def _mass_scores(q: Tensor, k: Tensor, config: StemConfig, grid: BlockGrid, scal
         causal = key_blocks <= block
         # Each dimension meets the mean of its own square and its partner's, so that a pair counts as one.
         variance = paired(key_spreads[causal]) @ (paired(mean**2) / 2) / 2 * scale**2
-        logits = key_means[causal] @ mean * scale + config.spread_weight * variance / 2
+        logits = _capped(key_means[causal] @ mean * scale + config.spread_weight * variance / 2, softcap)
         mass = tokens[causal] * torch.exp(logits)
         share = torch.zeros(grid.k_blocks, dtype=torch.float64, device="cpu").index_add(
-            0, key_blocks[causal], mass / mass.sum()
+            0, key_blocks[causal], mass / (mass.sum() + sink.exp())
         )
         row = scores[block - grid.first_block]
         row[: block + 1] = row[: block + 1].maximum(share[: block + 1].log())
@@ -206,6 +240,8 @@ def reference_attention(
     scale: float,
     window: int | None = None,
     residual: Residual = "none",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention over kept blocks by masking the full matrix.
 
@@ -219,6 +255,8 @@ def reference_attention(
         window: Tokens of a causal sliding window, or None.
         residual: `"mean"`: a pruned block before a query's own joins as one more key and value, the means of its
             tokens, with the weight of that many.
+        softcap: A scaled logit x becomes `softcap * tanh(x / softcap)`, that of a mean too; or None.
+        sinks: [Hq], one more logit a head, whose value is zero; or None.
 
     Returns:
         out float64 [B, Hq, Tq, Dv] and the natural log-sum-exp float64 [B, Hq, Tq].
@@ -237,11 +275,15 @@ def reference_attention(
         for h in range(q.shape[1]):
             kept = mask[b, h].cpu()[q_pos[:, 0] // block_size - grid.first_block]  # [Tq, Kb]
             query, key, value = (x.double().cpu() for x in (q[b, h], k[b, h // group_size], v[b, h // group_size]))
-            logits = (query @ key.T * scale).masked_fill(~(visible & kept[:, k_pos // block_size]), -torch.inf)
+            logits = _capped(query @ key.T * scale, softcap)
+            logits = logits.masked_fill(~(visible & kept[:, k_pos // block_size]), -torch.inf)
             if residual == "mean":
-                means = query @ (in_block @ key / tokens).T * scale + tokens.log().T
+                means = _capped(query @ (in_block @ key / tokens).T * scale, softcap) + tokens.log().T
                 logits = torch.cat([logits, means.masked_fill(kept | ~past, -torch.inf)], 1)
                 value = torch.cat([value, in_block @ value / tokens])
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[h].double().cpu().expand(len(logits), 1)], 1)
+                value = torch.cat([value, torch.zeros_like(value[:1])])
             lse[b, h] = logits.logsumexp(-1)
             out[b, h] = logits.softmax(-1) @ value
     return out, lse

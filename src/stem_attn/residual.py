@@ -2,7 +2,8 @@
 
 A pruned past block of n tokens joins the softmax of a query q as if each of its tokens had the block's mean key and
 mean value: with the weight `n * exp(scale * q . mean(k))` and the value `mean(v)`. What the kept blocks gave is merged
-with that through its log-sum-exp, so a row that prunes nothing keeps its numbers to the bit.
+with that through its log-sum-exp, so a row that prunes nothing keeps its numbers to the bit. That log-sum-exp includes
+the head's sink, if there is one: so the sink counts once.
 
 A pruned block lies before its query's own block, so it is whole and visible to all of the query's row.
 """
@@ -21,7 +22,15 @@ _TILE_LOGITS = 2**21
 
 
 def add_means(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, out: Tensor, lse: Tensor, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> None:
     """Add the pruned past blocks, as their means, to attention over the kept ones.
 
@@ -35,6 +44,7 @@ def add_means(
         out: [B, Hq, Tq, Dv], attention over the kept blocks; changed in place.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of their logits; changed in place.
         scale: Factor of the logits.
+        softcap: What their magnitude stays below; a mean's logit too, before it counts its tokens. None: no softcap.
     """
     grid, size = selection.grid, selection.block_size
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -56,7 +66,11 @@ def add_means(
                 block = _arange(tokens.start + grid.offset, tokens.stop + grid.offset, q.device) // size
                 logits = _prior(selection, b, heads, start, stop, past, compute)[:, block - block[0]]
                 queries = q[b, heads, tokens].to(compute)
-                logits.baddbmm_(queries, k_means[:past].mT.expand(group, -1, -1), alpha=scale)
+                keys = k_means[:past].mT.expand(group, -1, -1)
+                if softcap is None:
+                    logits.baddbmm_(queries, keys, alpha=scale)
+                else:
+                    logits.add_((queries @ keys).mul_(scale / softcap).tanh_(), alpha=softcap)
                 kept = lse[b, heads, tokens].to(compute)
                 total = torch.logaddexp(kept, logits.logsumexp(-1))
                 weights = logits.sub_(total[..., None]).exp_()

@@ -41,14 +41,22 @@ class RowScores(NamedTuple):
     step: int
 
 
-def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> Tensor:
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Score every key block for every query block: `row_scores` of all rows.
 
     Returns:
         float32 [B, Hq, Qb, Kb] in natural-log units. Blocks of the future have scores too: selection ignores them.
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
-    scores = row_scores(q, k, v, config, scale)
+    scores = row_scores(q, k, v, config, scale, softcap, sinks)
     out = torch.empty(*q.shape[:2], grid.q_blocks, grid.k_blocks, dtype=torch.float32, device=q.device)
     rows = scores.start()
     for sample in range(q.shape[0]):
@@ -58,7 +66,15 @@ def block_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: flo
     return out
 
 
-def row_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> RowScores:
+def row_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> RowScores:
     """Prepare to score every key block for query blocks.
 
     Args:
@@ -67,12 +83,16 @@ def row_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float
         v: [B, Hkv, Tk, Dv].
         config: Reads `block_size`, `score`, `stride`, `spread_weight`, `value_term` and `value_weight`.
         scale: Factor of the attention logits, usually `1 / sqrt(D)`.
+        softcap: What their magnitude stays below; the estimate of a logit is capped as a logit is. None: no softcap.
+        sinks: [Hq], one more logit a head that takes its share of the mass, see `_mass`; linear scores have none to
+            give. None: no sinks.
 
     Source: Stem, Eq. 7; the pairing of positions is XAttention's antidiagonal.
     """
     grid = BlockGrid(q.shape[2], k.shape[2], config.block_size)
     batch, kv_heads = k.shape[:2]
     make_keys, score = (_linear_keys, _linear) if config.score == "linear" else (_mass_keys, _mass)
+    sinks = None if sinks is None else sinks.float()
     keys: list[Tensor] = [k] * (batch * kv_heads)  # each replaced by what it is prepared to
     bonus = torch.zeros(batch, kv_heads, grid.k_blocks, dtype=torch.float32, device=k.device)
 
@@ -96,7 +116,8 @@ def row_scores(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float
 
         def rows(sample: int, first: int, stop: int) -> Tensor:
             tokens = slice(grid.q_span(first)[0], grid.q_span(stop - 1)[1])
-            scores = score(q[sample, :, tokens], by_sample[sample], grid, first, stop, config, scale, room)
+            logits = scale, softcap, sinks
+            scores = score(q[sample, :, tokens], by_sample[sample], grid, first, stop, config, *logits, room)
             if config.value_term != "none":
                 by_head = scores.view(kv_heads, -1, stop - first, grid.k_blocks)
                 by_head.add_(bonus[sample, :, None, None], alpha=config.value_weight)
@@ -117,11 +138,21 @@ def _linear_keys(k: Tensor, config: StemConfig) -> Tensor:
 
 
 def _linear(
-    q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float, room: Tensor
+    q: Tensor,
+    keys: Tensor,
+    grid: BlockGrid,
+    start: int,
+    stop: int,
+    config: StemConfig,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    room: Tensor,
 ) -> Tensor:
     """Mean of the antidiagonal dot products of every block pair: float32 [Hq, rows, Kb].
 
-    Tokens that a partial block lacks count as zeros, as in the official code.
+    Tokens that a partial block lacks count as zeros, as in the official code. A softcap caps the mean: what it leaves
+    of every product would need them all.
 
     Args:
         q: [Hq, tokens, D], those of rows [start, stop).
@@ -131,13 +162,16 @@ def _linear(
         stop: One past the last row.
         config: Reads `block_size` and `stride`.
         scale: Factor of the attention logits.
+        softcap: Of the attention logits, or None.
+        sinks: Not needed: a mean of logits is no mass, and the order of a row's blocks does not depend on them.
         room: float32; not needed.
     """
     groups = _group_sums(q, _lead(grid, start), config.block_size, config.stride, within=False)
     groups.mul_(config.stride / config.block_size)
     # The query heads of one KV head are rows of one matrix product: K is never repeated.
     scores = groups.view(len(keys), -1, keys.shape[1]) @ keys
-    return scores.mul_(scale / config.stride).view(len(q), stop - start, grid.k_blocks)
+    _scale_and_cap(scores, scale / config.stride, softcap, 1)
+    return scores.view(len(q), stop - start, grid.k_blocks)
 
 
 def _mass_keys(k: Tensor, config: StemConfig) -> Tensor:
@@ -155,7 +189,16 @@ def _mass_keys(k: Tensor, config: StemConfig) -> Tensor:
 
 
 def _mass(
-    q: Tensor, keys: Tensor, grid: BlockGrid, start: int, stop: int, config: StemConfig, scale: float, room: Tensor
+    q: Tensor,
+    keys: Tensor,
+    grid: BlockGrid,
+    start: int,
+    stop: int,
+    config: StemConfig,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    room: Tensor,
 ) -> Tensor:
     """Log of the largest share of attention that a key block takes from a group of a query block.
 
@@ -164,6 +207,13 @@ def _mass(
     an exponential, to second order: half the variance of the dot product, with the dimensions taken as independent.
     Dimensions j and j + D/2 count together, for rotary embeddings turn them as a pair. With stride 8 the estimate costs
     1/171 of dense attention, 1/256 without the spread.
+
+    A softcap caps the sum of a run's logit and its spread's part: so a run's estimate stays below the cap, as every
+    token's logit does, and grows where they do.
+
+    A sink takes its part of every share, because what a pruned block takes from the output is its share of all that
+    the softmax sums up. So query groups that look at the sink count less for their row, and among heads that share a
+    budget those whose attention goes to their sinks give blocks up to those who read values.
 
     A share that is no number, of NaN or of an overflow, counts as none: only the blocks and groups that it comes from
     lose by it.
@@ -176,6 +226,8 @@ def _mass(
         stop: One past the last row.
         config: Reads `block_size`, `stride` and `spread_weight`.
         scale: Factor of the attention logits.
+        softcap: Of the attention logits, or None.
+        sinks: float32 [Hq], or None.
         room: float32; overwritten, as large as the logits.
 
     Returns:
@@ -196,7 +248,8 @@ def _mass(
     logits = torch.bmm(queries, keys[..., : seen * k_runs], out=room[: math.prod(shape)].view(shape))
     # In powers of two, which are cheaper than those of e. A run without tokens gets -inf: nothing falls to it.
     k_sizes = _run_sizes(0, grid.k_len, size, stride, q.device).flatten()[: seen * k_runs]
-    logits.mul_(scale * _LOG2_E).add_(k_sizes.log2_())
+    _scale_and_cap(logits, scale, softcap, _LOG2_E)
+    logits.add_(k_sizes.log2_())
     logits = logits.view(len(q), rows, q_runs, seen, k_runs)
     peak = logits.amax(-1, keepdim=True)
     taken = logits.sub_(peak).exp2_().sum(-1).log2_().add_(peak[..., 0]).div_(_LOG2_E)
@@ -204,11 +257,20 @@ def _mass(
     own = torch.arange(grid.first_block + start, seen, dtype=torch.int64, device=q.device)
     future = torch.arange(seen, dtype=torch.int64, device=q.device) > own[:, None, None]
     taken.masked_fill_(future, -torch.inf)
-    taken -= taken.logsumexp(-1, keepdim=True)
+    whole = taken.logsumexp(-1, keepdim=True)
+    taken -= whole if sinks is None else whole.logaddexp(sinks[:, None, None, None])
     taken.masked_fill_((q_sizes == 0)[..., None], -torch.inf)
     scores = torch.full((len(q), rows, grid.k_blocks), -torch.inf, dtype=torch.float32, device=q.device)
     scores[..., :seen] = taken.nan_to_num_(-torch.inf, -torch.inf, -torch.inf).amax(2)
     return scores
+
+
+def _scale_and_cap(logits: Tensor, scale: float, softcap: float | None, unit: float) -> None:
+    """Scale logits, cap them where there is a softcap, and give them in other units, all in place."""
+    if softcap is None:
+        logits.mul_(scale * unit)
+    else:
+        logits.mul_(scale / softcap).tanh_().mul_(softcap * unit)
 
 
 def _lead(grid: BlockGrid, row: int) -> int:

@@ -106,6 +106,8 @@ def _op(
     scale: float,
     window: int | None = None,
     residual: str = "none",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts = None if prompt_len is None else prompt_len.tolist()
     if prompts is not None and len(prompts) == 1:
@@ -116,7 +118,7 @@ def _op(
         layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompts)
     else:
         layout = Layout.paged(q, k, v, cu_seqlens_q, seq_lens, block_table, prompts)
-    call = Call(layout, block_size, scale, window, cast(Residual, residual))
+    call = Call(layout, block_size, scale, window, cast(Residual, residual), softcap, sinks)
     nothing = q.new_empty(0, dtype=torch.float32)
     ints = q.new_empty(0, dtype=torch.int32)
     if indices is not None and counts is not None:
@@ -155,6 +157,8 @@ def _(
     scale: float,
     window: int | None = None,
     residual: str = "none",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cu_seqlens_q is None:  # tokens come before heads in memory, as in `Call.new_output`
         batch, heads, tokens, _ = q.shape

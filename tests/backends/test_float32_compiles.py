@@ -20,9 +20,11 @@ def compile_kernel() -> None:
     tile = choose_tile(block_size=128, head_dim=HEAD_DIM, item_bytes=4, tma=True)
     constants = dict.fromkeys(("D", "DV", "D_PAD", "DV_PAD"), HEAD_DIM) | {"BLOCK": 128, "KEYS": tile.keys, "PAGE": 0}
     constants |= {"TMA": True, "PACKED": False, "WINDOW": False, "LSE": True, "PRECISION": "ieee"}
+    constants |= {"SINKS": True, "TANH": "exact"}
     tokens = {"q": 128, "k": tile.keys, "v": tile.keys}
     types: dict[str, Any] = {n: f"tensordesc<fp32[1, 1, {t}, {HEAD_DIM}]>" for n, t in tokens.items()}
-    types |= {"out": "*fp32", "lse": "*fp32", "scale_log2": "fp32", "count_strides": ("i32",) * 3}
+    types |= {"out": "*fp32", "lse": "*fp32", "sinks": "*fp32", "count_strides": ("i32",) * 3}
+    types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32")
     tables = ("indices", "counts", "row_sequence", "first_rows", "q_starts", "k_starts", "block_table")
     types |= dict.fromkeys(tables, "*i32")
     types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out", "index")), ("i32",) * 4)

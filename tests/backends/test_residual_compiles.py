@@ -19,7 +19,7 @@ MEANS = {"k": "*bf16", "v": "*bf16", "k_means": "*fp16", "k_powers": "*fp32", "v
 MARK = dict.fromkeys(("indices", "counts", "kept"), "*i32")
 MERGE = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "counts": "*i32", "kept": "*i32", "k_powers": "*fp32"}
 MERGE |= {"k_means": f"tensordesc<fp16[{TILE}, {DIM}]>", "v_means": f"tensordesc<bf16[{TILE}, {V_DIM}]>"}
-MERGE |= {"scale_log2": "fp32"}
+MERGE |= {"scale_log2": "fp32", "cap_log2": "fp32"}
 
 
 def compile_kernel(kernel: Any, types: dict[str, Any], **constants: Any) -> None:
@@ -38,4 +38,5 @@ if __name__ == "__main__":
     for page_size in (0, 16):
         compile_kernel(means_kernel, MEANS, PAGE=page_size)
     compile_kernel(mark_kernel, MARK)
-    compile_kernel(merge_kernel, MERGE)
+    for tanh in ("none", "fast"):
+        compile_kernel(merge_kernel, MERGE, TANH=tanh)

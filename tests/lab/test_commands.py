@@ -235,7 +235,7 @@ def test_an_unknown_preset_is_told_the_known_ones_of_this_command(name, folder, 
     assert cli.run([command[0], "--help"]) == 0
     described = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
     known = message.split("known: ")[1].strip().split(", ")
-    assert known == (["demo"] if name == "prefill" else []) + ["default", "official", "paper"]
+    assert known == (["demo"] if name == "prefill" else []) + ["default", "default-0.1", "official", "paper"]
     for preset in known:
         assert preset in described
 

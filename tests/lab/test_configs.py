@@ -25,7 +25,7 @@ def test_a_preset_of_a_commands_own_differs_from_the_default(tmp_path):
     file = tmp_path / "settings.json"
     file.write_text('{"block_size": 32}')
     assert settings_from_options("demo", [], file, {"demo": DEMO})[0].block_size == 32
-    with pytest.raises(InputError, match=r"unknown preset .fast.; known: demo, default, official, paper"):
+    with pytest.raises(InputError, match=r"unknown preset .fast.; known: demo, default, default-0.1, official, paper"):
         settings_from_options("fast", [], own_presets={"demo": DEMO})
 
 

@@ -1,4 +1,4 @@
-"""What is read from vLLM's V2 model runner, which on a CPU needs a Triton for CPUs: here it is made up."""
+"""Which vLLM is registered with, and what is read from the V2 runner: made up, a CPU would need another Triton."""
 
 import weakref
 from types import SimpleNamespace
@@ -6,6 +6,56 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+
+def registered(monkeypatch, caplog):
+    """Register as a new process does; return what was registered, and what was warned of."""
+    from vllm.v1.attention.backends import registry
+
+    from stem_attn.integrations.vllm import register
+
+    made = []
+    really = registry.register_backend
+    monkeypatch.setattr(registry, "register_backend", lambda *given: made.append(given) or really(*given))
+    register._fits.cache_clear()
+    for _ in range(2):
+        register.register()
+    register._fits.cache_clear()
+    return made, caplog.messages
+
+
+def test_the_installed_version_has_what_is_used():
+    from stem_attn.integrations.vllm.compat import why_unsupported
+
+    assert why_unsupported("cpu") is None
+    assert why_unsupported("cuda") is None
+
+
+def test_a_version_that_lacks_something_is_not_registered_with(monkeypatch, caplog):
+    from stem_attn.integrations.vllm import compat
+
+    monkeypatch.setattr(compat, "missing", lambda offer, parts: [f"a.b.{parts[1]} is gone", "c.d is gone"])
+    monkeypatch.setattr(compat, "VLLM_VERSION", "9.9")
+    made, warned = registered(monkeypatch, caplog)
+    assert made == []
+    assert warned == [
+        "stem-attn does not know this vLLM, 9.9: a.b.cpu is gone; c.d is gone. The attention backend STEM is not "
+        "registered"
+    ]
+
+
+def test_a_version_that_nobody_has_run_is_registered_with_and_warned_of(monkeypatch, caplog):
+    from stem_attn.integrations.vllm import compat
+
+    assert compat.why_unknown("cpu", "0.32.1.dev3+cpu") is None
+    assert compat.why_unknown("cuda", "0.26.0") is None
+    unknown = compat.why_unknown("cpu", "0.320.1")
+    assert unknown == "stem-attn was run on vLLM 0.32 on CPU, and this is 0.320.1"
+    monkeypatch.setattr(compat, "why_unknown", lambda platform: unknown)
+    made, warned = registered(monkeypatch, caplog)
+    assert made
+    assert warned == [f"{unknown}: it has what is needed, so the attention backend STEM is registered"]
+
 
 # Tokens of the prompt, and how many the V2 runner calls prefill: a preempted request's answer is computed again as one.
 REQUESTS = {"preempted": (640, 700), "decoding": (100, 100), "in its prompt": (1000, 1000)}

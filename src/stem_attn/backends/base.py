@@ -87,7 +87,7 @@ class Backend(ABC):
         grid, (batch, heads), device = call.grid(part), part.q.shape[:2], part.q.device
 
         def select() -> BlockSelection:
-            start, step = row_scores(part.q, k, v, config, call.scale)
+            start, step = row_scores(part.q, k, v, config, call.scale, call.softcap, call.sinks)
             return select_rows(start, step, budget.rows(grid), grid, config, batch, heads, k.shape[1], device)
 
         return on_worker(select, device)
@@ -149,7 +149,7 @@ class BlockedBackend(Backend):
         kept = torch.empty(out.shape, dtype=q.dtype, device=q.device)
         kept_lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         self.attend_part(call, q, k, v, selection, kept, kept_lse)
-        add_means(q, k, v, selection, kept, kept_lse, scale=call.scale)
+        add_means(q, k, v, selection, kept, kept_lse, scale=call.scale, softcap=call.softcap)
         out.copy_(kept)
         if lse is not None:
             lse.copy_(kept_lse)

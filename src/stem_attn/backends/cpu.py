@@ -52,7 +52,18 @@ class CpuBackend(BlockedBackend):
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
-        attend_blocks(q, k, v, selection, scale=call.scale, window=call.window, out=out, lse=lse)
+        attend_blocks(
+            q,
+            k,
+            v,
+            selection,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            window=call.window,
+            out=out,
+            lse=lse,
+        )
 
 
 class _Job(NamedTuple):
@@ -83,6 +94,8 @@ def attend_blocks(
     selection: BlockSelection,
     *,
     scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
     window: int | None,
     out: Tensor,
     lse: Tensor | None,
@@ -91,7 +104,7 @@ def attend_blocks(
 
     Half precisions are computed in float32. Where the CPU multiplies bfloat16 natively, the softmax's weights are
     rounded to bfloat16 for their product with the values, as SDPA does; where it has tiles for that (AMX), SDPA does
-    all of it, unless the log-sum-exp is wanted.
+    all of it, unless there is a softcap or sinks, or the log-sum-exp is wanted.
 
     Args:
         q: [B, Hq, Tq, D], the last Tq of Tk tokens; any strides.
@@ -99,15 +112,17 @@ def attend_blocks(
         v: [B, Hkv, Tk, Dv].
         selection: The kept blocks.
         scale: Factor of the logits.
+        softcap: What their magnitude stays below, or None.
+        sinks: [Hq], one more logit a head, or None.
         window: Tokens of a causal sliding window, or None.
         out: [B, Hq, Tq, Dv] in q's dtype, any strides; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
     device = q.device
     mode = _mode(q.dtype, device)
-    if mode != "fused" or lse is not None:
+    if mode != "fused" or softcap is not None or sinks is not None or lse is not None:
         mode = "mixed" if mode == "fused" else mode
-        on_worker(lambda: _attend(q, k, v, selection, scale, window, out, lse, mode), device)
+        on_worker(lambda: _attend(q, k, v, selection, scale, softcap, sinks, window, out, lse, mode), device)
         return
 
     def one_by_one() -> None:
@@ -116,7 +131,7 @@ def attend_blocks(
             here = slice(i, i + 1)
             one = BlockSelection.made(selection.indices[here], selection.counts[here], selection.grid)
             own_mode: _Mode = "fused" if bool(k[i].isfinite().all()) else "mixed"
-            _attend(q[here], k[here], v[here], one, scale, window, out[here], None, own_mode)
+            _attend(q[here], k[here], v[here], one, scale, None, None, window, out[here], None, own_mode)
 
     on_worker(one_by_one, device)
 
@@ -127,6 +142,8 @@ def _attend(
     v: Tensor,
     selection: BlockSelection,
     scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
     window: int | None,
     out: Tensor,
     lse: Tensor | None,
@@ -144,6 +161,7 @@ def _attend(
     most_blocks = max(n * width for n, _, width in shapes)
     most_logits = max(n * rows * width for n, rows, width in shapes) * size
     future = torch.full((size, size), -math.inf, dtype=compute, device=device).triu_(1)
+    sink_logits = None if sinks is None else (sinks.to(wide) * _LOG2_E)[plan.heads, None, None]  # of every task
 
     def start() -> Callable[[int], None]:
         query_room = torch.empty(most_rows, q.shape[3], dtype=compute, device=device)
@@ -187,7 +205,10 @@ def _attend(
                 last = logits[:, :, -size:]
             else:
                 # In powers of two, which are cheaper than those of e.
-                torch.baddbmm(logits, queries, job_keys.mT, beta=0, alpha=scale * _LOG2_E, out=logits)
+                factor = scale * _LOG2_E if softcap is None else scale / softcap
+                torch.baddbmm(logits, queries, job_keys.mT, beta=0, alpha=factor, out=logits)
+                if softcap is not None:
+                    logits.tanh_().mul_(softcap * _LOG2_E)
             # First to zero, for NaN would outlive a sum; the two together take a sixth of masked_fill_'s time.
             last.tril_(job.place).add_(future[job.place : job.place + rows])
             if window is not None:
@@ -199,7 +220,11 @@ def _attend(
                 )[0]
             else:
                 peak = logits.amax(-1, keepdim=True)
+                if sink_logits is not None:
+                    peak = peak.maximum(sink_logits[job.tasks])
                 total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
+                if sink_logits is not None:
+                    total += (sink_logits[job.tasks] - peak).exp2_()
                 if mode == "mixed":
                     torch.mul(logits, total.reciprocal(), out=weights)
                     torch.bmm(weights, job_values, out=result)

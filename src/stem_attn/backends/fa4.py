@@ -50,6 +50,8 @@ class Fa4Backend(BlockedBackend):
             return f"its head dims are multiples of 8 up to 192 for q and k and 128 for v, got {head_dims}"
         if call.window is not None:
             return "it has no sliding window over block lists"
+        if call.softcap is not None or call.sinks is not None:
+            return "softcap and sinks were never tried with it over block lists"
         if call.residual != "none":
             return f"it has no kernel that merges the means of pruned blocks (residual={call.residual!r})"
         return None

@@ -64,7 +64,15 @@ class AttentionGate:
     """Know the exact output of sampled rows and the error that they may have."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None, samples: list[Sample]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: BlockSelection | None,
+        samples: list[Sample],
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """Compute the exact rows.
 
@@ -74,6 +82,9 @@ class AttentionGate:
             v: [B, Hkv, Tk, Dv].
             selection: The kept blocks; None for all of them.
             samples: The rows to look at.
+            softcap: Of the logits, or None. SDPA knows none: then what may be lost is what dense attention loses whose
+                logits and sums are float32, as with sinks.
+            sinks: [Hq], or None.
         """
         self.selection = selection
         self._samples = samples
@@ -85,9 +96,14 @@ class AttentionGate:
                 row, k_row, v_row = (x[None, None] for x in (
                     q[s.batch, s.head, token : token + 1], k[s.batch, kv_head, keys], v[s.batch, kv_head, keys]
                 ))  # fmt: skip
-                weights = (row.double() @ k_row.double().mT * q.shape[3] ** -0.5).softmax(-1)
-                exact.append((weights @ v_row.double()).flatten())
-                dense.append(F.scaled_dot_product_attention(row, k_row, v_row).flatten())
+                sink = None if sinks is None else sinks[s.head]
+                weights, total = _weights(row.double(), k_row.double(), softcap, sink)
+                exact.append((weights @ v_row.double() / total).flatten())
+                if softcap is None and sinks is None:
+                    dense.append(F.scaled_dot_product_attention(row, k_row, v_row).flatten())
+                else:
+                    weights, total = _weights(row.float(), k_row.float(), softcap, sink)
+                    dense.append((weights.to(v.dtype).float() @ v_row.float() / total).to(v.dtype).flatten())
         self._exact = torch.stack(exact)
         self._unit = self._exact.square().mean(-1, keepdim=True).sqrt()
         lost = self._errors(torch.stack(dense))
@@ -114,6 +130,20 @@ class AttentionGate:
         return Errors(float(relative.abs().max()), float(relative.square().mean().sqrt()))
 
 
+def _weights(row: Tensor, keys: Tensor, softcap: float | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weigh keys [1, 1, K, D] for a query [1, 1, 1, D]: [1, 1, 1, K], at most 1, and their sum with the sink's."""
+    logits = _capped(row @ keys.mT * row.shape[3] ** -0.5, softcap)
+    peak = logits.amax(-1, keepdim=True)
+    peak = peak if sink is None else peak.maximum(sink)
+    weights = (logits - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights, total if sink is None else total + (sink - peak).exp()
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def _kept_keys(
     selection: BlockSelection | None, sample: Sample, token: int, q_len: int, k_len: int, device: torch.device
 ) -> Tensor:
@@ -130,7 +160,15 @@ def _kept_keys(
 
 
 def check_selection(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, config: StemConfig, samples: list[Sample]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    config: StemConfig,
+    samples: list[Sample],
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Compare the kept blocks of sampled query blocks, of all heads, with those that float64 scores give.
 
@@ -142,7 +180,8 @@ def check_selection(
     kv_heads = k.shape[1]
     scopes = {"head": q.shape[1], "group": kv_heads, "layer": 1}[config.budget_scope]
     sampled = sorted({(s.batch, (token + grid.offset) // grid.block_size) for s in samples for token in s.tokens})
-    exact = {batch: _ExactScores(q[batch], k[batch], v[batch], config, grid) for batch in {b for b, _ in sampled}}
+    batches, logits = {b for b, _ in sampled}, (softcap, sinks)
+    exact = {b: _ExactScores(q[b], k[b], v[b], config, grid, *logits) for b in batches}
     for batch, block in sampled:
         row = block - grid.first_block
         scores, rounding = exact[batch].row(row)
@@ -187,10 +226,22 @@ class _ExactScores:
         v: [Hkv, Tk, Dv].
         config: The method.
         grid: The geometry.
+        softcap: Of the logits, or None.
+        sinks: [Hq], or None.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, grid: BlockGrid) -> None:
-        self._q, self._config, self._grid = q, config, grid
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: StemConfig,
+        grid: BlockGrid,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        self._q, self._config, self._grid, self._softcap = q, config, grid, softcap
+        self._sinks = q.new_full((len(q),), -torch.inf) if sinks is None else sinks
         self._counts = _token_counts(grid.k_len, config.stride, k.device)  # of the runs of keys
         self._keys = _linear_keys(k, config) if config.score == "linear" else _mass_keys(k, self._counts, config)
         # A query of zeros has no logits: what is left is the value term of every key block.
@@ -223,14 +274,15 @@ class _ExactScores:
         config, block = self._config, self._grid.first_block + row
         if config.score == "linear":
             products = _products(_group_means(tokens, 1, config).flatten(2), self._keys, dtype)
-            mean: Tensor = products[:, 0] * (tokens.shape[2] ** -0.5 / config.stride)
-            return mean
+            return _capped(products[:, 0] * (tokens.shape[2] ** -0.5 / config.stride), self._softcap)
         runs = config.block_size // config.stride
         queries, exist = _mass_queries(tokens, present, config)
         logits = _products(queries, self._keys[:, : (block + 1) * runs], dtype)
-        logits = logits + self._counts[: (block + 1) * runs].log()
+        logits = _capped(logits, self._softcap) + self._counts[: (block + 1) * runs].log()
         logits = F.pad(logits, (0, (block + 1) * runs - logits.shape[-1]), value=-torch.inf)
-        taken = torch.unflatten(logits, -1, (block + 1, -1)).logsumexp(-1).log_softmax(-1)[:, exist]
+        masses = torch.unflatten(logits, -1, (block + 1, -1)).logsumexp(-1)
+        whole = masses.logsumexp(-1, keepdim=True).logaddexp(self._sinks.double()[:, None, None])
+        taken = (masses - whole)[:, exist]
         return F.pad(taken.amax(1), (0, self._grid.k_blocks - block - 1), value=-torch.inf)
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stem_attn.integrations import hf
+from stem_attn.integrations.hf.dense import attend_densely
 from stem_attn.integrations.hf.forward import stem_attention_forward, why_dense
+from stem_attn.integrations.hf.properties import properties_of
 from stem_attn.integrations.hf.register import NAME
 from stem_attn.lab.errors import InputError
 from stem_attn.policy import PrefillPolicy
@@ -50,9 +52,13 @@ def intercept(model: Any, attend: Attend) -> Iterator[Counter[str]]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        reason, _ = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
+        reason = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
         if reason is None and attention_mask is not None:
             reason = "sliding window or padding"
+        if reason is None and properties_of(query, kwargs)[0].any:  # `attend` knows of none
+            others["softcap or sinks"] += 1
+            how = {"dropout": dropout, "scaling": scaling, **kwargs}
+            return attend_densely(module, query, key, value, attention_mask, eager=True, **how)
         if reason is not None:
             others[reason] += 1
             return stem_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

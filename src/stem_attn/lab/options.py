@@ -58,7 +58,9 @@ TextFileOption = Annotated[
         rich_help_panel=PROMPT,
     ),
 ]
-PresetOption = Annotated[str, typer.Option(metavar="NAME", help="default, official or paper.", rich_help_panel=METHOD)]
+PresetOption = Annotated[
+    str, typer.Option(metavar="NAME", help="default, official, paper or default-0.1.", rich_help_panel=METHOD)
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

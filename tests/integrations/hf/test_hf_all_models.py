@@ -32,8 +32,6 @@ starcoder2 vaultgemma whisper xlm-roberta xlm-roberta-xl youtu zaya
 NEVER_SPARSE = {
     "doge": "4-D mask",
     "inkling_text": "position bias",
-    **dict.fromkeys(("gemma2", "vaultgemma"), "softcap"),
-    **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), "attention sinks"),
     **dict.fromkeys((n for n in MODEL_TYPES if "bert" in n and n != "modernbert-decoder"), "not causal"),
     **dict.fromkeys(("data2vec-text", "electra", "ernie"), "not causal"),
 }

@@ -80,20 +80,6 @@ def test_really_sparse_is_stem_on_the_same_inputs(family, kind, monkeypatch):
             assert relative_error(out[row, queries], expected[0]) < 1e-5
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gemma2", "softcap"), ("gpt_oss", "attention sinks")])
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_softcap_and_sinks_run_the_models_own_eager_attention(family, reason, kind):
-    window = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
-    extra = {"num_local_experts": 4} if family == "gpt_oss" else {}
-    model, ids = tiny_model(family, "eager", **window, **extra), tokens(2, LENGTH)
-    expected = run(model, ids, kind)
-    enable(model, KEEP_ALL)
-    assert relative_error(run(model, ids, kind), expected) < 1e-4
-    stats = hf.stats(model)
-    assert stats.dense == {reason: stats.calls}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_chunked_attention_layers_stay_dense_beyond_a_chunk(kind):

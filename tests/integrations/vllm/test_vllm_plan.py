@@ -88,7 +88,7 @@ def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
             {"budget_ration": 0.1},
             "unknown key budget_ration in .*; known: preset, config_file",
         ),
-        ({"preset": "fast"}, "unknown preset 'fast'; known: default, official, paper"),
+        ({"preset": "fast"}, "unknown preset 'fast'; known: default, default-0.1, official, paper"),
         ({"crossover": 1}, "crossover must be True or False, got 1"),
         ({"config_file": "/no/such.json"}, "cannot read settings.file /no/such.json: No such file"),
         ({"config_file": 3}, "config_file must be a path, got 3"),

@@ -90,6 +90,44 @@ def test_the_gate_knows_every_preset(preset):
     assert record["density"] < 1
 
 
+@pytest.mark.parametrize(
+    ("softcap", "sinks", "suffix"), [(2.0, False, " softcap"), (None, True, " sinks"), (2.0, True, " softcap sinks")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_run_without_and_with_softcap_and_sinks(softcap, sinks, suffix, dtype):
+    properties = {"softcap": softcap, "sinks": sinks}
+    for config in (SMALL, StemConfig(block_size=16, budget_ratio=0.15, budget_bias=2)):
+        case = make_case(700, 700, dtype)
+        record = run_case(case, config, ["sdpa", "cpu"], rounds=3, seed=0, on_step=lambda step: None, **properties)
+        assert record["failed"] == []
+        parts = ("attention", "selection", "whole")
+        names = [("sdpa", "dense"), *(("cpu", part) for part in parts), *(("cpu" + suffix, part) for part in parts)]
+        assert [(m["name"], m["part"]) for m in record["methods"]] == names
+        by_name = {(m["name"], m["part"]): m for m in record["methods"]}
+        for part in parts:
+            with_them, plain = (by_name["cpu" + end, part]["ms"]["samples"] for end in (suffix, ""))
+            ratios = [a / b for a, b in zip(with_them, plain, strict=True)]
+            assert by_name["cpu" + suffix, part]["over_plain"] == sorted(ratios)[1]
+            assert "over_plain" not in by_name["cpu", part]
+
+
+@pytest.mark.parametrize("forgotten", ["softcap", "sinks"])
+def test_a_backend_that_forgets_softcap_or_sinks_is_not_timed(forgotten, monkeypatch):
+    backend = type(backends.by_name("cpu"))
+    attend = backend.attend
+
+    def forgetful(self, call, *rest):
+        attend(self, dataclasses.replace(call, **{forgotten: None}), *rest)
+
+    monkeypatch.setattr(backend, "attend", forgetful)
+    how = {"rounds": 1, "seed": 0, "on_step": lambda step: None, "softcap": 1.0, "sinks": True}
+    record = run_case(make_case(400, 400), SMALL, ["cpu"], **how)
+    assert [(f["name"], f["part"]) for f in record["failed"]] == [
+        ("cpu softcap sinks", "attention"),
+        ("cpu softcap sinks", "whole"),
+    ]
+
+
 def test_ratios_are_ratios_of_medians():
     record = run(make_case(600, 600))
     ms = {(m["name"], m["part"]): m["ms"]["median"] for m in record["methods"]}

@@ -53,7 +53,7 @@ def test_inputs_follow_the_seed_and_heads_differ_in_sharpness(fast):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--presets", "official,nice"], "--presets: unknown nice; known: default, official, paper"),
+        (["--presets", "official,nice"], "--presets: unknown nice; known: default, default-0.1, official, paper"),
         (["--presets", ","], "--presets: unknown (none)"),
         (["--lengths", "8k"], "--lengths takes positive whole numbers"),
         (["--densities", "0"], "--densities takes numbers above 0"),

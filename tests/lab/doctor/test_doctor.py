@@ -145,20 +145,21 @@ def test_an_installation_that_is_broken(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "names", "plugins", "said"),
+    ("lacks", "names", "plugins", "said"),
     [
-        ("0.19.1", ["stem"], None, "supports vLLM"),
-        ("0.32.0", [], None, "plugin is not registered"),
-        ("0.32.0", ["stem"], "other", "VLLM_PLUGINS is set, and stem is not in it"),
-        ("0.32.0", ["stem"], "other,stem", None),
-        ("0.32.0", ["other", "stem"], None, None),
+        (["a.b is gone", "c is gone"], ["stem"], None, "does not know this vLLM, 0.32.0: a.b is gone; c is gone"),
+        ([], [], None, "plugin is not registered"),
+        ([], ["stem"], "other", "VLLM_PLUGINS is set, and stem is not in it"),
+        ([], ["stem"], "other,stem", None),
+        ([], ["other", "stem"], None, None),
     ],
 )
-def test_vllm(version, names, plugins, said, monkeypatch):
-    module = ModuleType("vllm.version")
-    module.__version__ = version
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.version", module)
+def test_vllm(lacks, names, plugins, said, monkeypatch, tmp_path):
+    package, version = ModuleType("vllm"), ModuleType("vllm.version")
+    package.__path__, version.__version__ = [str(tmp_path / "vllm")], "0.32.0"
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, "vllm.version", version)
+    monkeypatch.setattr("stem_attn.integrations.vllm.interface.missing", lambda offer, parts: lacks)
     monkeypatch.delitem(sys.modules, "stem_attn.integrations.vllm.compat", raising=False)
     monkeypatch.delattr("stem_attn.integrations.vllm.compat", raising=False)
     monkeypatch.setattr(run, "find_spec", lambda name: object())

@@ -100,7 +100,7 @@ def test_summary_is_geometric_over_layers_and_plain_over_prompts(result):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "stem-offical"], "unknown method 'stem-offical'; known: stem-default, stem-official"),
+        (["--methods", "stem-offical"], "unknown method 'stem-offical'; known: stem-default, stem-default-0.1"),
         (["--variant", "mine"], "--variant takes NAME=METHOD,FIELD=VALUE"),
         (["--variant", "mine=nothing"], "unknown method 'nothing'"),
         (["--variant", "uniform=stem-official"], "the name uniform is taken"),

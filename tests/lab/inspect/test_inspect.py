@@ -66,8 +66,9 @@ def block_mass(q, k, scale):
 
 def test_blocks_lost_mass_and_density_are_the_librarys(seen, inputs):
     assert len(seen.layers) == len(inputs) == 2
-    for layer, (q, k, v, scale) in zip(seen.layers, inputs, strict=True):
-        selection = select_blocks(q, k, v, config=StemConfig(**FIELDS), scale=scale)
+    for number, (layer, (q, k, v, scale)) in enumerate(zip(seen.layers, inputs, strict=True)):
+        config = PrefillPolicy().layer_config(StemConfig(**FIELDS), number, 2)
+        selection = select_blocks(q, k, v, config=config, scale=scale)
         mask, mass = selection.to_mask()[0], block_mass(q, k, scale)
         (kept,) = layer.kept
         assert torch.equal(kept.blocks, mask)

@@ -69,13 +69,15 @@ def test_engines_take_turns_and_every_number_is_written(vllm, tmp_path, capfd):
     assert [(r["chunk"], r["length"]) for r in found["records"]] == [(128, 600), (128, 300), (256, 600), (256, 300)]
     for record in found["records"]:
         assert record["first_token_seconds"] == {"dense": record["length"] / 1000, "stem": record["length"] / 2000}
+        warm = min(512, record["length"])
+        assert record["warm_up_seconds"] == {"dense": warm / 1000, "stem": warm / 2000}
         assert record["next_token_seconds"] == {"dense": 1.0, "stem": 1.0}
         assert [len(runs) for runs in record["runs"].values()] == [2, 2]
         assert {run["stats"]["chunk"] for run in record["runs"]["stem"]} == {record["chunk"]}
         assert all(run["stats"] is None for run in record["runs"]["dense"])
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert "first token dense 0.600 s, Stem 0.300 s, ratio 2.00" in lines[0]
+    assert "first token dense 0.600 s, Stem 0.300 s, ratio 2.00; in the warm-up before, 0.512 and 0.256 s" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from stem_attn.lab.tasks.summary import summarize
 LENGTH = 1536  # bytes; the tiny model's context is 2048
 DENSE = NamedMethod("dense", "dense")
 EVERYTHING = NamedMethod("all", "stem-default", {"min_seq_len": 0, "budget_ratio": 1.0})
-SPARSE = NamedMethod("sparse", "stem-default", {"min_seq_len": 0, "budget_ratio": 0.2, "budget_bias": 0})
+FIELDS = {"min_seq_len": 0, "budget_ratio": 0.2, "budget_bias": 0, "depth_decay": 1.0}
+SPARSE = NamedMethod("sparse", "stem-default", FIELDS)
 SETTINGS = Settings(
     tasks=("fwe",),  # the fewest new tokens of RULER's tasks that fit
     lengths=(LENGTH,),

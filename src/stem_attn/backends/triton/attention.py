@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stem_attn.backends.triton.attention_kernel import attention_kernel
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.launch_order import LEAD_ROWS
+from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
@@ -70,6 +70,11 @@ class Operands:
     def page_size(self) -> int:
         """Tokens a page; 0 where nothing is in pages."""
         return 0 if self.block_table is None else self.k.shape[2]
+
+    @property
+    def logits(self) -> Logits:
+        """How the kernels make logits."""
+        return Logits.of(self.call, self.scale)
 
 
 def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
@@ -166,18 +171,19 @@ def launch(x: Operands, tile: Tile) -> None:
     """Run the portable kernel on q's device, on its current stream."""
     q, k, v, lse = x.q, x.k, x.v, x.lse
     table = x.counts if x.block_table is None else x.block_table
+    sinks = sinks_of(x.call, x.counts)
     tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts, *(x.packing or (x.counts,) * 4))
     # Smaller pages would take several copies a tile, which the portable kernel's descriptors cannot join.
     tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and x.page_size % tile.keys == 0
     key = _layouts(q, k, v, x.out, x.indices, x.counts, table), q.dtype, q.device, _alignment(q, k, v, *tensors)
     flags = lse is not None, x.packing is not None, x.page_size, tma
-    plan = _portable_launch(*key, x.call.block_size, x.scale, x.call.window, *flags, tile)
+    plan = _portable_launch(*key, x.call.block_size, x.logits, x.call.window, *flags, tile)
     inputs: tuple[Any, ...] = (q, k, v)
     if tma:
         pad, pad_v = padded(q.shape[3]), padded(v.shape[3])
         shapes = ((x.call.block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
         inputs = tuple(TensorDescriptor(t, *_described(t, *shape)) for t, shape in zip(inputs, shapes, strict=True))
-    _run(plan, q.device, *inputs, *tensors, table)
+    _run(plan, q.device, *inputs, *tensors, table, sinks)
 
 
 @lru_cache(maxsize=1024)
@@ -187,7 +193,7 @@ def _portable_launch(
     device: torch.device,
     alignment: tuple[bool, ...],
     block_size: int,
-    scale: float,
+    logits: Logits,
     window: int | None,
     lse: bool,
     packed: bool,
@@ -197,7 +203,7 @@ def _portable_launch(
 ) -> Launch:
     """Make the launch that calls of equal layouts share."""
     head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
-    grid, numbers = _geometry(layouts, layouts[1][0][2], scale, window)
+    grid, numbers = _geometry(layouts, layouts[1][0][2], logits, window)
     constants = {
         "D": head_dim,
         "DV": v_head_dim,
@@ -210,6 +216,8 @@ def _portable_launch(
         "PAGE": page_size,
         "WINDOW": window is not None,
         "LSE": lse,
+        "SINKS": logits.sinks is not None,
+        "TANH": logits.tanh(dtype, device),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -245,14 +253,15 @@ def launch_hopper(x: Operands) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     q, k, v, lse = x.q, x.k, x.v, x.lse
+    sinks = sinks_of(x.call, x.counts)
     tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts)
     key = _layouts(q, k, v, x.out, x.indices, x.counts), q.dtype, q.device, _alignment(*tensors)
     tile = choose_hopper_tile(padded(q.shape[3]), padded(v.shape[3]))
-    plan, boxes = _hopper_launch(*key, x.scale, x.call.window, lse is not None, x.k_len, x.page_size, tile)
+    plan, boxes = _hopper_launch(*key, x.logits, x.call.window, lse is not None, x.k_len, x.page_size, tile)
     inputs = (
         GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip((q, k, v), boxes, strict=True)
     )
-    _run(plan, q.device, *inputs, *tensors, x.counts if x.block_table is None else x.block_table[0])
+    _run(plan, q.device, *inputs, *tensors, x.counts if x.block_table is None else x.block_table[0], sinks)
 
 
 @lru_cache(maxsize=1024)
@@ -261,7 +270,7 @@ def _hopper_launch(
     dtype: torch.dtype,
     device: torch.device,
     alignment: tuple[bool, ...],
-    scale: float,
+    logits: Logits,
     window: int | None,
     lse: bool,
     k_len: int,
@@ -272,7 +281,7 @@ def _hopper_launch(
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
 
     pad, pad_v = padded(layouts[0][0][3]), padded(layouts[2][0][3])
-    grid, numbers = _geometry(layouts, k_len, scale, window)
+    grid, numbers = _geometry(layouts, k_len, logits, window)
     constants = {
         "DV": layouts[2][0][3],
         "DV_PAD": pad_v,
@@ -281,6 +290,8 @@ def _hopper_launch(
         "STAGES": tile.stages,
         "WINDOW": window is not None,
         "LSE": lse,
+        "SINKS": logits.sinks is not None,
+        "TANH": logits.tanh(dtype, device),
     }
     strides = tuple(layouts[i][1] for i in (3, 4, 5))
     # 384 threads share 64 Ki registers; the kernel deals them out anew.
@@ -290,11 +301,13 @@ def _hopper_launch(
 
 
 def _geometry(
-    layouts: Layouts, k_len: int, scale: float, window: int | None
+    layouts: Layouts, k_len: int, logits: Logits, window: int | None
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
     """Return the grid, and the numbers that both kernels take after the strides."""
     (batch, heads, q_len, _), kv_heads, rows = layouts[0][0], layouts[1][0][1], layouts[5][0][2]
-    numbers = (rows, min(rows, LEAD_ROWS), heads // kv_heads, q_len, k_len, scale * math.log2(math.e), window or 0)
+    # Maxima are taken of what the last factor multiplies: a dot product, or a tanh.
+    factors = (logits.factor, 0.0) if logits.softcap is None else (logits.cap, logits.factor)
+    numbers = (rows, min(rows, LEAD_ROWS), heads // kv_heads, q_len, k_len, *factors, window or 0)
     return (rows * heads, batch, 1), numbers
 
 

@@ -12,13 +12,16 @@ import triton.language as tl
 
 from stem_attn.backends.triton.kernel_pages import load_pages, token_offset
 from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.tanh_kernel import tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @triton.jit(
-    do_not_specialize=["table_stride", "rows", "lead", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"]
+    do_not_specialize=["table_stride", "rows", "lead", "q_len", "k_len"],
+    do_not_specialize_on_alignment=["block_table", "sinks"],
 )
 def attention_kernel(
     q,  # [B, Hq, Tq, D]: a pointer, or a tensor descriptor where TMA; packed: B = 1 and T = all tokens
@@ -33,6 +36,7 @@ def attention_kernel(
     q_starts,  # int32 [sequences + 1], cumulative query tokens
     k_starts,  # int32 [sequences + 1], cumulative key tokens
     block_table,  # int32 [sequences, pages of the longest], last stride 1; unused unless paged
+    sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
     q_strides,  # (batch, head, token) in elements, as all strides here
     k_strides,
     v_strides,
@@ -45,7 +49,8 @@ def attention_kernel(
     group,  # query heads a KV head
     q_len,  # query tokens of a batch row; all tokens where PACKED
     k_len,  # not read where PACKED
-    scale_log2,  # logit factor times log2(e); positive
+    scale_log2,  # logit factor times log2(e), positive; of the tanh where there is one, and then the softcap's
+    tanh_factor,  # logit factor over the softcap; read only where there is one
     window,  # tokens; read only where WINDOW
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -58,6 +63,8 @@ def attention_kernel(
     PAGE: tl.constexpr,  # tokens a page of k and v, which are then PACKED; 0: not paged. TMA: a multiple of KEYS
     WINDOW: tl.constexpr,
     LSE: tl.constexpr,
+    SINKS: tl.constexpr,
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
 ):
     heads = tl.num_programs(0) // rows
@@ -110,15 +117,22 @@ def attention_kernel(
         unmasked = (count - 1) * PER_BLOCK
         peak, total, acc = _walk(
             peak, total, acc, query, keys, values, indices, 0, unmasked, token + offset,
-            batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, window,
-            D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, PAGE, WINDOW, False, PRECISION,
+            batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, tanh_factor, window,
+            D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, PAGE, WINDOW, False, TANH, PRECISION,
         )  # fmt: skip
     peak, total, acc = _walk(
         peak, total, acc, query, keys, values, indices, unmasked, count * PER_BLOCK, token + offset,
-        batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, window,
-        D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, PAGE, WINDOW, True, PRECISION,
+        batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, tanh_factor, window,
+        D, DV, D_PAD, DV_PAD, BLOCK, KEYS, TMA, PACKED, PAGE, WINDOW, True, TANH, PRECISION,
     )  # fmt: skip
 
+    if SINKS:  # only now: weights that were small beside a sink's would lose digits in 16 bits
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        whole_peak = tl.maximum(peak, sink)
+        decay = tl.exp2(peak - whole_peak)
+        total = total * decay + tl.exp2(sink - whole_peak)
+        acc = acc * decay[:, None]
+        peak = whole_peak
     acc = acc / total[:, None]
     out += batch * out_strides[0] + head * out_strides[1] + (q_start + token).to(tl.int64)[:, None] * out_strides[2]
     tl.store(out + dims_v, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims_v < DV))
@@ -133,10 +147,10 @@ def _walk(
     acc,  # [BLOCK, DV_PAD], the weighted sums of values
     query, keys, values, indices, start, stop,  # tiles [start, stop) of the row's list
     position,  # [BLOCK], absolute positions of the queries
-    batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, window,
+    batch, kv_head, k_start, k_len, block_table, k_strides, v_strides, scale_log2, tanh_factor, window,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PER_BLOCK: tl.constexpr = BLOCK // KEYS
     dims = tl.arange(0, D_PAD)
@@ -175,6 +189,8 @@ def _walk(
             else:
                 key = tl.load(key_at)
         score = tl.dot(query, key.T, input_precision=PRECISION)
+        if TANH != "none":
+            score = tanh(score * tanh_factor, TANH)
         if MASKED:
             seen = slot[None, :] <= position[:, None]
             if WINDOW:

@@ -19,12 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.tanh_kernel import tanh
 
 # Triton renamed the first in 3.7 and the others in 3.9.
 warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 LN2 = gl.constexpr(0.6931471805599453)
+LOG2_E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # queries a warpgroup
 BLOCK = gl.constexpr(128)
 
@@ -49,7 +51,9 @@ def box_layout(shape: tuple[int, int]) -> gl.NVMMASharedLayout:
 
 
 # Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
-@gluon.jit(do_not_specialize=["rows", "lead", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table"])
+@gluon.jit(
+    do_not_specialize=["rows", "lead", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table", "sinks"]
+)
 def hopper_attention_kernel(
     q,  # descriptor of [B, Hq, Tq, D], tiles of 64 tokens
     k,  # descriptor of [B, Hkv, Tk, D], or of [pages, Hkv, PAGE, D] where paged; boxes of `box_shape`
@@ -59,6 +63,7 @@ def hopper_attention_kernel(
     indices,  # int32 [B, Hq, R, S], last stride 1
     counts,  # int32 [B, Hq, R]
     block_table,  # int32 [pages of the sequence]; unused unless paged, and then B = 1
+    sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
     out_strides,  # (batch, head, token) in elements, as all strides here
     index_strides,  # (batch, head, row)
     count_strides,  # (batch, head, row)
@@ -67,7 +72,8 @@ def hopper_attention_kernel(
     group,  # query heads a KV head
     q_len,
     k_len,
-    scale_log2,  # logit factor times log2(e); positive
+    scale_log2,  # logit factor times log2(e), positive; of the tanh where there is one, and then the softcap's
+    tanh_factor,  # logit factor over the softcap; read only where there is one
     window,  # tokens; read only where WINDOW
     DV: gl.constexpr,
     DV_PAD: gl.constexpr,  # a power of two
@@ -76,6 +82,8 @@ def hopper_attention_kernel(
     STAGES: gl.constexpr,
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
 ):
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)
@@ -113,12 +121,13 @@ def hopper_attention_kernel(
     tiles = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, first_token)
-    geometry = (offset, q_len, scale_log2, window)
-    outputs = (out, out_strides[2], lse)
+    # Without what is not read: it would be carried over to the warpgroups all the same.
+    geometry = (offset, q_len, scale_log2, window, (tanh_factor,) if TANH != "none" else ())
+    outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
     gl.warp_specialize(
         [
-            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE)),
-            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE)),
+            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH)),
+            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH)),
             (_produce, ((q, k, v), tiles, barriers, blocks, (batch, block_table, k_len), head, kv_head, STAGES, PAGE)),
         ],
         [4, 1],
@@ -232,13 +241,15 @@ def _consume(
     PAGED: gl.constexpr,
     WINDOW: gl.constexpr,
     LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,
 ):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
-    offset, q_len, scale_log2, window = geometry
-    out, out_stride, lse = outputs
+    offset, q_len, scale_log2, window, tanh_factor = geometry
+    out, out_stride, lse, sink_at = outputs
     KEYS: gl.constexpr = v_tiles.type.shape[1]
     PER_BLOCK: gl.constexpr = BLOCK // KEYS
     DV_PAD: gl.constexpr = v_tiles.type.shape[2]
@@ -263,6 +274,8 @@ def _consume(
     score = warpgroup_mma_wait(0, deps=(score,))
     warpgroup_barrier()
     mbarrier.arrive(k_free.index(0), count=1)
+    if TANH != "none":
+        score = tanh(score * tanh_factor[0], TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     if WINDOW:
         key = _first_key(indices, count, 0, KEYS) + column
@@ -295,6 +308,8 @@ def _consume(
         score = warpgroup_mma_wait(1, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
+        if TANH != "none":
+            score = tanh(score * tanh_factor[0], TANH)
         if PER_BLOCK > 1:  # the rest of the diagonal block
             ahead = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
             score = gl.where(column[None, :] + ahead <= row[:, None], score, float("-inf"))
@@ -318,6 +333,13 @@ def _consume(
     acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
 
+    if SINKS:  # only now: weights that were small beside a sink's would lose digits in 16 bits
+        sink = gl.load(sink_at[0]).to(gl.float32) * LOG2_E
+        whole_peak = gl.maximum(peak, sink)
+        decay = gl.exp2(peak - whole_peak)
+        total = total * decay + gl.exp2(sink - whole_peak)
+        acc = acc * gl.convert_layout(decay, out_rows)[:, None]
+        peak = whole_peak
     acc = acc / gl.convert_layout(total, out_rows)[:, None]
     out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
     dims = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, out_layout))

@@ -12,8 +12,10 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from stem_attn.backends.triton.selection_kernels import finite_score
+from stem_attn.backends.triton.tanh_kernel import tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)
 """The logit of what does not exist: finite, so that differences of two of them are numbers."""
 
@@ -25,7 +27,8 @@ def mass_kernel(
     table,  # float32: the power of each block of `queries`, then of `keys`
     masses,  # float32 [B * Hkv, rows * group * Q_GROUPS, pitch]: log2-sum-exp of each key block; the future is garbage
     totals,  # float32 [B * Hkv, rows * group * Q_GROUPS]: log2-sum-exp of the causal key blocks
-    factor,  # logit factor times log2(e)
+    factor,  # logit factor times log2(e); over the softcap instead, where there is a tanh
+    cap_log2,  # softcap times log2(e); read only where there is a tanh
     first_row,  # the first query block
     rows,  # query blocks
     group,  # query heads a KV head
@@ -41,6 +44,7 @@ def mass_kernel(
     STEP: tl.constexpr,  # as many are copied in one box
     ROWS: tl.constexpr,  # query runs a program; a power of two
     COLUMNS: tl.constexpr,  # key runs a step; a power of two
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     CUDA: tl.constexpr,
 ):
     """Walk ROWS query runs over the key blocks that they see; the longest walks start first."""
@@ -74,12 +78,12 @@ def mass_kernel(
     for run in tl.range(0, seen, COLUMNS):
         largest, total, part = _visit(
             q, keys, table, masses, power, diagonal, stored, k_start, run, k_len, k_blocks, pitch, largest, total, part,
-            GROUPS, STRIDE, BLOCKS, COLUMNS, False, CUDA,
+            cap_log2, GROUPS, STRIDE, BLOCKS, COLUMNS, False, TANH, CUDA,
         )  # fmt: skip
     for run in tl.range(seen, last, COLUMNS):
         largest, total, part = _visit(
             q, keys, table, masses, power, diagonal, stored, k_start, run, k_len, k_blocks, pitch, largest, total, part,
-            GROUPS, STRIDE, BLOCKS, COLUMNS, True, CUDA,
+            cap_log2, GROUPS, STRIDE, BLOCKS, COLUMNS, True, TANH, CUDA,
         )  # fmt: skip
     tl.store(totals + head.to(tl.int64) * held + slot, largest + tl.log2(total), mask=stored)
 
@@ -87,8 +91,9 @@ def mass_kernel(
 @triton.jit
 def _visit(
     q, keys, table, masses, power, diagonal, stored, k_start, run, k_len, k_blocks, pitch, largest, total, part,
+    cap_log2,
     GROUPS: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
-    CUDA: tl.constexpr,
+    TANH: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """Write the masses of the key blocks from key run `run` on, and add them to the online log-sum-exp of the rows."""
     ROWS: tl.constexpr = q[0].shape[0]
@@ -102,6 +107,8 @@ def _visit(
     block = run // GROUPS + tl.arange(0, BLOCKS)
     powers = tl.load(table + tl.minimum(block, k_blocks - 1))
     logits *= (power[:, None] * powers[None, :])[:, :, None]
+    if TANH != "none":
+        logits = tanh(logits, TANH) * cap_log2
     if MASKED:
         column = run + tl.arange(0, COLUMNS).reshape(1, BLOCKS, WIDTH)
         tokens = k_len - column * STRIDE  # from the run's first one on
@@ -125,14 +132,19 @@ def _visit(
     return new, total, part
 
 
-@triton.jit(do_not_specialize=["first_row", "q_blocks", "q_offset", "k_len", "k_blocks", "first_block"])
+@triton.jit(
+    do_not_specialize=["first_row", "q_blocks", "q_offset", "k_len", "k_blocks", "first_block"],
+    do_not_specialize_on_alignment=["sinks"],
+)
 def reduce_kernel(
     masses,  # as `mass_kernel` wrote them
     totals,
     table,  # float32, the value term of each key block last; only where VALUES
+    sinks,  # [Hq], floating: a logit in the sum that shares are of; only where SINKS
     scores,  # float32 [B * Hkv, rows * group, pitch]
     first_row,  # the first query block
     group,  # query heads a KV head
+    kv_heads,
     q_blocks,
     q_offset,  # tokens before q
     k_len,
@@ -140,9 +152,11 @@ def reduce_kernel(
     first_block,
     pitch,
     BLOCK: tl.constexpr,
+    LOG2_STRIDE: tl.constexpr,  # of the tokens a key run
     Q_STRIDE: tl.constexpr,
     CHUNK: tl.constexpr,  # columns; a power of two
     VALUES: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Write the log of the largest share that a key block has of any query run, plus its value term."""
     Q_GROUPS: tl.constexpr = BLOCK // Q_STRIDE
@@ -156,10 +170,16 @@ def reduce_kernel(
     held = column < (diagonal // 16 + 1) * 16  # whole vectors
     row = head.to(tl.int64) * tl.num_programs(0) + slot
     best = tl.full([CHUNK], float("-inf"), tl.float32)
+    if SINKS:  # masses count a run of STRIDE tokens as one
+        sink = tl.load(sinks + head % kv_heads * group + slot % group).to(tl.float32) * LOG2_E - LOG2_STRIDE
     for run in tl.static_range(Q_GROUPS):
         token = diagonal * BLOCK + run * Q_STRIDE
         exists = (token + Q_STRIDE > q_offset) & (token < k_len)
-        total = tl.where(exists, tl.load(totals + row * Q_GROUPS + run), float("inf"))
+        total = tl.load(totals + row * Q_GROUPS + run)
+        if SINKS:
+            peak = tl.maximum(total, sink)
+            total = peak + tl.log2(tl.exp2(total - peak) + tl.exp2(sink - peak))
+        total = tl.where(exists, total, float("inf"))
         mass = tl.load(masses + (row * Q_GROUPS + run) * pitch + column, mask=held, other=0.0)
         best = tl.maximum(best, mass - total)
     score = best * LN2

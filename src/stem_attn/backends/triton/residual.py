@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention import addressable, attend_part, has_copy_engine, padded, portable_tile
 from stem_attn.backends.triton.launch import Launch, on_device
+from stem_attn.backends.triton.logits import Logits
 from stem_attn.backends.triton.residual_kernel import mark_kernel, means_kernel, merge_kernel
 from stem_attn.backends.triton.tiles import Tile
 from stem_attn.blocks import BlockGrid, BlockSelection
@@ -53,7 +53,8 @@ def merge_means(
     inputs = q, k, v, out, indices, selection.counts
     layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)
     page_size = 0 if part.pages is None else k.shape[2]
-    launches = _merging(layouts, q.dtype, q.device, selection.grid, page_size, scale, tile)
+    logits = Logits(scale, call.softcap)  # sinks are in lse
+    launches = _merging(layouts, q.dtype, q.device, selection.grid, page_size, logits, tile)
     with on_device(q.device):
         launches.run(q, k, v, part.pages, indices, selection.counts, out, lse)
 
@@ -72,7 +73,7 @@ class MergeLaunches:
         device: Of q.
         grid: The geometry of the rows.
         page_size: Tokens a page of k and v, or 0.
-        scale: Factor of the logits; positive.
+        logits: Their factor is positive.
         tile: Launch choices of the merge.
     """
 
@@ -83,7 +84,7 @@ class MergeLaunches:
         device: torch.device,
         grid: BlockGrid,
         page_size: int,
-        scale: float,
+        logits: Logits,
         tile: Tile,
     ) -> None:
         (batch, heads, q_len, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]
@@ -134,13 +135,15 @@ class MergeLaunches:
                 grid.offset,
                 columns,
                 words,
-                scale * math.log2(math.e),
+                logits.factor,
+                logits.cap,
             ),
             {
                 **padding,
                 "LOG2_BLOCK": size.bit_length() - 1,
                 "TILE": tile.keys,
                 "TMA": self.tma,
+                "TANH": logits.tanh(dtype, device),
                 "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
             },
             **options,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from stem_attn.backends.triton.kernel_pages import token_offset
+from stem_attn.backends.triton.tanh_kernel import tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -132,7 +133,8 @@ def merge_kernel(
     offset,  # tokens before the first query
     columns,  # blocks that have means, rounded up to a multiple of TILE
     words,  # at least columns / 32
-    scale_log2,  # logit factor times log2(e); positive
+    scale_log2,  # logit factor times log2(e); positive; over the softcap instead, where there is a tanh
+    cap_log2,  # softcap times log2(e); read only where there is a tanh
     D: tl.constexpr,
     DV: tl.constexpr,
     D_PAD: tl.constexpr,  # powers of two
@@ -140,6 +142,7 @@ def merge_kernel(
     LOG2_BLOCK: tl.constexpr,  # of the tokens a block
     TILE: tl.constexpr,  # blocks a step
     TMA: tl.constexpr,
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
 ):
     """Merge a query block's output with the means of its pruned past blocks, by an online softmax."""
@@ -185,9 +188,15 @@ def merge_kernel(
             key = k_means.load([first_mean + first, 0])
         else:
             key = tl.load(k_means + (first_mean + column).to(tl.int64)[:, None] * D_PAD + dims)
-        score = tl.dot(query, key.T, input_precision=PRECISION) * power[None, :] + bias[None, :]
-        new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-        weight = tl.exp2(score * factor[:, None] - new_peak[:, None])
+        if TANH == "none":
+            score = tl.dot(query, key.T, input_precision=PRECISION) * power[None, :] + bias[None, :]
+            new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
+            weight = tl.exp2(score * factor[:, None] - new_peak[:, None])
+        else:
+            score = tl.dot(query, key.T, input_precision=PRECISION) * power[None, :] * factor[:, None]
+            score = tanh(score, TANH) + bias[None, :]
+            new_peak = tl.maximum(peak, tl.max(score, 1) * cap_log2)
+            weight = tl.exp2(score * cap_log2 - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
         total = total * decay + tl.sum(weight, 1)
         acc = acc * decay[:, None]

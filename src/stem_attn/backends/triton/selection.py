@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.launch import Launch, on_device
+from stem_attn.backends.triton.logits import Logits
 from stem_attn.backends.triton.mass_kernels import mass_kernel, reduce_kernel
 from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kernel, top_kernel, zscore_kernel
 from stem_attn.backends.triton.share_kernel import share_kernel
@@ -36,7 +37,6 @@ POOL_WARPS = 4
 TOP_KEYS_PER_WARP = 1024
 # Keys of all heads that `share_kernel` looks at together: 16 a thread.
 SHARE_KEYS = 4096
-LOG2_E = 1.4426950408889634
 
 # Host tables that captured graphs copy from at every replay, by their numbers: they must outlive the graphs.
 _captured: dict[tuple[int, ...], Tensor] = {}
@@ -66,7 +66,7 @@ def select(call: Call, part: Part, config: StemConfig, budget: Budget) -> BlockS
     """
     with on_device(part.q.device):
         launches = launches_for(call, part, config)
-        return launches.run(part, keep_table(budget, launches.rivals, part.q.device))
+        return launches.run(part, call.sinks, keep_table(budget, launches.rivals, part.q.device))
 
 
 def launches_for(call: Call, part: Part, config: StemConfig) -> SelectionLaunches:
@@ -76,12 +76,12 @@ def launches_for(call: Call, part: Part, config: StemConfig) -> SelectionLaunche
     k_shape = (q.shape[0], k.shape[1], part.k_len, k.shape[3])
     aligned = (q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16)  # kernels are compiled for it
     layout = (q.shape, k_shape, v.shape[3], page_size, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
-    return _launches(layout, _without_budget(config), call.scale)
+    return _launches(layout, _without_budget(config), Logits.of(call, call.scale))
 
 
 @lru_cache(maxsize=256)
-def _launches(layout: tuple[Any, ...], config: StemConfig, scale: float) -> SelectionLaunches:
-    return SelectionLaunches(layout, config, scale)
+def _launches(layout: tuple[Any, ...], config: StemConfig, logits: Logits) -> SelectionLaunches:
+    return SelectionLaunches(layout, config, logits)
 
 
 @lru_cache(maxsize=1024)
@@ -155,13 +155,13 @@ class SelectionLaunches:
         layout: Shapes of q and k as if not paged, v's head dim, tokens a page or 0, strides of q, k and v, their dtype
             and device, and their addresses modulo 16.
         config: The method.
-        scale: Factor of the attention logits.
+        logits: How attention makes its logits.
     """
 
-    def __init__(self, layout: tuple[Any, ...], config: StemConfig, scale: float) -> None:
+    def __init__(self, layout: tuple[Any, ...], config: StemConfig, logits: Logits) -> None:
         q_shape, k_shape, v_dim, page_size, *strides, dtype, device, _ = layout
         self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
-        self.device = device
+        self.device, self.dtype = device, dtype
         batch, heads, _, dim = q_shape
         self.config, self.kv_heads, self.group = config, k_shape[1], heads // k_shape[1]
         scopes = {"head": 0, "group": 1, "layer": self.kv_heads}
@@ -198,7 +198,7 @@ class SelectionLaunches:
                 grid.q_blocks,
                 grid.k_blocks,
                 config.value_weight,
-                config.spread_weight * scale / 4,  # half of the variance, and of the pair of squares
+                config.spread_weight * logits.scale / 4,  # half of the variance, and of the pair of squares
             ),
             {
                 "D": dim,
@@ -244,19 +244,21 @@ class SelectionLaunches:
         self.passes = []
         for first in range(0, grid.q_blocks, pass_rows):
             rows = min(pass_rows, grid.q_blocks - first)
-            score = self._score_by_mass(first, rows, scale) if self.mass else self._score_by_mean(first, rows, scale)
+            score = self._score_by_mass(first, rows, logits) if self.mass else self._score_by_mean(first, rows, logits)
             self.passes.append((first, rows, score))
         self._keeping: dict[tuple[int, int, int], list[tuple[Launch, tuple[str, ...]]]] = {}
 
-    def _score_by_mean(self, first: int, rows: int, scale: float) -> list[tuple[Launch, tuple[str, ...]]]:
+    def _score_by_mean(self, first: int, rows: int, logits: Logits) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan the linear scores of some query blocks: each launch with its tensors by name."""
         grid, (side, _, warps, stages) = self.grid, self.tile
         rows *= self.group
+        cap = 1.0 if logits.softcap is None else logits.softcap
         score = Launch(
             score_kernel,
             (triton.cdiv(rows, side) * triton.cdiv(grid.k_blocks, side), self.all_heads),
             (
-                scale / self.config.stride,
+                logits.scale / self.config.stride / cap,
+                cap,
                 first * self.group,
                 rows,
                 self.group * grid.q_blocks,
@@ -265,13 +267,19 @@ class SelectionLaunches:
                 grid.first_block,
                 self.pitch,
             ),
-            {"DEPTH": self.slots * self.dim_out, "TILE": side, "STEP": self.step, "VALUES": self.valued},
+            {
+                "DEPTH": self.slots * self.dim_out,
+                "TILE": side,
+                "STEP": self.step,
+                "VALUES": self.valued,
+                "TANH": logits.tanh(self.dtype, self.device),
+            },
             num_warps=warps,
             num_stages=stages,
         )
         return [(score, ("q_tiles", "table", "scores"))]
 
-    def _score_by_mass(self, first: int, rows: int, scale: float) -> list[tuple[Launch, tuple[str, ...]]]:
+    def _score_by_mass(self, first: int, rows: int, logits: Logits) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan the mass scores of some query blocks."""
         grid, (side, columns, warps, stages) = self.grid, self.tile
         constants = {"BLOCK": grid.block_size, "Q_STRIDE": self.q_stride}
@@ -281,7 +289,8 @@ class SelectionLaunches:
             mass_kernel,
             (triton.cdiv(rows * self.group * self.q_slots, side), self.all_heads),
             (
-                scale * LOG2_E,
+                logits.factor,
+                logits.cap,
                 first,
                 rows,
                 self.group,
@@ -291,7 +300,14 @@ class SelectionLaunches:
                 grid.first_block,
                 self.pitch,
             ),
-            {**constants, **depth, "ROWS": side, "COLUMNS": columns, "CUDA": cuda},
+            {
+                **constants,
+                **depth,
+                "ROWS": side,
+                "COLUMNS": columns,
+                "TANH": logits.tanh(self.dtype, self.device),
+                "CUDA": cuda,
+            },
             num_warps=warps,
             num_stages=stages,
         )
@@ -302,6 +318,7 @@ class SelectionLaunches:
             (
                 first,
                 self.group,
+                self.kv_heads,
                 grid.q_blocks,
                 grid.offset,
                 grid.k_len,
@@ -309,12 +326,18 @@ class SelectionLaunches:
                 grid.first_block,
                 self.pitch,
             ),
-            {**constants, "CHUNK": chunk, "VALUES": self.valued},
+            {
+                **constants,
+                "LOG2_STRIDE": self.config.stride.bit_length() - 1,
+                "CHUNK": chunk,
+                "VALUES": self.valued,
+                "SINKS": logits.sinks is not None,
+            },
             num_warps=max(chunk // 256, 1),
         )
         return [
             (mass, ("q_tiles", "k_tiles", "table", "masses", "totals")),
-            (reduce, ("masses", "totals", "table", "scores")),
+            (reduce, ("masses", "totals", "table", "sinks", "scores")),
         ]
 
     def _keep_best(self, first: int, rows: int, slots: int) -> list[tuple[Launch, tuple[str, ...]]]:
@@ -381,7 +404,7 @@ class SelectionLaunches:
             num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
         )
 
-    def run(self, part: Part, keep: KeepTable) -> BlockSelection:
+    def run(self, part: Part, sinks: Tensor | None, keep: KeepTable) -> BlockSelection:
         """Make the selection of a part of this layout on the current device and stream."""
         pooled, table = self.pool_inputs(part)
         width = keep.width(self.grid)
@@ -390,6 +413,7 @@ class SelectionLaunches:
         operands: dict[str, Any] = {
             "q_tiles": TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[0], self.step]),
             "table": table,
+            "sinks": table if sinks is None else sinks.contiguous(),
             "scores": torch.empty(self.scores_size, dtype=torch.float32, device=self.device),
             "keep": keep.on_device(),
             "indices": indices,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from stem_attn.backends.triton.kernel_pages import token_offset
+from stem_attn.backends.triton.tanh_kernel import tanh
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -234,7 +235,8 @@ def score_kernel(
     pooled,  # descriptor of [B * Hkv * Qb * group + B * Hkv * Kb, DEPTH]: all query heads of a KV head are one matrix
     table,  # float32: the power of each row of pooled, then, where VALUES, the value term of each row of k
     scores,  # float32 [B * Hkv, rows, pitch]
-    factor,  # logit factor over STRIDE
+    factor,  # logit factor over STRIDE; over the softcap too, where there is a tanh
+    softcap,  # read only where there is a tanh
     first_row,  # of the Qb * group rows of a KV head, the first to score
     rows,  # how many to score
     all_rows,  # Qb * group
@@ -246,6 +248,7 @@ def score_kernel(
     TILE: tl.constexpr,  # rows and columns
     STEP: tl.constexpr,  # of the depth
     VALUES: tl.constexpr,
+    TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
 ):
     """Score a tile of (query row, key block) pairs; tiles wholly in the future are left unwritten."""
     column_tiles = tl.cdiv(k_blocks, TILE)
@@ -267,6 +270,8 @@ def score_kernel(
     key = k_rows + tl.minimum(first_column + column, k_blocks - 1)
     acc *= (tl.load(table + head * all_rows + row) * factor)[:, None]
     acc *= tl.load(table + key)[None, :]
+    if TANH != "none":
+        acc = tanh(acc, TANH) * softcap
     if VALUES:
         acc += tl.load(table + tl.num_programs(1) * k_blocks + key)[None, :]
     acc = finite_score(acc)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_attn.integrations.hf.properties import Properties
 from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import State
 
@@ -23,10 +24,12 @@ def route_op(
     scale: float | None,
     layer: int | None,
     dense_layer: bool,
+    properties: Properties,
 ) -> Tensor:
     """Do what `route` does, within a graph: it is decided when the graph runs, not when it is traced."""
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    out: Tensor = _op(query, key, value, mask, scale, layer, dense_layer, state.key)
+    extras = properties.softcap, properties.sinks, type(module).__module__
+    out: Tensor = _op(query, key, value, mask, scale, layer, dense_layer, state.key, *extras)
     return out
 
 
@@ -58,11 +61,17 @@ def _op(
     layer: int | None,
     dense_layer: bool,
     state_key: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    defined_in: str,
 ) -> Tensor:
-    # All that SDPA's wrapper reads of the module.
-    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
-    state = State.by_key(state_key)
-    return route(state, module, query, key, value, mask, scale=scale, layer=layer, dense_layer=dense_layer)
+    # All that SDPA's wrapper and models' eager functions read of the module.
+    group = query.shape[1] // key.shape[1]
+    module = SimpleNamespace(
+        num_key_value_groups=group, is_causal=True, training=False, sinks=sinks, layer_idx=layer, defined_in=defined_in
+    )
+    how: dict[str, Any] = {"scale": scale, "layer": layer, "dense_layer": dense_layer}
+    return route(State.by_key(state_key), module, query, key, value, mask, **how, properties=Properties(softcap, sinks))
 
 
 @_op.register_fake
@@ -75,5 +84,8 @@ def _(
     layer: int | None,
     dense_layer: bool,
     state_key: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    defined_in: str,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -76,12 +76,12 @@ def is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def eager_function(module: Any) -> Callable[..., Any]:
-    """Return the eager attention of the file that defines a module.
+    """Return the eager attention of the file that defines a module, or that it says it is defined in.
 
     Raises:
         ValueError: The file has none under the usual name.
     """
-    name = type(module).__module__
+    name = getattr(module, "defined_in", type(module).__module__)
     function = getattr(sys.modules.get(name), "eager_attention_forward", None)
     if function is None:
         raise ValueError(f"{type(module).__name__} needs its own eager attention, and {name} defines none")

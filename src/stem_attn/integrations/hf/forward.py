@@ -13,6 +13,7 @@ from stem_attn.integrations.hf.compiled import refuse_export, route_op
 from stem_attn.integrations.hf.counters import Counters
 from stem_attn.integrations.hf.dense import attend_densely, is_causal
 from stem_attn.integrations.hf.masks import is_compact
+from stem_attn.integrations.hf.properties import NEED_EAGER, properties_of
 from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 from stem_attn.policy import PrefillPolicy
@@ -28,19 +29,13 @@ def run_bare_name() -> None:
     _bare = _bare or State(StemConfig(), PrefillPolicy())
 
 
-# Arguments that change what attention computes, with the reason for dense and whether SDPA ignores or refuses them.
+# Arguments that change what attention computes, with the reason for dense.
 _SPECIAL = {
-    "softcap": ("softcap", True),
-    "s_aux": ("attention sinks", True),
-    "sinks": ("attention sinks", True),
-    "position_bias": ("position bias", False),
-    "indices": ("token indices", False),
-    "block_indices": ("token indices", False),
-    "cu_seq_lens_q": ("packed sequences", False),
+    "position_bias": "position bias",
+    "indices": "token indices",
+    "block_indices": "token indices",
+    "cu_seq_lens_q": "packed sequences",
 }
-
-# Of these, the arguments without which SDPA would compute something else.
-NEED_EAGER = frozenset(name for name, (_, eager) in _SPECIAL.items() if eager)
 
 
 def stem_attention_forward(
@@ -70,11 +65,12 @@ def stem_attention_forward(
     """
     refuse_export()
     state: State | None = getattr(module, ATTRIBUTE, _bare)
-    reason, eager = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
+    reason = why_dense(module, query, key, value, attention_mask, dropout, kwargs)
     if state is None or reason is not None:
         if not torch.compiler.is_compiling():
             counters = _strays if state is None else state.counters
             counters.dense(reason or "not enabled", query.shape[0] * query.shape[2])
+        eager = any(kwargs.get(name) is not None for name in NEED_EAGER)
         if state is not None and _wants_weights(module, kwargs):  # only eager attention has any
             eager = eager or state.implementation_before(module.config) == "eager"
         return attend_densely(
@@ -83,9 +79,11 @@ def stem_attention_forward(
     layer = getattr(module, "layer_idx", None)
     dense_layer = _is_dense_layer(layer, module, state.policy)
     run = route_op if torch.compiler.is_compiling() else route
+    properties, _ = properties_of(query, kwargs)
+    how: dict[str, Any] = {"scale": scaling, "layer": layer, "dense_layer": dense_layer, "properties": properties}
     query, key, value = cast_like_sdpa(query, key, value)
     with autocast_off(query.device.type):
-        out = run(state, module, query, key, value, attention_mask, scale=scaling, layer=layer, dense_layer=dense_layer)
+        out = run(state, module, query, key, value, attention_mask, **how)
     return out, None
 
 
@@ -97,24 +95,28 @@ def why_dense(
     mask: Tensor | None,
     dropout: float,
     kwargs: dict[str, Any],
-) -> tuple[str | None, bool]:
-    """Say why the form of a call rules out sparse attention, and whether the model's eager function must run."""
-    for name, (reason, eager) in _SPECIAL.items():
+) -> str | None:
+    """Say why the form of a call rules out sparse attention, or return None."""
+    properties, unknown = properties_of(query, kwargs)
+    if unknown is not None:
+        return unknown
+    for name, reason in _SPECIAL.items():
         if kwargs.get(name) is not None:
-            return reason, eager
+            return reason
     if not is_causal(module, kwargs):
-        return "not causal", False
+        return "not causal"
     if module.training or dropout:
-        return "training", False
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "gradients (use torch.no_grad())", False
+        return "training"
+    inputs = (query, key, value, properties.sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return "gradients (use torch.no_grad())"
     if _wants_weights(module, kwargs):
-        return "output_attentions", False
+        return "output_attentions"
     if query.shape[2] == 1:
-        return "decode", False
+        return "decode"
     if mask is not None and not is_compact(mask):
-        return "4-D mask", False
-    return None, False
+        return "4-D mask"
+    return None
 
 
 def _wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:

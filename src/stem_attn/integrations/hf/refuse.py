@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from stem_attn.integrations.hf.forward import NEED_EAGER
+from stem_attn.integrations.hf.properties import NEED_EAGER
 from stem_attn.policy import PrefillPolicy
 
 

@@ -13,6 +13,7 @@ from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
 from stem_attn.integrations.hf.dense import attend_densely, check_keys
 from stem_attn.integrations.hf.masks import Layout, layout
+from stem_attn.integrations.hf.properties import Properties
 from stem_attn.integrations.hf.state import State
 
 
@@ -27,8 +28,13 @@ def route(
     scale: float | None,
     layer: int | None,
     dense_layer: bool,
+    properties: Properties,
 ) -> Tensor:
     """Attend causally, over the selected blocks where that pays.
+
+    Where it does not pay, SDPA runs, or with a softcap or sinks our kernels over all blocks: the model's own eager
+    function would need memory quadratic in the prompt. That runs where a call is short, a decode step, or padded
+    between tokens.
 
     Args:
         state: The model's settings and counters.
@@ -40,6 +46,7 @@ def route(
         scale: Factor of the logits, or None for 1 / sqrt(D).
         layer: The layer's index in the model, for its budget.
         dense_layer: Whether the layer is one of `policy.dense_layers`.
+        properties: The layer's softcap and sinks.
 
     Returns:
         [B, L, Hq, Dv]; zeros at padded queries of sparse and banded calls.
@@ -55,34 +62,41 @@ def route(
     told_lens = state.prompt_lens(batch, layer, fresh=seen == q_len)
     if mask is None and told_lens is None and q_len < state.policy.min_seq_len:
         # Nothing else can matter, and in short prompts the host's time shows.
-        return _dense(state, module, query, key, value, mask, scale, "short prompt")
+        return _dense(state, module, query, key, value, mask, scale, properties, "short prompt")
     config = state.config if layer is None else state.policy.layer_config(state.config, layer, state.layers)
     reason = _why_dense(state, tokens, told_lens, q_len)
     rows = tokens.rows or ()
     lens = told_lens or [end - first for first, end in rows]
     window = tokens.window if tokens.window is not None and tokens.window < max(lens, default=0) else None
+    whole = None  # why all blocks are kept
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
-        reason = "dense layer"
-    if reason is None and window is None and state.policy.crossover and state.method is None:
+        whole = "dense layer"
+    elif reason is None and window is None and state.policy.crossover and state.method is None:
         calls = _calls(state, rows, lens, q_len, keys, seen)
         device_type = query.device.type
         geometry = Geometry(device_type, query.dtype, max(query.shape[3], value.shape[3]), seen)
         backend = backends.expected(state.backend, device_type)
-        reason = state.policy.why_dense(config, calls, told_lens, backend, geometry)
-    if reason is not None:
-        return _dense(state, module, query, key, value, mask, scale, reason)
+        whole = state.policy.why_dense(config, calls, told_lens, backend, geometry)
+    if reason is not None or (whole is not None and not properties.any):
+        return _dense(state, module, query, key, value, mask, scale, properties, reason or whole or "")
 
-    if window is None:
+    if whole is not None:
+        state.counters.dense(whole, batch * q_len)
+    elif window is None:
         state.counters.attended("sparse", batch * q_len)
         if told_lens is None and seen > q_len:
             state.counters.unknown_prompt_len()
     else:
         state.counters.attended("banded", batch * q_len)
 
+    how: dict[str, Any] = {"scale": scale, "softcap": properties.softcap, "sinks": properties.sinks}
+
     def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        if whole is not None:
+            return _all_blocks(state, q, k, v, how)
         if window is None:
-            return _sparse(state, config, q, k, v, scale, lens)
-        return _banded(state, q, k, v, scale, window)
+            return _sparse(state, config, q, k, v, lens, how)
+        return _banded(state, q, k, v, window, how)
 
     key, value = key[:, :, :keys], value[:, :, :keys]
     # Rows that are padded alike go together; otherwise each row is cut to its real tokens.
@@ -108,10 +122,13 @@ def _dense(
     value: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    properties: Properties,
     reason: str,
 ) -> Tensor:
     state.counters.dense(reason, query.shape[0] * query.shape[2])
-    out, _ = attend_densely(module, query, key, value, mask, eager=False, scaling=scale)
+    # Sinks are the module's own to its eager function.
+    cap = {} if properties.softcap is None else {"softcap": properties.softcap}
+    out, _ = attend_densely(module, query, key, value, mask, eager=properties.any, scaling=scale, **cap)
     return out
 
 
@@ -154,21 +171,28 @@ def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len:
 
 
 def _sparse(
-    state: State, config: StemConfig, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lens: list[int]
+    state: State, config: StemConfig, q: Tensor, k: Tensor, v: Tensor, lens: list[int], how: dict[str, Any]
 ) -> Tensor:
     if state.method is None:
         out, selection = stem_attention(
-            q, k, v, config=config, scale=scale, prompt_len=lens, backend=state.backend, return_selection=True
+            q, k, v, config=config, prompt_len=lens, backend=state.backend, return_selection=True, **how
         )
     else:
-        selection = state.method.select(q, k, v, scale=scale, prompt_len=lens)
+        selection = state.method.select(q, k, v, scale=how["scale"], prompt_len=lens)
         residual = state.config.residual
-        out = block_sparse_attention(q, k, v, selection, scale=scale, residual=residual, backend=state.backend)
+        out = block_sparse_attention(q, k, v, selection, residual=residual, backend=state.backend, **how)
     state.counters.selection(selection)
     return out
 
 
-def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
+def _all_blocks(state: State, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:
+    grid = BlockGrid(q.shape[2], k.shape[2], state.block_size)
+    everything = BlockSelection.everything(batch=q.shape[0], heads=q.shape[1], grid=grid, device=q.device)
+    out: Tensor = block_sparse_attention(q, k, v, everything, backend=state.backend, **how)
+    return out
+
+
+def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, window: int, how: dict[str, Any]) -> Tensor:
     band = BlockSelection.band(
         batch=q.shape[0],
         heads=q.shape[1],
@@ -178,4 +202,5 @@ def _banded(state: State, q: Tensor, k: Tensor, v: Tensor, scale: float | None, 
         k_len=k.shape[2],
         device=q.device,
     )
-    return block_sparse_attention(q, k, v, band, scale=scale, window=window, backend=state.backend)
+    out: Tensor = block_sparse_attention(q, k, v, band, window=window, backend=state.backend, **how)
+    return out

@@ -3,7 +3,8 @@
 Installing this package changes nothing; `--attention-backend STEM` switches it on. What happens, file by file:
 
     register.py   the entry point: makes the name STEM (and CUSTOM) known in every process vLLM starts
-    compat.py     all that differs between vLLM versions; refuses versions it does not know
+    interface.py  what the plugin uses of vLLM; whether a vLLM has it is told by its source files
+    compat.py     all that differs between vLLM versions, and which were run
     settings.py   `--additional-config '{"stem": {...}}'` -> Settings, and whether Stem is selected at all
     layers.py     which layers stay with the dense parent, and why
     plan.py       one step's batch -> StepPlan: which tokens are sparse, at which positions, of which prompt

@@ -1,7 +1,4 @@
-"""All that differs between vLLM versions: which are supported, and the places that vLLM does not promise to keep.
-
-Importing this file checks the version.
-"""
+"""All that differs between vLLM versions: which were run, and the places that vLLM does not promise to keep."""
 
 from __future__ import annotations
 
@@ -9,14 +6,17 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import vllm
 from vllm.version import __version__
 
+from stem_attn.integrations.vllm.interface import missing, read_offer
+
 VLLM_VERSION: str = __version__
-SUPPORTED = "0.26.x and 0.32.x"
-_TESTED = ((0, 26), (0, 32))
+_RUN = {"cuda": ("0.26",), "cpu": ("0.32",)}
 
 # What a batch's metadata derives from all its rows; no version has all of these fields.
 _OF_ALL_ROWS = (
@@ -28,23 +28,19 @@ _OF_ALL_ROWS = (
 )
 
 
-def why_unsupported(version: str = VLLM_VERSION) -> str | None:
-    """Say why a version of vLLM is not supported, or return None."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and (int(numbers[1]), int(numbers[2])) in _TESTED:
+def why_unsupported(platform: str) -> str | None:
+    """Name what the installed vLLM lacks of what the plugin uses on a platform, `cuda` or `cpu`; None: nothing."""
+    parts = ("everywhere", platform)
+    lacks = missing(read_offer(Path(vllm.__path__[0]).parent, parts), parts)
+    return f"stem-attn does not know this vLLM, {VLLM_VERSION}: {'; '.join(lacks)}" if lacks else None
+
+
+def why_unknown(platform: str, version: str = VLLM_VERSION) -> str | None:
+    """Say that nobody has run the plugin on a vLLM of this version, or return None."""
+    numbers = re.match(r"\d+\.\d+", version)
+    if numbers and numbers[0] in _RUN[platform]:
         return None
-    return f"stem-attn supports vLLM {SUPPORTED}, and this is {version}"
-
-
-def require_supported() -> None:
-    """Refuse a version that this package does not know.
-
-    Raises:
-        ImportError: It is outside the supported range.
-    """
-    reason = why_unsupported()
-    if reason:
-        raise ImportError(reason)
+    return f"stem-attn was run on vLLM {' and '.join(_RUN[platform])} on {platform.upper()}, and this is {version}"
 
 
 def names_backends() -> bool:

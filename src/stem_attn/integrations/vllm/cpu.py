@@ -25,13 +25,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from stem_attn.api import block_sparse_attention, select_blocks
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
-from stem_attn.integrations.vllm.compat import instruction_set, require_supported
+from stem_attn.integrations.vllm.compat import instruction_set
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.settings import settings_of
-
-require_supported()
 
 
 @dataclass

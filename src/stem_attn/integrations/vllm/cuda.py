@@ -6,6 +6,7 @@ with Triton's interpreter and with FlashAttention simulated.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -25,15 +27,16 @@ from stem_attn import backends
 from stem_attn.api import stem_attention_paged
 from stem_attn.call import Call
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
-from stem_attn.integrations.vllm.compat import names_backends, require_supported
+from stem_attn.integrations.vllm.compat import names_backends
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.register import NAME
-from stem_attn.integrations.vllm.settings import settings_of
+from stem_attn.integrations.vllm.settings import Settings, settings_of
 from stem_attn.layout import Layout
+from stem_attn.warm_up import warm_up
 
-require_supported()
+logger = init_logger("vllm.stem")
 
 
 @dataclass
@@ -58,6 +61,27 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         # Decodes come first in a batch, so that the dense rest is mostly a slice of it.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        if self._settings is not None and self._sparse_layers and device.type == "cuda":
+            self._warm_up(self._settings)
+
+    def _warm_up(self, settings: Settings) -> None:
+        """Compile the kernels of all prompts that may come; what it takes is given back before vLLM makes its cache."""
+        began = time.perf_counter()
+        spec, config = self.kv_cache_spec, self.vllm_config
+        warm_up(
+            query_heads=self.num_heads_q,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_size,
+            max_len=config.model_config.max_model_len,
+            chunk=config.scheduler_config.max_num_batched_tokens,
+            page_size=spec.block_size,
+            config=settings.config,
+            dtype=config.model_config.dtype,
+            device=self.device,
+            backend="triton",
+        )
+        torch.cuda.empty_cache()
+        logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
 
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch.

@@ -60,8 +60,15 @@ class StemImpl:
             sinks,
             **kwargs,
         )  # type: ignore[call-arg]
-        settings = settings_of(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        settings = settings_of(vllm_config)
         assert settings is not None  # the backend gives this class only where Stem is selected
+        ranks = vllm_config.parallel_config.decode_context_parallel_size
+        if ranks > 1:
+            raise ValueError(
+                "stem-attn: the keys of a request must lie on one GPU, and --decode-context-parallel-size "
+                f"{ranks} spreads them: leave it at 1, or take another attention backend"
+            )
         self.settings = settings
         self.config = settings.config
         self.dense_reason = layers.why_dense(
@@ -85,8 +92,8 @@ class StemImpl:
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: Any,
         output: Tensor,
@@ -98,8 +105,8 @@ class StemImpl:
         Args:
             layer: vLLM's attention layer.
             query: [tokens, Hq, D].
-            key: [tokens, Hkv, D]; already in the cache, which alone is read.
-            value: [tokens, Hkv, D].
+            key: [tokens, Hkv, D]; already in the cache, which alone is read. None from models that write it there.
+            value: [tokens, Hkv, D], likewise.
             kv_cache: The layer's pages.
             attn_metadata: The parent's with a `plan`, or None in a profiling run.
             output: [tokens, Hq, D].
@@ -115,9 +122,8 @@ class StemImpl:
         rest = plan.rest
         if rest is not None:
             out = output[rest.tokens]
-            super().forward(  # type: ignore[misc]
-                layer, query[rest.tokens], key[rest.tokens], value[rest.tokens], kv_cache, rest.metadata, out
-            )
+            k, v = (x if x is None else x[rest.tokens] for x in (key, value))
+            super().forward(layer, query[rest.tokens], k, v, kv_cache, rest.metadata, out)  # type: ignore[misc]
             if not isinstance(rest.tokens, slice):
                 output[rest.tokens] = out
         return output

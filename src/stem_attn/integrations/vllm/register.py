@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 log = logging.getLogger("vllm.stem")
@@ -16,26 +17,25 @@ _CUDA = f"{_PACKAGE}.cuda.StemCudaBackend"
 def register() -> None:
     """Make the attention backend STEM known to vLLM; CUSTOM too, unless another plugin has taken it.
 
-    Where vLLM lets nobody name a backend, CUSTOM alone.
+    Where vLLM lets nobody name a backend, CUSTOM alone. Where it lacks something that the plugin uses, nothing.
 
     Nothing is switched on. vLLM's CPU platform ignores which backend is asked for and takes CPU_ATTN's class, so there
     that class is replaced by a subclass, which does what its parent does until Stem is selected.
     """
-    from stem_attn.integrations.vllm import compat
-
-    reason = compat.why_unsupported()
-    if reason:
-        log.warning("%s: the attention backend %s is not registered", reason, NAME)
-        return
-
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         log.info("stem-attn runs on vLLM's CPU and CUDA platforms: the attention backend %s is not registered", NAME)
         return
+    if not _fits("cpu" if current_platform.is_cpu() else "cuda"):
+        return
+
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from stem_attn.integrations.vllm.compat import names_backends
+
     path = _CPU if current_platform.is_cpu() else _CUDA
-    if compat.names_backends() and NAME not in AttentionBackendEnum.__members__:
+    if names_backends() and NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, path)
         # A process that is spawned unpickles its config before it loads plugins, and would not know the name.
         AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_registered, ())
@@ -43,6 +43,21 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CUSTOM, path)
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, path)
+
+
+@cache
+def _fits(platform: str) -> bool:
+    """Tell whether the installed vLLM has what the plugin uses; say once what it lacks, or that nobody has run it."""
+    from stem_attn.integrations.vllm import compat
+
+    reason = compat.why_unsupported(platform)
+    if reason:
+        log.warning("%s. The attention backend %s is not registered", reason, NAME)
+        return False
+    unknown = compat.why_unknown(platform)
+    if unknown:
+        log.warning("%s: it has what is needed, so the attention backend %s is registered", unknown, NAME)
+    return True
 
 
 def _registered() -> Any:

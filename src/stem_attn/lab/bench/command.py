@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,14 @@ def bench(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.", rich_help_panel=_PROBLEM)] = 1,
+    softcap: Annotated[
+        float | None,
+        typer.Option(help="Measure the package's backends with this softcap too.", rich_help_panel=_PROBLEM),
+    ] = None,
+    sinks: Annotated[
+        bool,
+        typer.Option("--sinks", help="Measure the package's backends with sinks too.", rich_help_panel=_PROBLEM),
+    ] = False,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -142,7 +151,8 @@ def bench(
         raise InputError(f"--device: the benchmark runs on cpu and cuda, got {device!r}")
     kind = "ttft" if ttft else "attention"
     only_attention = {
-        "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--q-len": q_len, "--methods": methods
+        "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--q-len": q_len, "--methods": methods,
+        "--softcap": softcap, "--sinks": sinks or None,
     }  # fmt: skip
     for option, value in only_attention.items() if ttft else {"--layers": layers}.items():
         if value is not None:
@@ -168,7 +178,11 @@ def bench(
             "heads": dataclasses.asdict(_shape(shape, heads, kv_heads, head_dim)),
             "q_len": q_len,
             "methods": _contenders(methods),
+            "softcap": softcap,
+            "sinks": sinks,
         }
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise InputError(f"--softcap must be a finite number above 0, got {softcap}")
         for length in settings["lengths"]:
             if not 1 <= (q_len or length) <= length:
                 raise InputError(f"--q-len must be from 1 to the length {length}, got {q_len}")
@@ -212,7 +226,8 @@ def _attention_cases(report: Record, config: StemConfig, device: torch.device, o
     s = report["settings"]
     for length in s["lengths"]:
         case = Case(Shape(**s["heads"]), s["batch"], s["q_len"] or length, length, DTYPES[s["dtype"]], device)
-        yield run_case(case, config, s["methods"], rounds=s["repeats"], seed=s["seed"], on_step=on_step)
+        how = {"softcap": s["softcap"], "sinks": s["sinks"]}
+        yield run_case(case, config, s["methods"], rounds=s["repeats"], seed=s["seed"], on_step=on_step, **how)
 
 
 def _ttft_cases(

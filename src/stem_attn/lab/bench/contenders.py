@@ -43,23 +43,32 @@ class Contender:
             alone, or the `"whole"` operation.
         run: Computes the output, or the selection.
         run_with_selection: For the whole operation: returns what it selected too.
+        plain: Whether it computes without the problem's softcap and sinks.
     """
 
     name: str
     part: Part
     run: Work
     run_with_selection: Callable[[], tuple[Tensor, BlockSelection]] | None = None
+    plain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The inputs that all contenders of a case share."""
+    """The inputs that all contenders of a case share; with a softcap or sinks, backends run without and with them."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     config: StemConfig
     selection: BlockSelection
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What is added to the name of a backend that runs with them; empty where there are none."""
+        return (" softcap" if self.softcap is not None else "") + (" sinks" if self.sinks is not None else "")
 
 
 def names() -> list[str]:
@@ -76,28 +85,38 @@ def build(name: str, problem: Problem) -> list[Contender]:
     if name in _OTHERS:
         part, prepare = _OTHERS[name]
         return [Contender(name, part, prepare(problem))]
-    return _backend(name, problem)
+    plain = _backend(name, problem, {}, "")
+    if not problem.suffix:
+        return plain
+    return [*plain, *_backend(name, problem, {"softcap": problem.softcap, "sinks": problem.sinks}, problem.suffix)]
 
 
-def _backend(name: str, p: Problem) -> list[Contender]:
+def _backend(name: str, p: Problem, properties: dict[str, Any], suffix: str) -> list[Contender]:
     """Attention, selection and the whole operation on one of the package's backends."""
     reason = backends.available()[name]
     if reason:
         raise UnavailableError(reason)
     try:
-        call = Call(Layout.dense(p.q, p.k, p.v), p.config.block_size, resolve_scale(None, p.q.shape[3]))
+        call = Call(Layout.dense(p.q, p.k, p.v), p.config.block_size, resolve_scale(None, p.q.shape[3]), **properties)
         backends.selector_of(backends.for_call(name, call), call)
     except (ValueError, RuntimeError) as error:  # RuntimeError: of what makes its selections
         raise UnavailableError(str(error)) from error
-    whole: dict[str, Any] = {"config": p.config, "backend": name}
+    how: dict[str, Any] = {"backend": name, **properties}
+    whole: dict[str, Any] = {"config": p.config, **how}
+    label, plain = name + suffix, not suffix
+
+    def attend() -> Tensor:
+        return block_sparse_attention(p.q, p.k, p.v, p.selection, **how)  # type: ignore[no-any-return]
+
     return [
-        Contender(name, "attention", lambda: block_sparse_attention(p.q, p.k, p.v, p.selection, backend=name)),
-        Contender(name, "selection", lambda: select_blocks(p.q, p.k, p.v, **whole)),
+        Contender(label, "attention", attend, plain=plain),
+        Contender(label, "selection", lambda: select_blocks(p.q, p.k, p.v, **whole), plain=plain),
         Contender(
-            name,
+            label,
             "whole",
             lambda: stem_attention(p.q, p.k, p.v, **whole),
             lambda: stem_attention(p.q, p.k, p.v, **whole, return_selection=True),
+            plain=plain,
         ),
     ]
 

@@ -83,7 +83,7 @@ def _draw_attention(report: Record, left: Any, right: Any) -> str:
             marker=marker,
             markersize=4,
             linewidth=1.4,
-            color=_COLORS[name],
+            color=_COLORS[name.split()[0]],
             alpha=0.5 if part == "attention" and (name, "whole") in series else 1,
             label=f"{name.removesuffix('-dense')} {part}",
         )

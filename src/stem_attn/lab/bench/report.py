@@ -13,8 +13,9 @@ from stem_attn.lab.results import Record
 
 _LEGEND = (
     "ms: median of the rounds. TFLOP/s: on the kept pairs, dense on the causal ones. x NAME: times faster than that "
-    "dense kernel. of whole: the selection's share. rms error: against float64, in units of each row's rms. first s: "
-    "the first call, compilation included. attention: over one given selection; whole: selection and attention."
+    "dense kernel. over plain: its time over that without softcap and sinks. of whole: the selection's share. rms "
+    "error: against float64, in units of each row's rms. first s: the first call, compilation included. attention: "
+    "over one given selection; whole: selection and attention."
 )
 
 
@@ -30,6 +31,7 @@ def _case(case: Record) -> list[RenderableType]:
     """Draw one problem's table, and under it what was not timed."""
     dense = [m["name"] for m in case["methods"] if m["part"] == "dense"]
     on_gpu = any(m["peak_extra_mib"] is not None for m in case["methods"])
+    beside_plain = any("over_plain" in m for m in case["methods"])
     table = Table(title=_title(case), title_justify="left", header_style="bold")
     table.add_column("method")
     table.add_column("part")
@@ -39,6 +41,7 @@ def _case(case: Record) -> list[RenderableType]:
         "TFLOP/s",
         "% limit",
         *[f"x {name}" for name in dense],
+        *(["over plain"] if beside_plain else []),
         "of whole",
         "rms error",
         "first s",
@@ -54,6 +57,7 @@ def _case(case: Record) -> list[RenderableType]:
             _format(m.get("tflops"), _short),
             _format(m.get("limit_share"), "{:.0%}".format),
             *[_format(speedup.get(name), "{:.2f}".format) for name in dense],
+            *([_format(m.get("over_plain"), "{:.3f}".format)] if beside_plain else []),
             _format(m.get("share_of_whole"), "{:.1%}".format),
             _format(m["error"], lambda e: f"{e['rms']:.1e}"),
             f"{m['first_call_s']:.1f}",
@@ -125,7 +129,8 @@ def _attention_rows(report: Record) -> list[Record]:
             row = {**shared, "method": m["name"], "part": m["part"]}
             row |= {f"ms_{name}": m["ms"][name] for name in ("median", "min", "max")}
             row |= {
-                name: m.get(name) for name in ("tflops", "limit_share", "share_of_whole", "host_ms", "peak_extra_mib")
+                name: m.get(name)
+                for name in ("tflops", "limit_share", "over_plain", "share_of_whole", "host_ms", "peak_extra_mib")
             }
             row |= {f"speedup_{name}": ratio for name, ratio in m.get("speedup", {}).items()}
             rows.append(row)

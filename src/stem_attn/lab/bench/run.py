@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -23,7 +24,17 @@ from stem_attn.selection import select_top_blocks
 
 
 @torch.inference_mode()
-def run_case(case: Case, config: StemConfig, names: list[str], *, rounds: int, seed: int, on_step: OnStep) -> Record:
+def run_case(
+    case: Case,
+    config: StemConfig,
+    names: list[str],
+    *,
+    rounds: int,
+    seed: int,
+    on_step: OnStep,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> Record:
     """Measure the named contenders on one problem.
 
     Args:
@@ -33,6 +44,8 @@ def run_case(case: Case, config: StemConfig, names: list[str], *, rounds: int, s
         rounds: Measurements of each contender.
         seed: Of the inputs and of the rows that are checked.
         on_step: Told what starts: once a contender, once a round.
+        softcap: With which backends are measured too, beside without.
+        sinks: Whether they are then measured with sinks, drawn from a normal distribution.
 
     Returns:
         A record of plain values: the case, `density`, `methods` that were timed, and those `skipped` or `failed`
@@ -46,7 +59,9 @@ def run_case(case: Case, config: StemConfig, names: list[str], *, rounds: int, s
     selection = select_top_blocks(scores, budget_of(config, (case.k_len,)).rows(grid), grid, config, k.shape[1])
     del scores
     check_selection(q, k, v, selection, config, samples)
-    problem = Problem(q, k, v, config, selection)
+    gen = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(case.shape.heads, generator=gen, dtype=torch.float32, device="cpu").to(q) if sinks else None
+    problem = Problem(q, k, v, config, selection, softcap, drawn)
     gates = _Gates(problem, samples)
 
     ready: list[Contender] = []
@@ -68,12 +83,12 @@ def run_case(case: Case, config: StemConfig, names: list[str], *, rounds: int, s
                 first_s, errors, allowed = gates.check(contender)
                 peak = peak_extra_mib(contender.run, case.device)
             except Exception as error:  # the same; a GateError lands here too
-                failed.append({"name": name, "part": contender.part, "reason": _one_line(error)})
+                failed.append({"name": contender.name, "part": contender.part, "reason": _one_line(error)})
                 continue
             ready.append(contender)
             entries.append(
                 {
-                    "name": name,
+                    "name": contender.name,
                     "part": contender.part,
                     "first_call_s": first_s,
                     "peak_extra_mib": peak,
@@ -118,12 +133,19 @@ def run_case(case: Case, config: StemConfig, names: list[str], *, rounds: int, s
 
 
 def _compare(entries: list[Record]) -> None:
-    """Add ratios of medians: the speed-up over each dense contender, and the selection's share of its whole."""
+    """Add ratios of medians: the speed-up over each dense contender, and the selection's share of its whole.
+
+    What a softcap or sinks cost is a median of ratios, round by round.
+    """
     medians = {(e["name"], e["part"]): e["ms"]["median"] for e in entries}
     dense = [name for name, part in medians if part == "dense"]
     for e in entries:
         if e["part"] in ("attention", "whole"):
             e["speedup"] = {name: medians[name, "dense"] / e["ms"]["median"] for name in dense}
+        plain = next((x for x in entries if (x["name"], x["part"]) == (e["name"].split()[0], e["part"])), e)
+        if plain is not e:
+            pairs = zip(e["ms"]["samples"], plain["ms"]["samples"], strict=True)
+            e["over_plain"] = statistics.median(ms / plain_ms for ms, plain_ms in pairs)
         whole = medians.get((e["name"], "whole"))
         if e["part"] == "selection" and whole:
             e["share_of_whole"] = e["ms"]["median"] / whole
@@ -135,7 +157,7 @@ class _Gates:
     def __init__(self, problem: Problem, samples: list[Sample]) -> None:
         self._problem = problem
         self._samples = samples
-        self._kept = self._gate(problem.selection)
+        self._kept: dict[bool, AttentionGate] = {}
         self._dense: AttentionGate | None = None
 
     def check(self, contender: Contender) -> tuple[float, Errors | None, Errors | None]:
@@ -147,31 +169,40 @@ class _Gates:
         Raises:
             GateError: The contender is wrong.
         """
-        p = self._problem
+        p, plain = self._problem, contender.plain
+        properties = self._properties(plain)
         if contender.part == "selection":
             selection, seconds = first_call(contender.run, p.q.device)
-            check_selection(p.q, p.k, p.v, selection, p.config, self._samples)
+            check_selection(p.q, p.k, p.v, selection, p.config, self._samples, **properties)
             return seconds, None, None
         if contender.run_with_selection:
             (out, selection), seconds = first_call(contender.run_with_selection, p.q.device)
-            gate = self._kept
-            if not _same(selection, p.selection):
-                check_selection(p.q, p.k, p.v, selection, p.config, self._samples)
-                gate = self._gate(selection)
+            gate = self._kept_gate(plain)
+            if not plain or not _same(selection, p.selection):
+                check_selection(p.q, p.k, p.v, selection, p.config, self._samples, **properties)
+                gate = self._gate(selection, plain)
             gate.check(contender.run())  # what is timed returns no selection
         else:
             out, seconds = first_call(contender.run, p.q.device)
-            gate = self._kept if contender.part == "attention" else self._dense_gate()
+            gate = self._kept_gate(plain) if contender.part == "attention" else self._dense_gate()
         return seconds, gate.check(out), gate.budget
 
     def _dense_gate(self) -> AttentionGate:
         if self._dense is None:
-            self._dense = self._gate(None)
+            self._dense = self._gate(None, plain=True)
         return self._dense
 
-    def _gate(self, selection: BlockSelection | None) -> AttentionGate:
+    def _kept_gate(self, plain: bool) -> AttentionGate:
+        if plain not in self._kept:
+            self._kept[plain] = self._gate(self._problem.selection, plain)
+        return self._kept[plain]
+
+    def _gate(self, selection: BlockSelection | None, plain: bool) -> AttentionGate:
         p = self._problem
-        return AttentionGate(p.q, p.k, p.v, selection, self._samples)
+        return AttentionGate(p.q, p.k, p.v, selection, self._samples, **self._properties(plain))
+
+    def _properties(self, plain: bool) -> dict[str, Any]:
+        return {} if plain else {"softcap": self._problem.softcap, "sinks": self._problem.sinks}
 
 
 def _same(a: BlockSelection, b: BlockSelection) -> bool:

@@ -77,7 +77,7 @@ def check_adapter(model: RandomModel, config: StemConfig, seed: int) -> Record:
         dense = _last_logits(model, tokens)
     with sdpa_kernel(SDPBackend.MATH):
         unfused = _last_logits(model, tokens)
-    everything = replace(config, budget_ratio=1.0, budget_scale=1.0, dense_below=0, decay=1.0)
+    everything = replace(config, budget_ratio=1.0, budget_scale=1.0)
     hf.enable(model.module, everything, policy=PrefillPolicy(min_seq_len=0, crossover=False))
     try:
         kept = _last_logits(model, tokens)

@@ -191,8 +191,8 @@ def _run_model() -> tuple[float, float | None, int]:
     shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
     policy = PrefillPolicy(min_seq_len=0, crossover=False)
-    small = StemConfig(block_size=32, budget_ratio=0.2, budget_bias=1)
-    everything = StemConfig(block_size=32, budget_ratio=1.0, decay=1.0)
+    small = StemConfig(block_size=32, budget_ratio=0.2, budget_bias=1, tail_blocks=1)
+    everything = StemConfig(block_size=32, budget_ratio=1.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = LlamaForCausalLM(LlamaConfig(**shape)).double().eval()
@@ -216,8 +216,8 @@ def _why_no_vllm() -> str | None:
         from stem_attn.integrations.vllm import compat
     except Exception as error:  # an installation that is broken
         return f"{type(error).__name__}: {first_line(error)}"
-    reason = compat.why_unsupported()
-    if reason:
+    reason = compat.why_unsupported("cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
         return reason
     if not any(point.name == "stem" for point in entry_points(group="vllm.general_plugins")):
         return "this package's plugin is not registered: install the package, a folder on PYTHONPATH is not enough"

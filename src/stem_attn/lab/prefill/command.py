@@ -71,7 +71,7 @@ def prefill(
         str,
         typer.Option(
             metavar="NAME",
-            help="demo (small blocks, a budget that fits short prompts too), default, official or paper.",
+            help="demo (small blocks, a budget that fits short prompts too), default, official, paper or default-0.1.",
             rich_help_panel=METHOD,
         ),
     ] = "demo",

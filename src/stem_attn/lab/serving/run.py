@@ -37,13 +37,15 @@ def compare_engines(
     tokens, warm = settings["max_tokens"], settings["warm"]
     with _engines(settings, chunk, max(map(len, prompts)) + tokens) as engines:
         for ids in prompts:
-            for engine in engines.values():
-                engine.answer((ids[-warm:] if warm else ids)[::-1], tokens)
+            first = {
+                name: engine.answer((ids[-warm:] if warm else ids)[::-1], tokens)["first_token_seconds"]
+                for name, engine in engines.items()
+            }
             runs: dict[str, list[Record]] = {name: [] for name in engines}
             for _ in range(settings["rounds"]):
                 for name, engine in engines.items():
                     runs[name].append(engine.answer(ids, tokens))
-            record: Record = {"chunk": chunk, "length": len(ids), "runs": runs}
+            record: Record = {"chunk": chunk, "length": len(ids), "warm_up_seconds": first, "runs": runs}
             for field in ("first_token_seconds", "next_token_seconds"):
                 record[field] = {name: _median(made, field) for name, made in runs.items()}
             on_record(record)

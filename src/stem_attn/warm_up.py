@@ -1,0 +1,85 @@
+"""Compile ahead what prefills of a shape will need, so that the first long prompt does not wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from stem_attn.api import Config, stem_attention, stem_attention_paged
+from stem_attn.checks import resolve_config
+
+
+def warm_up(
+    *,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    chunk: int | None = None,
+    page_size: int | None = None,
+    config: Config = "default",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    backend: str = "auto",
+) -> None:
+    """Run prefills of zeros, of every size class up to a length, and throw their results away.
+
+    Kernels are compiled for head dims, page sizes and settings, and for some bounds of the length: those of its powers
+    of two. What a process or Triton's cache on disk has compiled already takes milliseconds.
+
+    Args:
+        query_heads: Hq.
+        kv_heads: Hkv, divides Hq.
+        head_dim: D, of keys and values.
+        max_len: Tokens of the longest prompt.
+        chunk: The most query tokens of one call; default: a prompt is one call.
+        page_size: Tokens a page of the cache, where `stem_attention_paged` will be called; default: `stem_attention`.
+        config: The method's settings: a `StemConfig`, or a preset's name.
+        dtype: Of queries, keys and values.
+        device: Where prefills will run.
+        backend: `"auto"` or a name from `stem_attn.backends.available()`.
+
+    Raises:
+        ValueError: A number is not positive, or the backend cannot take such calls.
+        RuntimeError: The named backend is not available here.
+    """
+    sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "max_len": max_len}
+    for name, size in {**sizes, "chunk": chunk, "page_size": page_size}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+    config = resolve_config(config)
+    for q_len, k_len in _calls(max_len, chunk or max_len, config.block_size):
+        if page_size is None:
+            q = torch.zeros(1, query_heads, q_len, head_dim, dtype=dtype, device=device)
+            k = torch.zeros(1, kv_heads, k_len, head_dim, dtype=dtype, device=device)
+            stem_attention(q, k, k, config=config, backend=backend)
+        else:
+            q = torch.zeros(q_len, query_heads, head_dim, dtype=dtype, device=device)
+            page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)
+            table = torch.zeros(1, -(-k_len // page_size), dtype=torch.int32, device=device)
+            stem_attention_paged(
+                q,
+                page,
+                page,
+                cu_seqlens_q=[0, q_len],
+                seq_lens=[k_len],
+                block_table=table,
+                config=config,
+                backend=backend,
+            )
+
+
+def _calls(max_len: int, chunk: int, block_size: int) -> Iterator[tuple[int, int]]:
+    """Yield tokens of queries and of keys: the ends of prompts of 1, 2, 4 ... blocks up to the longest.
+
+    Each in a long and in a short last chunk, and with a number of blocks that has no power of two in it.
+    """
+    length = max_len
+    while True:
+        for k_len in (length, length - block_size - block_size // 2):
+            if k_len > 0:
+                yield from {(min(chunk, k_len), k_len), (min(chunk, k_len, block_size + 1), k_len)}
+        if length <= block_size:
+            return
+        length = 1 << (length - 1).bit_length() - 1

@@ -1,0 +1,81 @@
+"""Kernels compiled ahead: on a GPU nothing is compiled after it; elsewhere, which calls it makes."""
+
+import pytest
+import torch
+
+import stem_attn
+from stem_attn import StemConfig, stem_attention, stem_attention_paged, warm_up
+from stem_attn.warm_up import _calls
+
+SHAPE = {"query_heads": 4, "kv_heads": 2, "head_dim": 64}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_calls_cover_every_power_of_two_of_blocks():
+    calls = set(_calls(1000, 300, 64))
+    assert {k_len for _, k_len in calls} == {1000, 904, 512, 416, 256, 160, 128, 32, 64}
+    assert {(300, 1000), (65, 1000), (300, 416), (65, 416), (256, 256), (65, 256), (32, 32)} <= calls
+    assert all(0 < q_len <= min(300, k_len) for q_len, k_len in calls)
+    assert set(_calls(5, 5, 64)) == {(5, 5)}
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_it_runs_on_a_cpu(page_size):
+    config = StemConfig(block_size=16, stride=4)
+    warm_up(**SHAPE, max_len=100, chunk=40, page_size=page_size, config=config, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_len": 0}, "max_len must be positive, got 0"),
+        ({"page_size": 0}, "page_size must be positive, got 0"),
+        ({"kv_heads": 3}, "multiple of KV heads, got 4 and 3"),
+        ({"config": "none"}, "none"),
+        ({"backend": "none"}, "none"),
+    ],
+)
+def test_bad_input(given, message):
+    with pytest.raises(ValueError, match=message):
+        warm_up(**{**SHAPE, "max_len": 64, "device": "cpu", **given})
+
+
+@GPU
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [None, 16, 128])
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_nothing_is_compiled_after_it(page_size, preset, monkeypatch):
+    import triton
+
+    heads, kv_heads, dim, longest, chunk = 8, 2, 128, 70_000, 4096
+    shape = {"query_heads": heads, "kv_heads": kv_heads, "head_dim": dim}
+    warm_up(**shape, max_len=longest, chunk=chunk, page_size=page_size, config=preset)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
+    generator = torch.Generator("cuda").manual_seed(0)
+    for k_len, q_len in (
+        (70_000, 4096),
+        (66_001, 465),
+        (33_333, 4096),
+        (20_480, 4096),
+        (9001, 809),
+        (2049, 2049),
+        (300, 300),
+    ):
+        q = torch.randn(q_len, heads, dim, generator=generator, device="cuda").bfloat16()
+        kv = torch.randn(k_len, kv_heads, 2 * dim, generator=generator, device="cuda").bfloat16()
+        if page_size is None:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, *kv.split(dim, -1)))
+            stem_attention(q, k, v, config=preset)
+        else:
+            pages = -(-k_len // page_size)
+            cache = torch.zeros(pages * page_size, kv_heads, 2 * dim, dtype=q.dtype, device="cuda")
+            cache[:k_len] = kv
+            k, v = cache.view(pages, page_size, kv_heads, 2 * dim).split(dim, -1)
+            table = torch.arange(pages, dtype=torch.int32, device="cuda")[None]
+            stem_attention_paged(q, k, v, cu_seqlens_q=[0, q_len], seq_lens=[k_len], block_table=table, config=preset)
+    assert [kwargs["repr"] for kwargs in compiled] == []
+
+
+def test_it_is_public():
+    assert "warm_up" in stem_attn.__all__
