@@ -323,6 +323,13 @@ def test_a_place_that_cannot_be_written_is_found_first(results, tmp_path, capsys
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_a_doctors_record_beside_the_others_is_no_reason_to_refuse(results, tmp_path):
+    record = load(results / "prefill.json")
+    kept = {name: record[name] for name in ("arguments", "date", "machine", "settings")}
+    (tmp_path / "doctor.json").write_text(json.dumps({"command": "doctor", **kept, "backends": []}))
+    assert len(read([results, tmp_path]).speeds) == len(read([results]).speeds)
+
+
 def test_a_folder_given_twice_counts_once(results):
     assert len(read([results, results / "bench"]).records) == len(read([results]).records)
     with pytest.raises(InputError, match="no such folder"):
