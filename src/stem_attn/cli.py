@@ -103,7 +103,16 @@ def _app() -> "typer.Typer":
     app.command()(serving)
     app.command()(tune)
     app.command("report")(verdict)
-    accuracy = typer.Typer(help="Measure accuracy against dense attention.")
+    accuracy = typer.Typer(
+        help="Measure accuracy against dense attention. Methods are sparse even where so much is kept that an adapter "
+        "would stay dense (its crossover is off)."
+    )
+
+    @accuracy.callback(invoke_without_command=True)
+    def measure(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+
     accuracy.command()(fidelity)
     accuracy.command()(ruler)
     accuracy.command()(tasks)

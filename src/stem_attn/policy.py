@@ -250,14 +250,27 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ValueError(f"cannot read settings file {path}: {reason}") from error
+    return parse_settings(text, f"settings file {path}")
+
+
+def parse_settings(text: str, name: str) -> dict[str, Any]:
+    """Read the text of a settings file; see `read_settings`.
+
+    Args:
+        text: One JSON object.
+        name: What the text is called in errors.
+
+    Raises:
+        ValueError: It is no JSON object, or has a field that is unknown or out of range.
+    """
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"settings file {path} must be a JSON object: {error}") from error
+        raise ValueError(f"{name} must be a JSON object: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"settings file {path} must be a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"{name} must be a JSON object, got {type(fields).__name__}")
     try:
         make_settings(fields)  # says what is wrong with it, if anything
     except ValueError as error:
-        raise ValueError(f"settings file {path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     return fields

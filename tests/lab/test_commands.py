@@ -153,7 +153,13 @@ def test_answers_that_cannot_be_kept_are_printed(folder, tmp_path, monkeypatch, 
     assert json.loads(out.splitlines()[0])["key"]["task"] == "fwe"
 
 
-# --- texts on stdin --------------------------------------------------------------------------------------------------
+# --- texts and settings on stdin -------------------------------------------------------------------------------------
+
+
+def run_with_stdin(arguments, content, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    return cli.run([text.replace("{model}", folder).replace("{tmp}", str(tmp_path)) for text in arguments])
+
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
 FROM_STDIN = {
@@ -164,15 +170,9 @@ FROM_STDIN = {
 }
 
 
-def run_on_stdin(name, content, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
-    arguments = [text.replace("{model}", folder).replace("{tmp}", str(tmp_path)) for text in FROM_STDIN[name]]
-    return cli.run(arguments)
-
-
 @pytest.mark.parametrize("name", FROM_STDIN)
 def test_a_text_is_read_from_stdin(name, folder, tmp_path, monkeypatch):
-    assert run_on_stdin(name, TEXT.encode(), folder, tmp_path, monkeypatch) == 0
+    assert run_with_stdin(FROM_STDIN[name], TEXT.encode(), folder, tmp_path, monkeypatch) == 0
     written = {"prefill": "out.json", "tune": "out.tune.json", "fidelity": "fidelity.json", "inspect": "inspect.json"}[
         name
     ]
@@ -186,9 +186,44 @@ def test_a_text_is_read_from_stdin(name, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("content", "said"), [(b" \n", "stdin is empty"), (b"d\xe9j\xe0", "stdin is not UTF-8 text")])
 @pytest.mark.parametrize("name", FROM_STDIN)
 def test_a_bad_text_on_stdin_is_one_line(name, content, said, folder, tmp_path, monkeypatch, capsys):
-    assert run_on_stdin(name, content, folder, tmp_path, monkeypatch) == 2
+    assert run_with_stdin(FROM_STDIN[name], content, folder, tmp_path, monkeypatch) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"stem-attn: error: {said}")
+
+
+SETTINGS = {"decay": 0.5, "min_seq_len": 0}
+CONFIG_FROM_STDIN = {
+    "prefill": [*COMMANDS["prefill"][0], "--config", "-", "--json", "{tmp}/out.json"],
+    "bench": [*BENCH, "--config", "-", "--json", "{tmp}/out.json"],
+    "tune": [*COMMANDS["tune"][0], "--config", "-", "--out", "{tmp}/tuned.json"],
+    "inspect": [*COMMANDS["inspect"][0][:-1], "small=config:-,budget_ratio=0.1", "--out", "{tmp}"],
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FROM_STDIN)
+def test_settings_are_read_from_stdin(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(limit, "_SIZE", {"cuda": 64, "cpu": 64})
+    content = json.dumps(SETTINGS).encode()
+    assert run_with_stdin(CONFIG_FROM_STDIN[name], content, folder, tmp_path, monkeypatch) == 0
+    written = {"tune": "tuned.tune.json", "inspect": "inspect.json"}.get(name, "out.json")
+    settings = json.loads((tmp_path / written).read_text())["settings"]
+    used = settings["methods"]["small"] if name == "inspect" else settings["config"]
+    assert used["decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        (b"", [], "stdin is empty"),
+        (b"[1]", [], "stdin must be a JSON object, got list"),
+        (b'{"decay": 7}', [], "stdin: decay must be"),
+        (b"{}", ["--prompt-file", "-"], "stdin is empty, or another option has read it"),
+    ],
+)
+def test_bad_settings_on_stdin_are_one_line(content, more, said, folder, tmp_path, monkeypatch, capsys):
+    assert run_with_stdin([*CONFIG_FROM_STDIN["prefill"], *more], content, folder, tmp_path, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"stem-attn: error: {said}")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- presets and extras ----------------------------------------------------------------------------------------------
