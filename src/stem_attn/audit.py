@@ -109,7 +109,7 @@ def audit(call: Call, selections: Sequence[BlockSelection], out: Tensor, *, rows
     Returns:
         The sums over all parts.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     parts = zip(call.parts, selections, strict=True)
     first, *others = (_audit_part(call, part, kept, out[:, :, part.tokens], rows, generator) for part, kept in parts)
     return sum(others, first)
@@ -120,9 +120,9 @@ def _audit_part(
 ) -> AuditSums:
     batch, heads = part.q.shape[:2]
     strata = max(min(-(-rows // (2 * heads)), part.q_len // _QUERIES_A_CELL), 1)
-    edges = torch.arange(strata + 1) * part.q_len // strata
+    edges = torch.arange(strata + 1, device="cpu") * part.q_len // strata
     sizes = edges.diff()
-    drawn = torch.rand(batch, heads, strata, 2, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(batch, heads, strata, 2, generator=generator, dtype=torch.float64, device="cpu")
     places = edges[:-1, None] + (drawn * sizes[:, None]).long()
     device = part.q.device
     places, weights = (x.to(device, non_blocking=True) for x in (places.flatten(2), sizes.double()))

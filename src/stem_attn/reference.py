@@ -75,7 +75,11 @@ def reference_scores(
             if config.score == "linear":
                 estimate = _linear_scores(q_head, k_head, config, grid, scale, softcap)
             else:
-                sink = torch.tensor(-torch.inf, device="cpu") if sinks is None else sinks[h].double().cpu()
+                sink = (
+                    torch.tensor(-torch.inf, dtype=torch.float64, device="cpu")
+                    if sinks is None
+                    else sinks[h].double().cpu()
+                )
                 estimate = _mass_scores(q_head, k_head, config, grid, scale, softcap, sink)
             scores[b, h] = estimate + config.value_weight * magnitude
     return scores

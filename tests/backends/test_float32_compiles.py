@@ -23,11 +23,11 @@ def compile_kernel() -> None:
     constants |= {"SINKS": True, "TANH": "exact"}
     tokens = {"q": 128, "k": tile.keys, "v": tile.keys}
     types: dict[str, Any] = {n: f"tensordesc<fp32[1, 1, {t}, {HEAD_DIM}]>" for n, t in tokens.items()}
-    types |= {"out": "*fp32", "lse": "*fp32", "sinks": "*fp32", "count_strides": ("i32",) * 3}
+    types |= {"out": "*fp32", "lse": "*fp32", "sinks": "*fp32"}
     types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32")
     tables = ("indices", "counts", "row_sequence", "first_rows", "q_starts", "k_starts", "block_table")
     types |= dict.fromkeys(tables, "*i32")
-    types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out", "index")), ("i32",) * 4)
+    types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out")), ("i32",) * 4)
     compile_for_hopper(attention_kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 

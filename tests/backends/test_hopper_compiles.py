@@ -27,7 +27,7 @@ def compile_kernel(head_dim: int, v_head_dim: int, window: bool, page_size: int,
     types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32")
     types |= dict.fromkeys(("indices", "counts", "block_table"), "*i32")
     types |= {n: f"tensordesc<{dtype}[1, 1, {t}, {d}],{box_layout((t, d))!r}>" for n, (t, d) in boxes.items()}
-    types |= {"out_strides": ("i32",) * 4, "index_strides": ("i32",) * 4, "count_strides": ("i32",) * 3}
+    types["out_strides"] = ("i32",) * 4
     return compile_for_hopper(hopper_attention_kernel, types, constants, num_warps=4, maxnreg=168)
 
 

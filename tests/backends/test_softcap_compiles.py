@@ -17,7 +17,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DIM = 64
-FOURS, THREES = ("i32",) * 4, ("i32",) * 3
+FOURS = ("i32",) * 4
 
 
 def compile_attention(target: tuple[str, Any, int], dtype: str, tanh: str) -> Any:
@@ -30,10 +30,10 @@ def compile_attention(target: tuple[str, Any, int], dtype: str, tanh: str) -> An
     constants |= {"TMA": False, "PACKED": False, "WINDOW": True, "LSE": True, "SINKS": True, "TANH": tanh}
     constants |= {"PRECISION": "tf32"}
     types: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | {"lse": "*fp32", "sinks": "*bf16"}
-    types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32") | {"count_strides": THREES}
+    types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32")
     tables = ("indices", "counts", "row_sequence", "first_rows", "q_starts", "k_starts", "block_table")
     types |= dict.fromkeys(tables, "*i32")
-    types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out", "index")), FOURS)
+    types |= dict.fromkeys((f"{n}_strides" for n in ("q", "k", "v", "out")), FOURS)
     return compile_for(target, attention_kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 

@@ -28,5 +28,5 @@ def test_its_error_is_what_is_said(how):
     kernel[(1,)](x, y, len(x), how)
     expected = x.double().tanh()
     assert torch.equal(y.isnan(), expected.isnan())
-    bound = {"exact": 2**-22 * expected.abs(), "short": 2**-22, "fast": 2**-10.9 * expected.abs()}[how]
+    bound = {"exact": 2**-21 * expected.abs(), "short": 2**-22, "fast": 2**-10.9 * expected.abs()}[how]
     assert bool(((y - expected).abs() <= bound)[:-1].all())

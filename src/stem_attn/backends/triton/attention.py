@@ -223,7 +223,8 @@ def _portable_launch(
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:  # not every target knows the option
         options["maxnreg"] = tile.registers
-    strides = (*(layouts[i][1] for i in (0, 1, 2, 3, 4, 5)), layouts[6][1][0] if page_size else 0)
+    strides = (*(layouts[i][1] for i in (0, 1, 2, 3)), *layouts[4][1][:3], *layouts[5][1])
+    strides = (*strides, layouts[6][1][0] if page_size else 0)
     return Launch(attention_kernel, grid, (*strides, *numbers), constants, **options)
 
 
@@ -293,7 +294,7 @@ def _hopper_launch(
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
     }
-    strides = tuple(layouts[i][1] for i in (3, 4, 5))
+    strides = (layouts[3][1], *layouts[4][1][:3], *layouts[5][1])
     # 384 threads share 64 Ki registers; the kernel deals them out anew.
     plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, num_warps=4, maxnreg=168)
     boxes = ((64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v)))

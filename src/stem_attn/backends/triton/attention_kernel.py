@@ -20,7 +20,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @triton.jit(
-    do_not_specialize=["table_stride", "rows", "lead", "q_len", "k_len"],
+    do_not_specialize=[
+        "index_batch",
+        "index_head",
+        "index_row",
+        "count_batch",
+        "count_head",
+        "count_row",
+        "table_stride",
+        "rows",
+        "lead",
+        "q_len",
+        "k_len",
+    ],
     do_not_specialize_on_alignment=["block_table", "sinks"],
 )
 def attention_kernel(
@@ -41,8 +53,12 @@ def attention_kernel(
     k_strides,
     v_strides,
     out_strides,
-    index_strides,  # (batch, head, row)
-    count_strides,  # (batch, head, row)
+    index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
+    index_head,
+    index_row,
+    count_batch,
+    count_head,
+    count_row,
     table_stride,  # from one sequence to the next
     rows,
     lead,  # rows that start first
@@ -72,8 +88,8 @@ def attention_kernel(
     head = head.to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     kv_head = head // group
-    indices += batch * index_strides[0] + head * index_strides[1] + row_slot.to(tl.int64) * index_strides[2]
-    count = tl.load(counts + batch * count_strides[0] + head * count_strides[1] + row_slot * count_strides[2])
+    indices += batch * index_batch + head * index_head + row_slot.to(tl.int64) * index_row
+    count = tl.load(counts + batch * count_batch + head * count_head + row_slot * count_row)
     lse += (batch * heads + head) * q_len
 
     if PACKED:

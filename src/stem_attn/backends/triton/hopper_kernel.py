@@ -52,7 +52,19 @@ def box_layout(shape: tuple[int, int]) -> gl.NVMMASharedLayout:
 
 # Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @gluon.jit(
-    do_not_specialize=["rows", "lead", "q_len", "k_len"], do_not_specialize_on_alignment=["block_table", "sinks"]
+    do_not_specialize=[
+        "index_batch",
+        "index_head",
+        "index_row",
+        "count_batch",
+        "count_head",
+        "count_row",
+        "rows",
+        "lead",
+        "q_len",
+        "k_len",
+    ],
+    do_not_specialize_on_alignment=["block_table", "sinks"],
 )
 def hopper_attention_kernel(
     q,  # descriptor of [B, Hq, Tq, D], tiles of 64 tokens
@@ -65,8 +77,12 @@ def hopper_attention_kernel(
     block_table,  # int32 [pages of the sequence]; unused unless paged, and then B = 1
     sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
     out_strides,  # (batch, head, token) in elements, as all strides here
-    index_strides,  # (batch, head, row)
-    count_strides,  # (batch, head, row)
+    index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
+    index_head,
+    index_row,
+    count_batch,
+    count_head,
+    count_row,
     rows,
     lead,  # rows that start first
     group,  # query heads a KV head
@@ -89,9 +105,9 @@ def hopper_attention_kernel(
     row, head = row_and_head(rows, lead)
     batch = gl.program_id(1)
     kv_head = head // group
-    indices += batch.to(gl.int64) * index_strides[0] + head.to(gl.int64) * index_strides[1]
-    indices += row.to(gl.int64) * index_strides[2]
-    count = gl.load(counts + batch * count_strides[0] + head * count_strides[1] + row * count_strides[2])
+    indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
+    indices += row.to(gl.int64) * index_row
+    count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     first_token = (offset // BLOCK + row) * BLOCK - offset

@@ -241,12 +241,11 @@ class SelectionLaunches:
             self.tile = choose_score_tile(self.all_heads, pass_rows * self.group, grid.k_blocks, dtype.itemsize)
             depth = max(triton.next_power_of_2(self.slots * self.dim_out), 16)
             self.step = min(depth, 64 if self.pooled_dtype == torch.float16 else 16)
-        self.passes = []
+        self.passes: list[list[tuple[Launch, tuple[str, ...]]]] = []
         for first in range(0, grid.q_blocks, pass_rows):
             rows = min(pass_rows, grid.q_blocks - first)
             score = self._score_by_mass(first, rows, logits) if self.mass else self._score_by_mean(first, rows, logits)
-            self.passes.append((first, rows, score))
-        self._keeping: dict[tuple[int, int, int], list[tuple[Launch, tuple[str, ...]]]] = {}
+            self.passes.append([*score, *self._keep_best(first, rows)])
 
     def _score_by_mean(self, first: int, rows: int, logits: Logits) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan the linear scores of some query blocks: each launch with its tensors by name."""
@@ -340,23 +339,17 @@ class SelectionLaunches:
             (reduce, ("masses", "totals", "table", "sinks", "scores")),
         ]
 
-    def _keep_best(self, first: int, rows: int, slots: int) -> list[tuple[Launch, tuple[str, ...]]]:
+    def _keep_best(self, first: int, rows: int) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan what heads keep of some query blocks, and where they share budgets, how many of them first."""
-        known = self._keeping.get((first, rows, slots))
-        if known is not None:
-            return known
         inside = self.config.forced_blocks == "inside"
         names = ("scores", "keep", "indices", "counts", "keep_stride", "width")
-        alone = (self._take_top(first, rows, slots, inside, shared=False), names)
+        alone = (self._take_top(first, rows, inside, shared=False), names)
         if self.scope:
             share = (self._share(first, rows, inside), ("scores", "keep", "counts", "keep_stride", "least_at"))
-            top = (self._take_top(first, rows, slots, True, shared=True), names)
+            top = (self._take_top(first, rows, True, shared=True), names)
             # How many blocks a head keeps alone depends on its scores where forced ones come on top.
-            made = [share, top] if inside else [alone, share, top]
-        else:
-            made = [alone]
-        self._keeping[first, rows, slots] = made
-        return made
+            return [share, top] if inside else [alone, share, top]
+        return [alone]
 
     def _share(self, first: int, rows: int, inside: bool) -> Launch:
         grid, config = self.grid, self.config
@@ -384,7 +377,7 @@ class SelectionLaunches:
             num_warps=8,
         )
 
-    def _take_top(self, first: int, rows: int, slots: int, inside: bool, *, shared: bool) -> Launch:
+    def _take_top(self, first: int, rows: int, inside: bool, *, shared: bool) -> Launch:
         grid, config = self.grid, self.config
         columns = triton.next_power_of_2(self.pitch)
         return Launch(
@@ -400,7 +393,7 @@ class SelectionLaunches:
                 config.local_blocks,
                 self.kv_heads,
             ),
-            {"COLUMNS": columns, "SLOTS": slots, "INSIDE": inside, "SHARED": shared},
+            {"COLUMNS": columns, "INSIDE": inside, "SHARED": shared},
             num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
         )
 
@@ -427,9 +420,8 @@ class SelectionLaunches:
             operands["k_tiles"] = TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[1], self.step])
             operands["masses"] = torch.empty(masses_size, dtype=torch.float32, device=self.device)
             operands["totals"] = torch.empty(masses_size // self.pitch, dtype=torch.float32, device=self.device)
-        slots = triton.next_power_of_2(width)
-        for first, rows, score in self.passes:
-            for launch, names in (*score, *self._keep_best(first, rows, slots)):
+        for launches in self.passes:
+            for launch, names in launches:
                 launch(*(operands[name] for name in names))
         return BlockSelection.made(indices, counts, self.grid)
 

@@ -298,7 +298,6 @@ def top_kernel(
     local,  # blocks
     kv_heads,
     COLUMNS: tl.constexpr,  # a power of two, at least k_blocks
-    SLOTS: tl.constexpr,  # a power of two, at least width
     INSIDE: tl.constexpr,  # forced blocks count among those that top-k takes
     SHARED: tl.constexpr,  # heads share their budgets
 ):
@@ -348,5 +347,4 @@ def top_kernel(
     tl.store(counts + out_row, count)
     indices += out_row * width
     tl.store(indices + tl.cumsum(flags, 0) - 1, column, mask=kept)
-    rest = tl.arange(0, SLOTS)
-    tl.store(indices + rest, tl.full([SLOTS], -1, tl.int32), mask=(rest >= count) & (rest < width))
+    tl.store(indices + column, tl.full([COLUMNS], -1, tl.int32), mask=(column >= count) & (column < width))

@@ -11,7 +11,7 @@ def tanh(x, HOW: tl.constexpr):
     """Compute tanh of float32.
 
     "fast": by NVIDIA's instruction, off by up to 2^-11 of the value. "short": by an exponential, off by up to 2^-22.
-    "exact": off by up to 2^-22 of the value, near 0 too.
+    "exact": off by up to 2^-21 of the value, near 0 too.
     """
     if HOW == "fast":
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
