@@ -19,6 +19,7 @@ SPARSE = {
     "budget_bias": 1,
     "tail_blocks": 1,
     "crossover": False,
+    "depth_decay": 1.0,  # all layers alike, so that what they do can be compared
 }
 KEEP_ALL = {**SPARSE, "budget_ratio": 1.0, "decay": 1.0}
 DENSE = {**SPARSE, "min_seq_len": 10**9}
@@ -98,7 +99,6 @@ def reconfigure(llm, stem):
     settings = parse(stem)
     for layer in attention_layers(llm).values():
         layer.impl.settings = settings
-        layer.impl.config = settings.config
     for builder in builders(llm):
         builder._settings = settings
     llm.collective_rpc("stem_reset_stats")

@@ -23,7 +23,7 @@ class Server:
     process: subprocess.Popen
     log: Path
 
-    def request(self, path, body=None, timeout=1200):
+    def request(self, path, body=None, timeout=1200, status=200):
         """The answer's text; POST with a body, GET without."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
@@ -35,7 +35,7 @@ class Server:
             text = answer.read().decode()
         finally:
             connection.close()
-        assert answer.status == 200, text
+        assert answer.status == status, text
         return text
 
     def stats(self):

@@ -27,7 +27,7 @@ class Step:
     """What one step of the engine gave a metadata builder, and what it made of it."""
 
     common: Any
-    prompt_lengths: list[int | None]
+    told: Any  # what the runner knew of the requests; None: it was not asked
     layers: dict[str, tuple[torch.Tensor, ...]]  # query, key, value and output of each layer, token by token
 
 
@@ -37,14 +37,14 @@ def steps(folders):
     with engine(folders("llama"), SETTINGS, max_num_batched_tokens=512, block_size=PAGE) as llm:
         set_chunk(llm, 203)
         (builder,) = builders(llm)
-        build, tell = builder.build, builder._prompt_lengths.of
+        build, tell = builder.build, builder._requests.of
         recorded = []
 
         def record_build(common_prefix_len, common_attn_metadata, *args, **kwargs):
             common = common_attn_metadata
             made = build(common_prefix_len, common, *args, **kwargs)
-            lengths = tell(common) if common.is_prefilling.any() else [None] * common.num_reqs
-            recorded.append(Step(copy.deepcopy(common), lengths, {}))
+            told = tell(common) if common.is_prefilling.any() else None
+            recorded.append(Step(copy.deepcopy(common), told, {}))
             return made
 
         builder.build = record_build
@@ -108,16 +108,16 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
         for name in names:
             monkeypatch.setattr(layers[name], "impl", impls[name])
         builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
-    assert [impls[name].dense_reason for name in names] == ["dense layer", None]
+    assert [impls[name].config_of(builder._settings) is None for name in names] == [True, False]
     pages = 1 + max(int(step.common.block_table_tensor.max()) for step in recorded)
     caches = {name: torch.full((pages, 2, PAGE, 64), torch.nan) for name in names}
     seen = set()
     for step in recorded:
-        lengths = step.prompt_lengths
-        builder._prompt_lengths.of = lambda common, lengths=lengths: lengths
+        builder._requests.of = lambda common, told=step.told: told
         metadata = builder.build(0, step.common)
-        spans, rest = ((), None) if metadata.plan is None else (metadata.plan.spans, metadata.plan.rest)
-        seen.add((bool(spans), rest is not None))
+        plan = metadata.plan.get(impls[names[1]])
+        assert impls[names[0]] not in metadata.plan
+        seen.add((plan is not None, plan is not None and plan.rest is not None))
         for name in names:
             query, key, value, expected = step.layers[name]
             tokens = step.common.num_actual_tokens
@@ -160,14 +160,16 @@ def test_graphs_and_names(cuda):
     ("spans", "runs"),
     [
         ([], []),
-        ([(0, 0, 5), (1, 5, 3)], [[0, 1]]),
-        ([(1, 4, 5), (2, 9, 3), (4, 12, 3)], [[1, 2], [4]]),  # row 3 has no tokens
-        ([(0, 0, 5), (1, 6, 3)], [[0], [1]]),  # a decoded token of row 0 lies between
+        ([(0, 0, 5, "paper"), (1, 5, 3, "paper")], [[0, 1]]),
+        ([(1, 4, 5, "paper"), (2, 9, 3, "paper"), (4, 12, 3, "paper")], [[1, 2], [4]]),  # row 3 has no tokens
+        ([(0, 0, 5, "paper"), (1, 6, 3, "paper")], [[0], [1]]),  # a decoded token of row 0 lies between
+        ([(0, 0, 5, "paper"), (1, 5, 3, "official"), (2, 8, 2, "official")], [[0], [1, 2]]),
     ],
 )
 def test_neighbours(spans, runs):
     from stem_attn.integrations.vllm.cuda import neighbours
     from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.settings import parse
 
-    made = neighbours([Span(row, start, length, 100, 100) for row, start, length in spans])
+    made = neighbours([Span(*place, 100, 100, parse({"preset": preset})) for *place, preset in spans])
     assert [[span.row for span in run] for run in made] == runs

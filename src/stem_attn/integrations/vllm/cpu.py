@@ -54,8 +54,9 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
-        config = self.config
         for span in spans:
+            config = self.config_of(span.settings)
+            assert config is not None  # the plan has a layer's sparse spans only
             k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, instruction_set(layer, self))
             q = query[span.tokens].transpose(0, 1)[None]
             began = time.perf_counter()

@@ -27,9 +27,10 @@ class StemImpl:
     """
 
     device_name: str  # for the startup line
-    settings: Settings
-    config: StemConfig  # the layer's own; the builder sets it
+    settings: Settings  # the server's; a request may have others
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
+    name: str  # vLLM's of the layer, and how many layers the model has; the builder sets both
+    layers: int
 
     def __init__(
         self,
@@ -70,7 +71,6 @@ class StemImpl:
                 f"{ranks} spreads them: leave it at 1, or take another attention backend"
             )
         self.settings = settings
-        self.config = settings.config
         self.dense_reason = layers.why_dense(
             attn_type=AttentionType(attn_type).value,
             sliding_window=sliding_window,
@@ -113,8 +113,9 @@ class StemImpl:
             output_scale: Not supported.
             output_block_scale: Not supported.
         """
-        plan = getattr(attn_metadata, "plan", None)
-        if plan is None or not plan.spans or self.dense_reason is not None:
+        whole = getattr(attn_metadata, "plan", None)
+        plan = None if whole is None else whole.get(self)
+        if plan is None:
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -142,6 +143,10 @@ class StemImpl:
             output: [tokens, Hq, D] of the whole batch.
         """
         raise NotImplementedError
+
+    def config_of(self, settings: Settings) -> StemConfig | None:
+        """Return the layer's own config by some settings; None: it is dense by them."""
+        return layers.layer_config(self.name, settings, self.layers)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Sparse attention writes its output unquantized."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from stem_attn.config import StemConfig
-from stem_attn.policy import PrefillPolicy
+from stem_attn.integrations.vllm.settings import Settings
 
 
 def why_dense(
@@ -38,21 +39,23 @@ def layer_index(layer_name: str) -> int | None:
     return next((int(part) for part in layer_name.split(".") if part.isdigit()), None)
 
 
-def layer_config(layer_name: str, config: StemConfig, policy: PrefillPolicy, layers: int) -> StemConfig:
-    """Return a layer's own config, with its factor of the budget.
+@lru_cache(maxsize=4096)  # every call of every layer asks
+def layer_config(layer_name: str, settings: Settings, layers: int) -> StemConfig | None:
+    """Return a layer's own config, with its factor of the budget; None: the layer is dense by these settings.
 
     Args:
         layer_name: vLLM's name of the attention layer.
-        config: The method.
-        policy: Checked against the number of layers.
+        settings: Their policy is checked against the number of layers.
         layers: Layers of the whole model, all pipeline stages together.
 
     Raises:
         ValueError: There are factors, and the name does not say which layer it is.
     """
-    index = layer_index(layer_name)
+    policy, index = settings.policy, layer_index(layer_name)
     if index is None:
         if policy.layer_budgets:
             raise ValueError(f"layer_budgets: {layer_name} does not say which of the model's layers it is")
-        return config
-    return policy.layer_config(config, index, layers)
+        return settings.config
+    if policy.is_dense_layer(index, layers):
+        return None
+    return policy.layer_config(settings.config, index, layers)
