@@ -9,7 +9,7 @@ import torch
 from stem_attn import PrefillPolicy, StemConfig, backends
 from stem_attn.backends.base import Geometry
 from stem_attn.config import PRESETS
-from stem_attn.integrations.vllm.layers import layer_config, layer_index, why_dense
+from stem_attn.integrations.vllm.layers import layer_config, layer_index, table, why_dense
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, split_batch
 from stem_attn.integrations.vllm.settings import Settings, choices, choose, describe, parse
 
@@ -197,3 +197,17 @@ def test_layers_are_told_by_name():
         layer_config("model.attn", tuned, 2)
     assert layer_config(second, parse({"preset": "official"}), 3) is None  # its first two layers are dense
     assert layer_config(second, parse({"dense_layers": [-1]}), 3) is not None
+
+
+def test_the_table_of_the_layers():
+    kinds = {0: ("dense", "dense layer"), 4: ("dense", "sliding window"), 6: ("dense", "sliding window")}
+    rows = [(f"model.layers.{i}.self_attn.attn", *kinds.get(i, ("sparse", ""))) for i in (0, 1, 2, 3, 4, 5, 6, 8)]
+    assert (
+        table([*rows, ("encoder.attn", "not Stem's", "FlashAttentionImpl")])
+        == """\
+layers        attention   why
+0             dense       dense layer
+1-3, 5, 8     sparse
+4, 6          dense       sliding window
+encoder.attn  not Stem's  FlashAttentionImpl"""
+    )

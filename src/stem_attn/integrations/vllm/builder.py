@@ -19,6 +19,7 @@ from stem_attn.backends.base import Geometry
 from stem_attn.integrations.vllm.compat import Requests, Told, is_draft_layer, part_of
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
+from stem_attn.integrations.vllm.layers import table
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
 from stem_attn.integrations.vllm.settings import IGNORED, KEY, Settings, allows_choice, choose, settings_of
 
@@ -91,11 +92,11 @@ class StemBuilder:
                 reason = "draft model"
             impl.dense_reason, impl.name, impl.layers = reason, name, total
             if reason is None:
+                impl.config_of(self._settings)  # which refuses what cannot be told of the layer
                 self._sparse.append(impl)
             else:
                 self._dense_layers[reason] += 1
-        for reason, count in self._dense_layers.items():
-            logger.info_once("stem-attn: %d layers stay dense: %s", count, reason)
+        _log_table(vllm_config, self._settings)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build the metadata of a step; see vLLM's `AttentionMetadataBuilder.build`."""
@@ -204,6 +205,22 @@ class StemBuilder:
             positions=None if common.positions is None else common.positions[tokens],
         )
         return DenseRest(tokens, self.build_rest(batch))
+
+
+def _log_table(vllm_config: Any, settings: Settings) -> None:
+    """Log once what each of this process's layers does, as soon as the last builder has been made."""
+    rows = []
+    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
+        impl = getattr(layer, "impl", None)
+        if not isinstance(impl, StemImpl):
+            rows.append((name, "not Stem's", type(impl or layer).__name__))
+        elif not hasattr(impl, "name"):
+            return  # a builder is still to come
+        elif impl.dense_reason is not None:
+            rows.append((name, "dense", impl.dense_reason))
+        else:
+            rows.append((name, "sparse", "") if impl.config_of(settings) else (name, "dense", "dense layer"))
+    logger.info_once("stem-attn: what the layers do\n%s", table(rows))
 
 
 def _why_all_dense(common: Any) -> str | None:

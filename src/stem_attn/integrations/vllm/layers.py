@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from stem_attn.config import StemConfig
@@ -59,3 +61,27 @@ def layer_config(layer_name: str, settings: Settings, layers: int) -> StemConfig
     if policy.is_dense_layer(index, layers):
         return None
     return policy.layer_config(settings.config, index, layers)
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Return what layers do as a table, for the log.
+
+    Args:
+        rows: Of each layer vLLM's name, its attention, and why.
+    """
+    lines = [("layers", "attention", "why")]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, attention, why in rows:
+        kinds.setdefault((attention, why), []).append(name)
+    for (attention, why), names in kinds.items():
+        told = [layer_index(name) for name in names]
+        known = [index for index in told if index is not None]
+        lines.append((_ranges(known) if len(known) == len(names) else ", ".join(names), attention, why))
+    widths = [max(len(line[column]) for line in lines) for column in range(2)]
+    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in lines)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write numbers as `0-3, 7`."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
