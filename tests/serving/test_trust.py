@@ -69,7 +69,7 @@ def outcome(llm, prompts, **sampling):
 def test_a_request_with_nan_activations_fails_alone(llm, poisoned, stem):
     reconfigure(llm, stem)
     alone = [tokens for ids in PROMPTS for tokens in answer(llm, [ids])]
-    bad = PROMPTS[0][:300] + [POISON] + PROMPTS[0][301:]
+    bad = [*PROMPTS[0][:300], POISON, *PROMPTS[0][301:]]
     llm.reset_prefix_cache()
     first, broken, *others = answer(llm, [PROMPTS[0], bad, *PROMPTS[1:]])
     assert [first, *others] == alone

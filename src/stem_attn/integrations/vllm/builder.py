@@ -21,7 +21,7 @@ from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
-from stem_attn.integrations.vllm.settings import IGNORED, KEY, Settings, allows_choice, choose, settings_of
+from stem_attn.integrations.vllm.settings import CHOOSER, KEY, Settings, allows_choice, choose, settings_of
 
 logger = init_logger("vllm.stem")
 
@@ -156,7 +156,10 @@ class StemBuilder:
                 return choose(settings, asked)
         except ValueError:
             pass
-        logger.warning_once("stem-attn: %s", IGNORED)
+        logger.warning_once(
+            "stem-attn: a request's 'stem' is ignored: requests may choose where the server has --logits-processors %s",
+            CHOOSER,
+        )
         return settings
 
     def _alike(self, requests: Sequence[Request]) -> dict[frozenset[Settings], list[StemImpl]]:

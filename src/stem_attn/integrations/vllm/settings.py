@@ -21,7 +21,6 @@ from stem_attn.policy import PrefillPolicy, make_settings, policy_field_names, r
 KEY = "stem"
 DENSE = "dense"
 CHOOSER = "stem_attn.integrations.vllm.per_request:PerRequest"
-IGNORED = f"a request's {KEY!r} is ignored: requests may choose where the server has --logits-processors {CHOOSER}"
 _OWN_KEYS = ("preset", "config_file")
 
 
