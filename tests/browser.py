@@ -1,6 +1,7 @@
 """A headless Chromium that opens pages from the disk, and tells what went wrong in them.
 
-It needs the Python package selenium, and Debian's packages chromium and chromium-driver (or others of these names).
+It needs the Python package selenium, and Debian's packages chromium and chromium-driver, which `.ci/install-chromium`
+installs. Google's Chrome, with a chromedriver of its version, does as well.
 """
 
 import base64
@@ -8,6 +9,7 @@ import json
 import shutil
 import time
 
+BROWSERS = ("chromium", "google-chrome")
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -21,10 +23,15 @@ FLAGS = (
 )
 
 
+def program():
+    """Return the path of the browser, or None."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
 def missing():
     """Say what a browser test lacks here, or return None."""
-    for name in ("chromium", "chromedriver"):
-        if shutil.which(name) is None:
+    for name, path in (("chromium", program()), ("chromedriver", shutil.which("chromedriver"))):
+        if path is None:
             return f"there is no {name}: apt-get install chromium chromium-driver"
     try:
         import selenium  # noqa: F401
@@ -40,7 +47,7 @@ class Browser:
         from selenium import webdriver
 
         options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium")
+        options.binary_location = program()
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         for flag in FLAGS:
             options.add_argument(flag)

@@ -12,6 +12,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(params=["native", "torch"])
+def way(request, monkeypatch):
+    """Both ways of the CPU backend: its compiled kernel, and what machines without a compiler run."""
+    from stem_attn.backends.cpu import native
+
+    monkeypatch.setenv(native.SWITCH, "1" if request.param == "native" else "0")
+    if request.param == "native" and native.why_not():
+        pytest.skip(native.why_not())
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def no_hoard_of_device_memory():
     """Give a large test's device memory back: the tests of other processes share the GPU."""

@@ -69,6 +69,12 @@ def test_no_command_shows_the_commands(capsys):
     assert capsys.readouterr().out == out
 
 
+def test_eval_alone_shows_its_commands(capsys):
+    assert cli.run(["eval"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("fidelity", "ruler", "tasks", "report"))
+
+
 def test_prefill_of_own_text(folder, prompt_file, tmp_path):
     path = tmp_path / "out.json"
     code, out, err = stem_attn(

@@ -11,11 +11,11 @@ ROOT = Path(stem_attn.__file__).parent
 
 # From bottom to top; a file imports from lower layers, or from its own package.
 LAYERS = [
-    {"config", "plots"},
+    {"config", "plots", "cache", "fallbacks"},
     {"blocks", "checks", "workers"},
     {"scoring", "budget", "selection", "residual", "reference", "layout", "method"},
     {"call"},
-    {"backends"},
+    {"backends", "audit"},
     {"run", "policy"},
     {"traced"},
     {"api"},

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from helpers import SMALL, make_qkv
 from stem_attn import BlockSelection, StemConfig, stem_attention
-from stem_attn.backends import cpu
+from stem_attn.backends.cpu import gathered
 from stem_attn.blocks import BlockGrid
 from stem_attn.selection import select_top_blocks
+
+pytestmark = pytest.mark.usefixtures("way")
 
 Q_LEN, K_LEN, TOKEN = 260, 300, 173  # the token is counted from the first key
 
@@ -81,9 +83,20 @@ def test_one_number_harms_only_what_it_must(where, number):
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("mode", ["mixed", "fused"])
+@pytest.mark.parametrize("way", ["torch"], indirect=True)
 def test_one_number_in_bfloat16_as_any_cpu_computes_it(monkeypatch, mode, where):
-    monkeypatch.setattr(cpu, "_mode", lambda dtype, device: mode)
-    clean = make_qkv(Q_LEN, K_LEN, batch=2, dtype=torch.bfloat16)
+    monkeypatch.setattr(gathered, "mode_of", lambda dtype, device: mode)
+    one_nan_in(torch.bfloat16, where)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_number_in_half_precision(where, dtype):
+    one_nan_in(dtype, where)
+
+
+def one_nan_in(dtype: torch.dtype, where: str) -> None:
+    clean = make_qkv(Q_LEN, K_LEN, batch=2, dtype=dtype)
     dirty = spoil(clean, where, math.nan)
     out = stem_attention(*dirty, config=SMALL, backend="cpu")
     assert torch.equal(out[0], stem_attention(*clean, config=SMALL, backend="cpu")[0])
@@ -125,6 +138,7 @@ def test_with_the_means_of_pruned_blocks(where):
 
 @pytest.mark.parametrize("scope", ["head", "group", "layer"])
 @pytest.mark.parametrize("score", ["linear", "mass"])
+@pytest.mark.parametrize("way", ["torch"], indirect=True)  # it attends to nothing
 def test_nan_ranks_lowest_and_infinity_below_forced_blocks(score, scope):
     grid = BlockGrid(160, 160, 16)
     config = StemConfig(

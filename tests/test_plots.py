@@ -74,7 +74,7 @@ def test_what_is_not_there_is_an_error(selection, arguments, said):
 
 
 def test_counts_are_drawn_by_kind():
-    stats = Stats("stem", 12, 6, 2, {"decode": 3, "short prompt": 1}, 0.25, {}, 0)
+    stats = Stats("stem", 12, 6, 2, {"decode": 3, "short prompt": 1}, 0.25, {}, 0, {}, {})
     axes = stats.plot()
     widths = [bar.get_width() for bar in axes.patches]
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -85,7 +85,7 @@ def test_counts_are_drawn_by_kind():
         "dense: short prompt": 1,
     }
     assert "12 attention calls, density 0.250" in axes.get_title()
-    assert "nothing sparse yet" in Stats("stem", 0, 0, 0, {}, None, {}, 0).plot().get_title()
+    assert "nothing sparse yet" in Stats("stem", 0, 0, 0, {}, None, {}, 0, {}, {}).plot().get_title()
 
 
 def test_importing_the_package_does_not_import_matplotlib():

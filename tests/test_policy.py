@@ -43,6 +43,13 @@ def test_no_field_is_the_methods_too():
         ({"depth_decay": 0}, "depth_decay must be above 0"),
         ({"depth_decay": 1.5}, "depth_decay must be a finite number from 0 to 1"),
         ({"crossover": 1}, "crossover must be True or False"),
+        ({"audit_rows": -1}, "audit_rows must be an int"),
+        ({"audit_rows": 100, "min_recall": 1.5}, "min_recall must be a finite number from 0 to 1"),
+        ({"audit_rows": 100, "max_error": -0.1}, "max_error must be a finite number"),
+        ({"audit_rows": 100, "min_recall": 1.0}, "min_recall=1.0 is dense attention, which no sample can show"),
+        ({"audit_rows": 100, "max_error": 0}, "max_error=0 is dense attention"),
+        ({"min_recall": 0.9}, "min_recall=0.9 needs audit_rows of at least 42: fewer rows cannot show it.*got 0"),
+        ({"audit_rows": 400, "max_error": 0.1}, "max_error=0.1 needs audit_rows of at least 418"),
     ],
 )
 def test_bad_values_say_what_was_expected(fields, message):

@@ -17,6 +17,7 @@ from stem_attn import (
     stem_attention_paged,
     stem_attention_varlen,
 )
+from stem_attn.backends.cpu import native
 from stem_attn.backends.fa4 import Fa4Backend
 from stem_attn.blocks import BlockGrid
 from stem_attn.call import Call
@@ -31,11 +32,14 @@ MASS = StemConfig(block_size=16, stride=4, budget_ratio=0.15, budget_bias=2, tai
 PROPERTIES = [(2.0, False), (None, True), (3.0, True)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
+@pytest.fixture(params=["cpu", "cpu in torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, way = request.param.partition(" ")
+    if name == "triton":
         pytest.importorskip("triton")
-    return request.param
+    if way:
+        monkeypatch.setenv(native.SWITCH, "0")
+    return name
 
 
 @pytest.fixture(autouse=True)

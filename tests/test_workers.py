@@ -118,6 +118,7 @@ def test_no_number_of_threads_is_left_changed(fails):
             assert time.monotonic() < deadline
 
 
+@pytest.mark.usefixtures("way")
 def test_modes_of_the_calling_thread_reach_the_workers():
     modes = []
     with torch.inference_mode():
@@ -129,6 +130,7 @@ def test_modes_of_the_calling_thread_reach_the_workers():
     assert modes == [False] * 8
 
 
+@pytest.mark.usefixtures("way")
 def test_results_do_not_depend_on_the_number_of_threads():
     results = []
     for threads in (1, 2, 3, 7):
@@ -139,6 +141,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.testing.assert_close(out, results[0][0], atol=2e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 def test_calls_at_once_from_many_threads_agree():
     expected, expected_indices = call()
     with ThreadPoolExecutor(8) as pool:
@@ -159,6 +162,7 @@ class Prompts(Dataset):
         return call(batch=1)[0][0]
 
 
+@pytest.mark.usefixtures("way")
 def test_in_workers_of_a_data_loader():
     expected = call(batch=1)[0][0]  # this process has its threads when the others are forked
     for out in DataLoader(Prompts(), batch_size=None, num_workers=2, multiprocessing_context="fork"):
@@ -166,6 +170,7 @@ def test_in_workers_of_a_data_loader():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("way")
 def test_after_a_fork():
     expected = call()[0]
     child = os.fork()
@@ -220,6 +225,7 @@ assert len(os.sched_getaffinity(0)) == 1
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("score", ["linear", "mass"])
 @pytest.mark.parametrize("residual", ["none", "mean"])
 def test_defaults_of_the_process_do_not_leak_in(score, residual):

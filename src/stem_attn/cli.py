@@ -63,6 +63,7 @@ def _fail(message: str) -> int:
 def _app() -> "typer.Typer":
     import typer
 
+    from stem_attn.lab.audit.command import audit
     from stem_attn.lab.bench.command import bench
     from stem_attn.lab.density.command import density
     from stem_attn.lab.doctor.command import doctor
@@ -102,10 +103,20 @@ def _app() -> "typer.Typer":
     app.command()(serving)
     app.command()(tune)
     app.command("report")(verdict)
-    accuracy = typer.Typer(help="Measure accuracy against dense attention.")
+    accuracy = typer.Typer(
+        help="Measure accuracy against dense attention. Methods are sparse even where so much is kept that an adapter "
+        "would stay dense (its crossover is off)."
+    )
+
+    @accuracy.callback(invoke_without_command=True)
+    def measure(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+
     accuracy.command()(fidelity)
     accuracy.command()(ruler)
     accuracy.command()(tasks)
     accuracy.command()(report)
+    accuracy.command()(audit)
     app.add_typer(accuracy, name="eval")
     return app

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from stem_attn.audit import Audit, rows_to_show
 from stem_attn.backends.base import Backend, Geometry
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import budget_of
@@ -35,6 +36,11 @@ class PrefillPolicy:
             `stem-attn tune` finds. Layers that are dense or have a sliding window ignore theirs. Empty: none.
         crossover: Whether prompts that keep too many blocks to be faster than dense attention stay dense. Turn it off
             to study accuracy.
+        audit_rows: Query rows of single heads that are also attended exactly, a layer's call and sequence, to tell how
+            true its sparse attention was; see `stem_attn.audit`. 0: none.
+        min_recall: A layer's call is attended again, densely, where the audit does not show that its sparse attention
+            keeps at least this share of the attention probability. None: whatever it keeps. It waits for the device.
+        max_error: The same for the relative error of the layer's attention output.
 
     Raises:
         ValueError: A field has the wrong type or lies outside its range.
@@ -45,6 +51,9 @@ class PrefillPolicy:
     depth_decay: float = 0.3
     layer_budgets: tuple[float, ...] = ()
     crossover: bool = True
+    audit_rows: int = 0
+    min_recall: float | None = None
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         check_int("min_seq_len", self.min_seq_len, 0)
@@ -60,8 +69,27 @@ class PrefillPolicy:
             check_float("layer_budgets", factor, 0.0, math.inf)
         if not isinstance(self.crossover, bool):
             raise ValueError(f"crossover must be True or False, got {self.crossover!r}")
+        check_int("audit_rows", self.audit_rows, 0)
+        self._check_targets()
         object.__setattr__(self, "dense_layers", tuple(layers))
         object.__setattr__(self, "layer_budgets", tuple(float(factor) for factor in factors))
+
+    def _check_targets(self) -> None:
+        lost = {}
+        if self.min_recall is not None:
+            check_float("min_recall", self.min_recall, 0.0, 1.0)
+            lost["min_recall"] = 1 - self.min_recall
+        if self.max_error is not None:
+            check_float("max_error", self.max_error, 0.0, math.inf)
+            lost["max_error"] = self.max_error**2
+        for name, share in lost.items():
+            if not share:
+                raise ValueError(f"{name}={getattr(self, name)} is dense attention, which no sample can show")
+            if self.audit_rows < rows_to_show(share):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs audit_rows of at least {rows_to_show(share)}: fewer rows "
+                    f"cannot show it, however true the attention is; got {self.audit_rows}"
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PrefillPolicy:
@@ -111,6 +139,17 @@ class PrefillPolicy:
         if layer >= len(self.layer_budgets):
             raise ValueError(f"layer_budgets has {len(self.layer_budgets)} factors, none for layer {layer}")
         return _scaled(config, self.layer_budgets[layer])
+
+    @property
+    def has_target(self) -> bool:
+        """Whether an audit decides if a call stays sparse."""
+        return self.min_recall is not None or self.max_error is not None
+
+    def misses(self, audit: Audit) -> bool:
+        """Tell whether an audit fails to show what the targets ask for."""
+        # Asked this way round, a limit that is no number misses.
+        recalls = self.min_recall is None or audit.recall.low >= self.min_recall
+        return not (recalls and (self.max_error is None or audit.error.high <= self.max_error))
 
     def why_dense(
         self,
@@ -211,14 +250,27 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ValueError(f"cannot read settings file {path}: {reason}") from error
+    return parse_settings(text, f"settings file {path}")
+
+
+def parse_settings(text: str, name: str) -> dict[str, Any]:
+    """Read the text of a settings file; see `read_settings`.
+
+    Args:
+        text: One JSON object.
+        name: What the text is called in errors.
+
+    Raises:
+        ValueError: It is no JSON object, or has a field that is unknown or out of range.
+    """
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"settings file {path} must be a JSON object: {error}") from error
+        raise ValueError(f"{name} must be a JSON object: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"settings file {path} must be a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"{name} must be a JSON object, got {type(fields).__name__}")
     try:
         make_settings(fields)  # says what is wrong with it, if anything
     except ValueError as error:
-        raise ValueError(f"settings file {path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     return fields

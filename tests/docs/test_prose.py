@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 from pages import PAGES, ROOT, name_of
 
-READ_BY_PEOPLE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", ROOT / "CHANGELOG.md"]
+OTHERS = ("CONTRIBUTING", "DESIGN", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT", "benchmarks/results/README")
+READ_BY_PEOPLE = [*PAGES, *(ROOT / f"{name}.md" for name in OTHERS)]
 LOCAL_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -22,7 +23,7 @@ def anchors(text):
         yield re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", READ_BY_PEOPLE, ids=name_of)
 def test_lines_have_at_most_100_characters(page):
     lines = enumerate(page.read_text().splitlines(), 1)
     # A row of a table, a picture and an address cannot be broken.

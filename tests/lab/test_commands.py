@@ -47,6 +47,10 @@ COMMANDS = {
         ["eval", "fidelity", *MODEL, "--length", "512", "--block-size", "16", "--prompts", "1", "--densities", "0.6",
          "--methods", "stem-official"], "--out",
     ),
+    "audit": (
+        ["eval", "audit", *MODEL, "--length", "400", "--prompts", "1", "--draws", "2", "--rounds", "1", *SMALL],
+        "--json",
+    ),
     "ruler": (
         ["eval", "ruler", *MODEL, "--tasks", "fwe", "--lengths", "1536", "--samples", "1", "--methods", "dense"],
         "--json",
@@ -126,7 +130,7 @@ def test_a_disk_that_is_full_is_found_before_the_work(arguments, tmp_path, monke
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("arguments", ["prefill", "bench", "ttft", "ruler"], indirect=True)
+@pytest.mark.parametrize("arguments", ["prefill", "bench", "ttft", "audit", "ruler"], indirect=True)
 def test_json_on_stdout_is_the_record_alone(arguments, capsys):
     assert cli.run([*arguments[:-1], "-"]) == 0
     assert list(json.loads(capsys.readouterr().out))[:5] == ENVELOPE
@@ -149,7 +153,13 @@ def test_answers_that_cannot_be_kept_are_printed(folder, tmp_path, monkeypatch, 
     assert json.loads(out.splitlines()[0])["key"]["task"] == "fwe"
 
 
-# --- texts on stdin --------------------------------------------------------------------------------------------------
+# --- texts and settings on stdin -------------------------------------------------------------------------------------
+
+
+def run_with_stdin(arguments, content, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    return cli.run([text.replace("{model}", folder).replace("{tmp}", str(tmp_path)) for text in arguments])
+
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
 FROM_STDIN = {
@@ -160,15 +170,9 @@ FROM_STDIN = {
 }
 
 
-def run_on_stdin(name, content, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
-    arguments = [text.replace("{model}", folder).replace("{tmp}", str(tmp_path)) for text in FROM_STDIN[name]]
-    return cli.run(arguments)
-
-
 @pytest.mark.parametrize("name", FROM_STDIN)
 def test_a_text_is_read_from_stdin(name, folder, tmp_path, monkeypatch):
-    assert run_on_stdin(name, TEXT.encode(), folder, tmp_path, monkeypatch) == 0
+    assert run_with_stdin(FROM_STDIN[name], TEXT.encode(), folder, tmp_path, monkeypatch) == 0
     written = {"prefill": "out.json", "tune": "out.tune.json", "fidelity": "fidelity.json", "inspect": "inspect.json"}[
         name
     ]
@@ -182,9 +186,44 @@ def test_a_text_is_read_from_stdin(name, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("content", "said"), [(b" \n", "stdin is empty"), (b"d\xe9j\xe0", "stdin is not UTF-8 text")])
 @pytest.mark.parametrize("name", FROM_STDIN)
 def test_a_bad_text_on_stdin_is_one_line(name, content, said, folder, tmp_path, monkeypatch, capsys):
-    assert run_on_stdin(name, content, folder, tmp_path, monkeypatch) == 2
+    assert run_with_stdin(FROM_STDIN[name], content, folder, tmp_path, monkeypatch) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"stem-attn: error: {said}")
+
+
+SETTINGS = {"decay": 0.5, "min_seq_len": 0}
+CONFIG_FROM_STDIN = {
+    "prefill": [*COMMANDS["prefill"][0], "--config", "-", "--json", "{tmp}/out.json"],
+    "bench": [*BENCH, "--config", "-", "--json", "{tmp}/out.json"],
+    "tune": [*COMMANDS["tune"][0], "--config", "-", "--out", "{tmp}/tuned.json"],
+    "inspect": [*COMMANDS["inspect"][0][:-1], "small=config:-,budget_ratio=0.1", "--out", "{tmp}"],
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FROM_STDIN)
+def test_settings_are_read_from_stdin(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(limit, "_SIZE", {"cuda": 64, "cpu": 64})
+    content = json.dumps(SETTINGS).encode()
+    assert run_with_stdin(CONFIG_FROM_STDIN[name], content, folder, tmp_path, monkeypatch) == 0
+    written = {"tune": "tuned.tune.json", "inspect": "inspect.json"}.get(name, "out.json")
+    settings = json.loads((tmp_path / written).read_text())["settings"]
+    used = settings["methods"]["small"] if name == "inspect" else settings["config"]
+    assert used["decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        (b"", [], "stdin is empty"),
+        (b"[1]", [], "stdin must be a JSON object, got list"),
+        (b'{"decay": 7}', [], "stdin: decay must be"),
+        (b"{}", ["--prompt-file", "-"], "stdin is empty, or another option has read it"),
+    ],
+)
+def test_bad_settings_on_stdin_are_one_line(content, more, said, folder, tmp_path, monkeypatch, capsys):
+    assert run_with_stdin([*CONFIG_FROM_STDIN["prefill"], *more], content, folder, tmp_path, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"stem-attn: error: {said}")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- presets and extras ----------------------------------------------------------------------------------------------
@@ -197,7 +236,8 @@ def test_an_unknown_preset_is_told_the_known_ones_of_this_command(name, folder, 
     target = ["--out", "x.json"] if name == "tune" else []
     assert cli.run([*given, *target, "--preset", "fast"]) == 2
     message = capsys.readouterr().err
-    assert cli.run([command[0], "--help"]) == 0
+    words = 2 if command[0] == "eval" else 1
+    assert cli.run([*command[:words], "--help"]) == 0
     described = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
     known = message.split("known: ")[1].strip().split(", ")
     assert known == (["demo"] if name == "prefill" else []) + ["default", "default-0.1", "official", "paper"]

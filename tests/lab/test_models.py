@@ -1,6 +1,5 @@
 """The cache of converted models, with a stand-in for the conversion; the real one is in test_real_model.py."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -123,19 +122,6 @@ def test_unwritable_cache_is_an_error(tmp_path, conversions, monkeypatch):
     monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(InputError, match="set STEM_ATTN_CACHE"):
         models.converted(write_gguf(tmp_path / "m.gguf"))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="XDG is for Unix")
-def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
-    monkeypatch.setattr(models.sys, "platform", "linux")
-    monkeypatch.delenv(models.CACHE_VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.cache_folder() == tmp_path / "stem-attn"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.cache_folder() == tmp_path / ".cache" / "stem-attn"
-    monkeypatch.setenv(models.CACHE_VARIABLE, "/elsewhere")
-    assert models.cache_folder() == Path("/elsewhere")
 
 
 def test_finding_the_packaged_model_does_not_import_its_package(monkeypatch):

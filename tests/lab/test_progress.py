@@ -39,7 +39,7 @@ def test_a_line_says_what_is_done_and_what_is_left():
     clock.now += 42
     assert work.line() == "tune, dense forward 1/2: 0 of at most 40 forwards done in 42 s"
     work.starts("uniform")
-    assert work.line() == "tune, uniform: 1 of at most 40 forwards done in 42 s, at most 27 min 18 s left"
+    assert work.line() == "tune, uniform: 1 of at most 40 forwards done in 42 s, about 27 min 18 s left"
 
 
 def test_long_times_are_told_in_hours_and_nothing_is_left_in_the_end():
@@ -136,6 +136,8 @@ COMMANDS = {
                     "--target", "kl=1e-9", *SMALL],
     "fidelity": ["eval", "fidelity", *MODEL, "--length", "512", "--block-size", "16", "--prompts", "2", "--densities",
                  "0.6,0.7", "--methods", "stem-official,oracle,dense", "--out", "{tmp}"],
+    "inspect": ["inspect", *MODEL, "--max-tokens", "400", "--block-size", "16", "--out", "{tmp}", "--methods", "oracle",
+                "--variant", "small=stem-default,min_seq_len=0,budget_ratio=0.1"],
     "ruler": ["eval", "ruler", *MODEL, "--tasks", "fwe", "--lengths", "1536", "--samples", "2", "--methods",
               "dense,a_shape", "--block-size", "16"],
 }  # fmt: skip

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import logging
-from collections import Counter
 from functools import cache
 
+from stem_attn import fallbacks as fallback_notes
 from stem_attn.backends.base import Backend
 from stem_attn.call import Call
-
-log = logging.getLogger("stem_attn")
 
 # In the order in which automatic choice tries them.
 _CLASSES = {
@@ -18,7 +15,6 @@ _CLASSES = {
     "fa4": "stem_attn.backends.fa4:Fa4Backend",
     "cpu": "stem_attn.backends.cpu:CpuBackend",
 }
-_fallbacks: Counter[str] = Counter()
 
 
 def names() -> tuple[str, ...]:
@@ -32,8 +28,8 @@ def available() -> dict[str, str | None]:
 
 
 def fallbacks() -> dict[str, int]:
-    """Return how often automatic choice passed over the fastest backend, by reason."""
-    return dict(_fallbacks)
+    """Return how often automatic choice passed over the fastest backend, or one ran in a slower way, by reason."""
+    return fallback_notes.counts()
 
 
 def check_name(name: str) -> None:
@@ -127,9 +123,7 @@ def _is_tried(backend: Backend, device_type: str) -> bool:
 
 
 def _note(reason: str) -> None:
-    if reason not in _fallbacks:
-        log.warning("automatic choice passes over a faster backend (%s)", reason)
-    _fallbacks[reason] += 1
+    fallback_notes.note("automatic choice passes over a faster backend", reason)
 
 
 @cache

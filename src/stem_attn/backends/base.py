@@ -59,6 +59,10 @@ class Backend(ABC):
         """Say why the backend cannot take this call, one of its parts or one of its properties."""
         return None
 
+    def how(self) -> str | None:
+        """Say, after "it runs", which of several ways this machine's calls take; None: there is only one."""
+        return None
+
     def break_even(self, geometry: Geometry, config: StemConfig) -> float:
         """Return the density up to which a whole sparse prefill, selection included, is faster than a dense one.
 

@@ -36,7 +36,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": round(properties.L2_cache_size / 2**20, 1),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "cudnn": _cudnn_version(),
             "driver": _driver(),
         }
     else:
@@ -88,3 +88,10 @@ def _driver() -> str | None:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except Exception:  # not installed, or no permission
         return None
+
+
+def _cudnn_version() -> int | str | None:
+    try:
+        return torch.backends.cudnn.version()  # type: ignore[no-untyped-call, no-any-return]
+    except RuntimeError:
+        return "another than PyTorch was built for"

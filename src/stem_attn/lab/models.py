@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,10 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from stem_attn.cache import CACHE_VARIABLE, cache_folder
 from stem_attn.lab.errors import InputError, first_line, require
 
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CACHE_VARIABLE = "STEM_ATTN_CACHE"
 _MANIFEST = "stem-attn.json"
 _SAMPLE = "Hello world, 12 tokens.\n\tdef f(x): return x"
 
@@ -131,19 +129,6 @@ def converted(gguf: Path) -> Path:
                 f"set {CACHE_VARIABLE} to a folder of your own"
             ) from error
     return folder
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: `$STEM_ATTN_CACHE`, or the user's cache folder."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA")
-    elif sys.platform == "darwin":
-        root = str(Path.home() / "Library" / "Caches")
-    else:
-        root = os.environ.get("XDG_CACHE_HOME")
-    return Path(root or Path.home() / ".cache") / "stem-attn"
 
 
 def _check_folder(source: str) -> None:

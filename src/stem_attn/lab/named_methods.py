@@ -117,7 +117,7 @@ def parse_methods(names: str, variants: Iterable[str] = ()) -> list[NamedMethod]
         names: Known methods, with `+tail` or without, or names of variants, separated by commas. Variants need not be
             named again.
         variants: Each gives a name to a known method with changed fields; a value is JSON, or else a plain string.
-            `config:FILE` stands for Stem with the fields of a config file.
+            `config:FILE` stands for Stem with the fields of a config file, `config:-` of stdin.
 
     Returns:
         The methods in the order given, variants last, each once.

@@ -65,8 +65,8 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        metavar="FILE",
-        help="Settings as a JSON object, such as stem-attn tune writes; they replace the preset's.",
+        metavar="FILE|-",
+        help="Settings as a JSON object, such as stem-attn tune writes; they replace the preset's. - is stdin.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -85,7 +85,8 @@ VariantOption = Annotated[
     typer.Option(
         metavar="NAME=METHOD,FIELD=VALUE,...",
         help="A method with changed settings, under a name of your own; a value is JSON. May be repeated: "
-        "--variant small=stem-default,block_size=32,min_seq_len=0. With config:FILE the settings of a file.",
+        "--variant small=stem-default,block_size=32,min_seq_len=0. With config:FILE the settings of a file, with "
+        "config:- those on stdin.",
         rich_help_panel=METHOD,
     ),
 ]

@@ -55,12 +55,12 @@ class Progress:
     def line(self) -> str:
         """Say what is done and what is left."""
         gone = self._now() - self._start
-        most = "at most " if self._at_most else ""
-        text = f"{self.title}: {self.done} of {most}{self.total} {self._unit} done in {_duration(gone)}"
+        total = f"at most {self.total}" if self._at_most else f"{self.total}"
+        text = f"{self.title}: {self.done} of {total} {self._unit} done in {_duration(gone)}"
         if not self.done:
             return text
         left = gone / self.done * max(self.total - self.done, 0)
-        return f"{text}, {most or 'about '}{_duration(left)} left"
+        return f"{text}, about {_duration(left)} left"
 
     def _set(self, step: str, done: int) -> None:
         self.step, self.done = step, done

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,25 +81,6 @@ def public_text() -> tuple[str, str]:
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     return text, f"the Python {platform.python_version()} language reference (pydoc_data.topics)"
-
-
-def read_text(path: Path) -> tuple[str, str]:
-    """Return a file's text and its name; `-` is stdin.
-
-    Raises:
-        InputError: The file cannot be read, is not UTF-8, or is empty.
-    """
-    piped = str(path) == "-"
-    name = "stdin" if piped else str(path)
-    try:
-        text = (sys.stdin.buffer.read() if piped else path.read_bytes()).decode("utf-8").replace("\r\n", "\n")
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if not text.strip():
-        raise InputError(f"{name} is empty")
-    return text, name
 
 
 def make_needle(text: str, seed: int) -> Needle:

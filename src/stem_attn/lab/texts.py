@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.prompts import public_text, read_text
+from stem_attn.lab.inputs import read_text
+from stem_attn.lab.prompts import public_text
 
 _LEAST_MODULE_BYTES = 30_000
 _LEAST_DOCSTRING_CHARACTERS = 400

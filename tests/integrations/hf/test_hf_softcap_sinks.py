@@ -231,3 +231,20 @@ def test_a_softcap_that_is_none_is_plain_attention():
     enable(model, StemConfig(block_size=BLOCK), min_seq_len=4096)
     assert relative_error(run(model, ids, "left"), expected) < 1e-4
     assert hf.stats(model).dense == {"short prompt": 2}
+
+
+@torch.no_grad()
+def test_an_audit_knows_them_and_what_misses_its_target_is_dense(family, monkeypatch):
+    model, ids = tiny(family), tokens(1, 1024)
+    expected = model(ids).logits
+    enable(model, KEEP_ALL, audit_rows=64, min_recall=0.9)
+    forbid_eager(model, monkeypatch)
+    model(ids)
+    stats = hf.stats(model)
+    assert stats.redone == {}
+    assert stats.audit[1].recall.value == pytest.approx(1)
+    assert stats.audit[1].error.value < 1e-4
+    enable(model, SPARSE, audit_rows=64, min_recall=0.9)
+    assert relative_error(model(ids).logits, expected) < 1e-4
+    assert hf.stats(model).redone == {1: 1}
+    assert hf.stats(model).dense == {"audit missed the target": 1}

@@ -33,6 +33,15 @@ def test_presets_are_brought_to_the_density_and_compared_with_the_first(fast, tm
     assert f"{second['whole_over_first']:.3f}" in capsys.readouterr().out
 
 
+def test_a_length_that_cannot_have_the_density_is_one_sentence(fast, tmp_path, capsys):
+    arguments = ["--lengths", "100", "--densities", "0.12", "--rounds", "1", "--device", "cpu"]
+    assert cli.run(["density", *arguments, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("stem-attn: error: preset official at 100 tokens: ")
+    assert error.endswith("; take longer prompts")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inputs_follow_the_seed_and_heads_differ_in_sharpness(fast):
     q, k, v = run.draw_inputs(200, torch.device("cpu"), seed=3)
     again = run.draw_inputs(200, torch.device("cpu"), seed=3)

@@ -11,7 +11,7 @@ import torch
 
 from stem_attn import backends, cli
 from stem_attn.backends.base import Backend
-from stem_attn.backends.cpu import CpuBackend
+from stem_attn.backends.cpu import CpuBackend, native
 from stem_attn.lab.devices import DTYPES
 from stem_attn.lab.doctor import run
 from stem_attn.lab.doctor.private import without_private_parts
@@ -59,6 +59,17 @@ def test_json_on_stdout(quick, capsys):
     out, err = capsys.readouterr()
     assert list(json.loads(out)) == ENVELOPE
     assert "All that is available here is right." in err
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"), [("0", "in plain torch, which is slower: STEM_ATTN_NATIVE=0"), ("1", "a kernel")]
+)
+def test_says_how_the_cpu_backend_computes(switch, said, quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(native.SWITCH, switch)
+    monkeypatch.setattr(native, "_kernel", lambda: (None, "not used") if switch == "0" else (object(), None))
+    monkeypatch.setattr(native, "takes", lambda q: False)
+    assert record(tmp_path, code=0)["backends"][0]["how"].startswith(said)
+    assert f"cpu runs {said}" in " ".join(capsys.readouterr().out.split())
 
 
 def shifted(monkeypatch):

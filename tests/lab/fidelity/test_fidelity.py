@@ -5,9 +5,9 @@ import tiny_model
 from stem_attn import PrefillPolicy, StemConfig
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import select_at_density
-from stem_attn.lab.fidelity.layer_numbers import DenseLayer, LayerNumbers, at_density
 from stem_attn.lab.fidelity.paper_tests import PAPER_TESTS
 from stem_attn.lab.fidelity.run import Candidate, Found, measure_prompt
+from stem_attn.lab.layer_numbers import DenseLayer, LayerNumbers, at_density
 from stem_attn.lab.logits import compare_positions, keep_hidden
 from stem_attn.lab.named_methods import NamedMethod
 

@@ -95,7 +95,9 @@ def test_pointing_at_a_block_reads_it(opened, made):
     opened.wait("document.getElementById('cell').textContent.includes('query block 15')")
     told = text(opened, "#cell")
     step = int(made.layers[1].mass[2, 15, 3])
-    share = "less than 0.01%" if step == 0 else f"{float(f'{100 * plots.LEAST_MASS ** (1 - step / STEPS):.2g}'):g}%"
+    share = (
+        "Less than 0.01%" if step == 0 else f"About {float(f'{100 * plots.LEAST_MASS ** (1 - step / STEPS):.2g}'):g}%"
+    )
     assert f"{share} of the attention of query block 15 falls on key block 3" in told
     for method, name in enumerate(("first", "second")):
         assert f"{name}: {'kept' if made.layers[1].kept[method].blocks[2, 15, 3] else 'pruned'}" in told

@@ -69,6 +69,10 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     found, expected = (json.loads(file.read_text()) for file in (joined, whole))
     assert found["cells"] == expected["cells"]
     assert found["means"] == expected["means"]
+    dense, tail = found["settings"]["methods"]
+    assert dense == {"name": "dense", "base": "dense", "fields": {}}
+    assert (tail["name"], tail["base"]) == ("xattention+tail", "xattention")
+    assert tail["fields"]["method"]["block_size"] == 16
     # A random model masters nothing, so that nothing is averaged.
     assert [left["task"] for left in found["not_in_means"]] == ["key_values", "code_file"]
     text = shown(found)
@@ -77,7 +81,7 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     capsys.readouterr()
 
     assert cli.run(["eval", "report", str(tmp_path / "none.jsonl")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "none.jsonl: No such file" in capsys.readouterr().err
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     assert cli.run(["eval", "report", str(empty)]) == 2

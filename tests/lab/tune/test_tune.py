@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stem_attn.lab.errors import InputError
 from stem_attn.lab.named_methods import parse_methods
 from stem_attn.lab.tasks.sparse import running
 from stem_attn.lab.tune.levels import levels
-from stem_attn.lab.tune.run import check, parse_target, tune, with_layer_budgets
+from stem_attn.lab.tune.run import check, most_forwards, neighbours, parse_target, tune, with_layer_budgets
 from stem_attn.policy import PrefillPolicy, make_settings, read_settings
 
 LENGTH = 384
@@ -104,6 +105,24 @@ def test_dense_layers_stay_dense_and_are_not_counted():
             tune(model, ids, CONFIG, policy, parse_target("kl=0.01"), logit_stride=1, on_step=silent)
 
 
+def test_no_more_forwards_are_made_than_told():
+    model, ids, steps = tiny_model.model(), prompts(3), []
+    arguments = {"logit_stride": 1, "on_step": steps.append}
+    found = tune(model, ids[:2], CONFIG, POLICY, parse_target("kl=0.02"), **arguments)
+    check(model, ids[2:], found, **arguments)
+    most = most_forwards(CONFIG, LENGTH, layers=2, prompts=2, held_out=1)
+    assert most / 2 < len(steps) <= most
+    assert steps.count("sensitivity") == 2  # one a layer, of the first prompt
+    assert {trial.prompts for trial in found.trials if trial.stage in ("uniform", "tuned")} == {2}
+
+
+def test_deep_models_have_groups_of_neighbours():
+    assert neighbours(range(3)) == [range(1), range(1, 2), range(2, 3)]
+    groups = neighbours(list(range(32)))
+    assert [len(group) for group in groups] == [4] * 8
+    assert [layer for group in groups for layer in group] == list(range(32))
+
+
 def test_too_short_prompts_leave_nothing_to_choose():
     model, config = tiny_model.model(), dataclasses.replace(CONFIG, dense_below=100)
     with pytest.raises(InputError, match="at 384 tokens this config has no budgets to choose from"):
@@ -141,10 +160,13 @@ def test_command_writes_a_config_and_a_record(folder, tmp_path, capsys):
     assert [text["sha256"] for text in record["texts"]] == list({text["sha256"]: 0 for text in record["texts"]})
     assert {run["stage"] for run in record["runs"]} == {"uniform", "sensitivity", "recipe", "tuned"}
     assert record["held_out"]["tuned"]["kl_nats"] > 0
-    printed = capsys.readouterr().out
-    assert "Budgets by layer" in printed
-    assert "uniform, equal density" in printed
-    assert f"{record['density_at_target']['tuned']:.4f} by layer" in printed
+    printed = capsys.readouterr()
+    assert "Budgets by layer" in printed.out
+    assert "uniform, equal density" in printed.out
+    assert f"{record['density_at_target']['tuned']:.4f} by layer" in printed.out
+    said = printed.err.splitlines()
+    assert re.fullmatch(r"tune: at most \d+ forwards of 384 tokens", said[0])
+    assert re.fullmatch(r"tune: one takes [\d.]+ s, all at most \d+ s", said[1])
 
 
 def test_command_says_so_where_only_dense_reaches_the_target(folder, tmp_path, capsys):

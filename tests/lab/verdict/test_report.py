@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import tiny_model
-from stem_attn import PrefillPolicy, StemConfig, cli
+from stem_attn import PrefillPolicy, StemConfig, __version__, cli
 from stem_attn.lab.bench import limit
-from stem_attn.lab.configs import plain_settings
+from stem_attn.lab.configs import DEMO, plain_settings, settings_from_options
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.fidelity.report import summarize
 from stem_attn.lab.shapes import MODELS
@@ -181,6 +181,23 @@ def test_what_is_not_measured_leaves_it_open():
     assert verdict(SPEED, dataclasses.replace(TOP1, is_stem=False)).answer == OPEN  # a rival's accuracy says nothing
 
 
+def test_without_speed_every_method_and_density_is_judged_by_itself():
+    easy = dataclasses.replace(TOP1, density=0.4, top1_agreement=0.99)
+    poor = dataclasses.replace(TOP1, method="stem-official", top1_agreement=0.5)
+    found = judge(Evidence(accuracies=[TOP1, easy, poor, dataclasses.replace(TASK, density=0.26)]))
+    assert [(one.settings, one.answer) for one in found] == [
+        ("stem-default at density 0.25", OPEN),
+        ("stem-default at density 0.40", OPEN),
+        ("stem-official at density 0.25", NO),
+    ]
+    assert "98.0% of the positions, task fwe +0.0 points" in found[0].reason
+    assert headline(found) == (
+        "Not worth it at 32,768 tokens with stem-official at density 0.25. "
+        "Open at 32,768 tokens with stem-default at density 0.25 and 32,768 tokens with stem-default at density 0.40: "
+        "something is not measured yet."
+    )
+
+
 def test_other_lengths_and_densities_are_said():
     found = verdict(SPEED, dataclasses.replace(TOP1, length=8192, density=0.5))
     assert found.cautions == (
@@ -206,7 +223,11 @@ def test_accuracy_of_the_same_settings_is_taken():
 def test_settings_are_named_by_their_preset():
     config = plain_settings(StemConfig.preset("official"), PrefillPolicy.preset("official"))
     assert settings_in_words(config) == "stem-official"
-    assert settings_in_words({**plain_settings(StemConfig(), PrefillPolicy()), "decay": 0.5}) == "decay=0.5"
+    assert (
+        settings_in_words(plain_settings(*settings_from_options("demo", [], own_presets={"demo": DEMO}))) == "stem-demo"
+    )
+    changed = plain_settings(StemConfig(decay=0.5, budget_ratio=0.2), PrefillPolicy())
+    assert settings_in_words(changed) == "budget_ratio=0.2, decay=0.5"
 
 
 def test_what_is_nearest_to_use_counts_and_the_least_gain_of_its_kind():
@@ -220,6 +241,12 @@ def test_the_headline_names_the_lengths():
     short = dataclasses.replace(SPEED, length=4096, stem_seconds=11.0)
     told = headline(judge(Evidence(speeds=[SPEED, short], accuracies=[TOP1])))
     assert told == "Worth it at 32,768 tokens. Not worth it at 4,096 tokens."
+    slow = dataclasses.replace(SPEED, settings="stem-official", stem_seconds=11.0)
+    told = headline(judge(Evidence(speeds=[SPEED, slow, short], accuracies=[TOP1])))
+    assert told == (
+        "Worth it at 32,768 tokens with stem-default. "
+        "Not worth it at 4,096 tokens and 32,768 tokens with stem-official."
+    )
     assert headline([]) == "Nothing here compares Stem with dense attention."
 
 
@@ -253,11 +280,18 @@ def test_a_file_that_is_cut_off(results, tmp_path, capsys):
 
 def test_a_file_of_another_version(tmp_path, capsys):
     said = refused(capsys, tmp_path, OLD)
-    assert "fidelity.json is a result of another version of stem-attn (0.1.0) that this one cannot read" in said
+    assert f"fidelity.json was written by stem-attn 0.1.0, and {__version__} cannot read it (no 'date' in it)" in said
 
 
-@pytest.mark.parametrize("change", ["no cases", "unknown command", "cases of another form"])
-def test_a_record_of_another_form(results, tmp_path, capsys, change):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("no cases", "no 'cases' in it"),
+        ("unknown command", "not as expected: command 'measure'"),
+        ("cases of another form", "no 'methods' in it"),
+    ],
+)
+def test_a_record_of_another_form(results, tmp_path, capsys, change, said):
     record = load(results / "bench/bench.json")
     if change == "no cases":
         del record["cases"]
@@ -266,7 +300,7 @@ def test_a_record_of_another_form(results, tmp_path, capsys, change):
     else:
         record["cases"] = [{"k_len": 300}]
     (tmp_path / "bench.json").write_text(json.dumps(record))
-    assert "is a result of another version" in refused(capsys, tmp_path, tmp_path)
+    assert f"{__version__} cannot read it ({said}" in refused(capsys, tmp_path, tmp_path)
 
 
 def test_results_of_two_machines_or_models(results, tmp_path, capsys):
@@ -287,6 +321,13 @@ def test_a_place_that_cannot_be_written_is_found_first(results, tmp_path, capsys
     monkeypatch.setattr("stem_attn.lab.verdict.read.read", None)
     assert cli.run(["report", str(results), "--out", str(tmp_path / "none" / "page.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_doctors_record_beside_the_others_is_no_reason_to_refuse(results, tmp_path):
+    record = load(results / "prefill.json")
+    kept = {name: record[name] for name in ("arguments", "date", "machine", "settings")}
+    (tmp_path / "doctor.json").write_text(json.dumps({"command": "doctor", **kept, "backends": []}))
+    assert len(read([results, tmp_path]).speeds) == len(read([results]).speeds)
 
 
 def test_a_folder_given_twice_counts_once(results):

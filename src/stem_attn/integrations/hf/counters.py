@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from stem_attn import plots
+from stem_attn.audit import Audit, AuditSums
 from stem_attn.blocks import BlockSelection
 
 log = logging.getLogger("stem_attn.hf")
 
 # Reasons for dense attention that belong to normal use; every other one is logged as a warning.
-_EXPECTED = frozenset({"decode", "short prompt", "dense layer", "no gain from sparsity"})
+_EXPECTED = frozenset({"decode", "short prompt", "dense layer", "no gain from sparsity", "audit missed the target"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Stats:
         tokens: Query tokens by kind ("sparse", "banded", "dense"), padding included, summed over calls.
         unknown_prompt_len: Sparse calls with a prefix whose whole prompt length nobody told; their budget is that
             of the tokens seen so far.
+        audit: How true the sparse calls of every layer were, by the layer's index (-1 where the model does not number
+            its layers); empty without `policy.audit_rows`. It tells of sparse attempts, those that missed the policy's
+            target too.
+        redone: Calls that missed the target and were attended again, densely, by layer. They count as dense.
     """
 
     method: str
@@ -47,6 +52,8 @@ class Stats:
     density: float | None
     tokens: dict[str, int]
     unknown_prompt_len: int
+    audit: dict[int, Audit]
+    redone: dict[int, int]
 
     def plot(self, *, axes: Any = None) -> Any:
         """Draw the calls by kind with matplotlib, dense ones by reason.
@@ -81,6 +88,9 @@ class Counters:
         self._unknown_prompt_len = 0
         self._causal_blocks = 0
         self._kept_blocks: dict[str, Tensor] = {}  # by device, int64, so that counting never waits for the device
+        self._audits: dict[int, AuditSums] = {}
+        self._redone: Counter[int] = Counter()
+        self._audits_begun = 0
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
@@ -103,6 +113,19 @@ class Counters:
         with self._lock:
             self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept
             self._causal_blocks += batch * heads * selection.grid.causal_blocks
+
+    def next_audit_seed(self) -> int:
+        """Return another seed on every call, and the same ones again after a reset."""
+        with self._lock:
+            self._audits_begun += 1
+            return self._audits_begun
+
+    def audit(self, layer: int | None, sums: AuditSums, *, redone: bool) -> None:
+        """Note what an audit found of one sparse call, and whether it was then attended densely."""
+        key = -1 if layer is None else layer
+        with self._lock:
+            self._audits[key] = self._audits[key] + sums if key in self._audits else sums
+            self._redone.update([key] * redone)
 
     def unknown_prompt_len(self) -> None:
         """Note a sparse call with a prefix whose whole prompt length is unknown, and warn once."""
@@ -145,4 +168,6 @@ class Counters:
                 density=kept / self._causal_blocks if self._causal_blocks else None,
                 tokens={kind: self._tokens[kind] for kind in ("sparse", "banded", "dense")},
                 unknown_prompt_len=self._unknown_prompt_len,
+                audit={layer: self._audits[layer].read() for layer in sorted(self._audits)},
+                redone=dict(sorted(self._redone.items())),
             )

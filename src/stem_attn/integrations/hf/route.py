@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from stem_attn import backends
-from stem_attn.api import block_sparse_attention, stem_attention
+from stem_attn.api import block_sparse_attention
 from stem_attn.backends.base import Geometry
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.config import StemConfig
 from stem_attn.integrations.hf.dense import attend_densely, check_keys
 from stem_attn.integrations.hf.masks import Layout, layout
 from stem_attn.integrations.hf.properties import Properties
+from stem_attn.integrations.hf.sparse import SparseCall
 from stem_attn.integrations.hf.state import State
+
+Attend = Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]
+"""Called with q, k, v of batch rows that are padded alike, and their prompts' lengths; returns [B, Hq, Tq, Dv]."""
 
 
 def route(
@@ -80,35 +84,58 @@ def route(
     if reason is not None or (whole is not None and not properties.any):
         return _dense(state, module, query, key, value, mask, scale, properties, reason or whole or "")
 
-    if whole is not None:
-        state.counters.dense(whole, batch * q_len)
-    elif window is None:
-        state.counters.attended("sparse", batch * q_len)
-        if told_lens is None and seen > q_len:
-            state.counters.unknown_prompt_len()
-    else:
-        state.counters.attended("banded", batch * q_len)
-
     how: dict[str, Any] = {"scale": scale, "softcap": properties.softcap, "sinks": properties.sinks}
+    sparse = SparseCall(state, config, how)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
-        if whole is not None:
-            return _all_blocks(state, q, k, v, how)
-        if window is None:
-            return _sparse(state, config, q, k, v, lens, how)
+    def all_blocks(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        return _all_blocks(state, q, k, v, how)
+
+    def banded(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        assert window is not None
         return _banded(state, q, k, v, window, how)
 
-    key, value = key[:, :, :keys], value[:, :, :keys]
-    # Rows that are padded alike go together; otherwise each row is cut to its real tokens.
+    def run(attend: Attend) -> Tensor:
+        return _without_padding(attend, query, key[:, :, :keys], value[:, :, :keys], rows, lens, seen)
+
+    if whole is not None:
+        state.counters.dense(whole, batch * q_len)
+        return run(all_blocks)
+    if window is not None:
+        state.counters.attended("banded", batch * q_len)
+        return run(banded)
+    out = run(sparse.attend)
+    if not sparse.stands(layer):
+        missed = "audit missed the target"
+        if not properties.any:
+            return _dense(state, module, query, key, value, mask, scale, properties, missed)
+        state.counters.dense(missed, batch * q_len)
+        return run(all_blocks)
+    state.counters.attended("sparse", batch * q_len)
+    if told_lens is None and seen > q_len:
+        state.counters.unknown_prompt_len()
+    return out
+
+
+def _without_padding(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: tuple[tuple[int, int], ...],
+    lens: list[int],
+    seen: int,
+) -> Tensor:
+    """Attend to all batch rows, those that are padded alike together, each cut to its real tokens: [B, L, Hq, Dv]."""
+    batch, heads, q_len, _ = query.shape
     alike = len(set(rows)) == 1
     if alike and rows[0] == (0, seen):
         return attend(query, key, value, lens).transpose(1, 2).contiguous()
-    out = query.new_zeros(batch, q_len, query.shape[1], value.shape[3])
+    out = query.new_zeros(batch, q_len, heads, value.shape[3])
     parts = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
     for which, (first, end) in parts:
         queries = _present(first, end, seen, q_len)
         if queries.start < queries.stop:
-            present = _present(first, end, seen, keys)
+            present = _present(first, end, seen, key.shape[2])
             part = attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens[which])
             out[which, queries] = part.transpose(1, 2)
     return out
@@ -168,21 +195,6 @@ def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len:
             return "decode"
         raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {real}")
     return "short prompt" if max(told_lens or real) < state.policy.min_seq_len else None
-
-
-def _sparse(
-    state: State, config: StemConfig, q: Tensor, k: Tensor, v: Tensor, lens: list[int], how: dict[str, Any]
-) -> Tensor:
-    if state.method is None:
-        out, selection = stem_attention(
-            q, k, v, config=config, prompt_len=lens, backend=state.backend, return_selection=True, **how
-        )
-    else:
-        selection = state.method.select(q, k, v, scale=how["scale"], prompt_len=lens)
-        residual = state.config.residual
-        out = block_sparse_attention(q, k, v, selection, residual=residual, backend=state.backend, **how)
-    state.counters.selection(selection)
-    return out
 
 
 def _all_blocks(state: State, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:

@@ -57,7 +57,10 @@ def parse(given: Mapping[str, Any]) -> Settings:
     preset = given.get("preset", "default")
     from_file = _read_file(given["config_file"]) if "config_file" in given else {}
     inline = {name: value for name, value in given.items() if name not in _OWN_KEYS}
-    return Settings(*make_settings({**from_file, **inline}, preset), preset)
+    config, policy = make_settings({**from_file, **inline}, preset)
+    if policy.audit_rows:
+        raise ValueError("audit_rows has no effect in vLLM: prefills are audited in transformers only")
+    return Settings(config, policy, preset)
 
 
 def choose(settings: Settings, asked: Any) -> Settings | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stem_attn import StemConfig, block_sparse_attention, stem_attention
+from stem_attn.lab.errors import InputError
 from stem_attn.lab.results import Record
 from stem_attn.lab.shapes import SHAPES
 from stem_attn.lab.timing import Work, peak_extra_mib, time_rounds
@@ -57,12 +58,18 @@ def time_presets(
 
     Returns:
         A record a preset: its settings, the density it has, milliseconds by part, and the ratio to the first one.
+
+    Raises:
+        InputError: A preset cannot have this density at this length.
     """
     q, k, v = draw_inputs(tokens, device, seed=0)
     records: list[Record] = []
     runs: list[Work] = []
     for preset in presets:
-        matched = match_density(Stem(StemConfig.preset(preset)), q, k, v, density, tolerance=0.0)
+        try:
+            matched = match_density(Stem(StemConfig.preset(preset)), q, k, v, density, tolerance=0.0)
+        except ValueError as error:
+            raise InputError(f"preset {preset} at {tokens} tokens: {error}; take longer prompts") from error
         assert isinstance(matched, Stem)
         config, selection = matched.config, matched.select(q, k, v)
         parts: dict[str, Work] = {

@@ -54,6 +54,8 @@ def _words(parts: tuple[Record, ...]) -> list[Text]:
             lines.append(Text(f"{part['name']} is not available here: {part['why_not']}"))
         elif not part["checks"]:
             lines.append(Text(f"{part['name']} is available; it is not checked here"))
+        if part["how"]:
+            lines.append(Text(f"{part['name']} runs {part['how']}"))
         for check in part["checks"]:
             if check["not_taken"]:
                 lines.append(Text(f"{part['name']} does not take {check['dtype']} here: {check['not_taken']}"))

@@ -48,12 +48,14 @@ def examine_backends() -> list[Record]:
     """Check every backend on a few hundred tokens.
 
     Returns:
-        A record each: its name, `why_not` where it is not available here, and `checks`, one a dtype.
+        A record each: its name, `why_not` where it is not available here, `how` it runs if there are several ways, and
+        `checks`, one a dtype.
     """
     return [
         {
             "name": name,
             "why_not": reason,
+            "how": None if reason else backends.by_name(name).how(),
             "checks": [] if reason else [_check(backends.by_name(name), dtype) for dtype in DTYPES],
         }
         for name, reason in backends.available().items()
@@ -64,7 +66,7 @@ def examine_integrations() -> list[Record]:
     """Look at the adapters in the same form; vLLM's is not run, since that takes an engine."""
     reasons = {"transformers": _why_no_transformers(), "vllm": _why_no_vllm()}
     checks = {"transformers": [] if reasons["transformers"] else [_check_model()], "vllm": []}
-    return [{"name": name, "why_not": reason, "checks": checks[name]} for name, reason in reasons.items()]
+    return [{"name": name, "why_not": reason, "how": None, "checks": checks[name]} for name, reason in reasons.items()]
 
 
 def is_wrong(found: Record) -> bool:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from stem_attn.lab.equal_density import Choice, UnreachableDensityError, mix, select_at_density, share_above
 from stem_attn.lab.errors import InputError
-from stem_attn.lab.fidelity.layer_numbers import POSITION_BINS, DenseLayer, at_density, attend
 from stem_attn.lab.intercept import Attend, intercept
+from stem_attn.lab.layer_numbers import POSITION_BINS, DenseLayer, at_density, attend
 from stem_attn.lab.logits import PositionNumbers, compare_positions, keep_hidden
 from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.lab.progress import OnStep

@@ -12,6 +12,7 @@ import typer
 from stem_attn.lab.configs import DEMO, plain_settings
 from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.inputs import read_text
 from stem_attn.lab.options import (
     METHOD,
     OUTPUT,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from stem_attn.lab.named_methods import NamedMethod
     from stem_attn.lab.prompts import Prompt
 
-_TOKENS = 4096
+_TOKENS = 4160  # from 4096 on every preset is sparse
 _DEMO = "stem-demo"
 _PICTURES = ("heads.png", "layers.png", "worst_head.png")
 
@@ -97,8 +98,6 @@ def inspect(
     Writes a page that needs no network, pictures of it, and every number. With two methods it shows them side by side.
     """
     require("transformers", "gguf", "jinja2", "matplotlib", extra="eval")
-    from stem_attn.lab.prompts import read_text
-
     # Everything that can be refused without the model is refused before it loads.
     chosen = _methods(methods, variant or [], block_size)
     check_dtype(dtype)
@@ -119,8 +118,8 @@ def inspect(
         named.check_layers(config.num_hidden_layers)
     k_blocks = -(-prompt.tokens // block_size)
     shown = rows_to_show(k_blocks, config.num_hidden_layers * config.num_attention_heads, rows)
-    steps = config.num_hidden_layers + len(chosen)
-    with show_progress("inspect", "steps", steps, at_most=True) as progress:
+    steps = config.num_hidden_layers * (1 + len(chosen))
+    with show_progress("inspect", "layers", steps, at_most=True) as progress:
         found = look(loaded.model, prompt.ids, chosen, block_size=block_size, rows=shown, on_step=progress.starts)
 
     settings: Record = {

@@ -271,8 +271,8 @@
   }
 
   function share(step) {
-    if (step === 0) return `less than ${(100 * page.leastMass).toFixed(2)}%`;
-    return `about ${Number((100 * page.leastMass ** (1 - step / steps)).toPrecision(2))}%`;
+    if (step === 0) return `Less than ${(100 * page.leastMass).toFixed(2)}%`;
+    return `About ${Number((100 * page.leastMass ** (1 - step / steps)).toPrecision(2))}%`;
   }
 
   function tell() {

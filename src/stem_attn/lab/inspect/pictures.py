@@ -30,16 +30,25 @@ def draw(record: Record, found: Found) -> dict[str, bytes]:
 
 
 def _heads(record: Record, found: Found) -> bytes:
-    """Draw every head as a small picture, layers downward, heads to the right."""
-    heads, methods = found.layers[0].mass.shape[0], len(found.outcomes)
-    width = min(max(0.55 * heads, 4), 14) * methods
-    figure, axes = _figure(1, methods, width, width / methods * len(found.layers) / heads + 0.8)
+    """Draw every head as a small picture; what there is more of, layers or heads, goes to the right."""
+    layers, heads, methods = len(found.layers), found.layers[0].mass.shape[0], len(found.outcomes)
+    wide = layers > heads
+    across, down = max(layers, heads), min(layers, heads)
+    width = min(max(0.55 * across, 4), 14)
+    height = width * down / across + 0.8
+    if wide:
+        figure, axes = _figure(methods, 1, width, height * methods)
+    else:
+        figure, axes = _figure(1, methods, width * methods, height)
     for place, panel in enumerate(axes):
-        rows = [torch.cat(_thumbnails(layer, found.rows, place), 1) for layer in found.layers]
-        panel.imshow(torch.cat(rows).numpy(), interpolation="nearest", extent=(0, heads, len(rows), 0), aspect="auto")
-        panel.set(xlabel="head", ylabel="layer", xticks=_ticks(heads), yticks=_ticks(len(rows)))
-        panel.set_xticklabels(_ticks(heads))
-        panel.set_yticklabels([found.layers[i].index for i in _ticks(len(rows))])
+        tiles = torch.stack([torch.stack(_thumbnails(layer, found.rows, place)) for layer in found.layers])
+        rows = (tiles.transpose(0, 1) if wide else tiles).unbind(0)
+        picture = torch.cat([torch.cat(row.unbind(0), 1) for row in rows])
+        panel.imshow(picture.numpy(), interpolation="nearest", extent=(0, across, down, 0), aspect="auto")
+        panel.set(xlabel="layer" if wide else "head", xticks=_ticks(across))
+        panel.set(ylabel="head" if wide else "layer", yticks=_ticks(down))
+        label = panel.set_xticklabels if wide else panel.set_yticklabels
+        label([found.layers[i].index for i in _ticks(layers)])
         panel.set_title(f"{record['methods'][place]['name']}: blue kept, orange pruned", fontsize=10)
     return _png(figure)
 

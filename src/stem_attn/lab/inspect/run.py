@@ -138,7 +138,7 @@ def look(
         methods: What to look at.
         block_size: Tokens a block, of every method.
         rows: Absolute query blocks to show, ascending.
-        on_step: Told what starts: once a layer of the dense forward, once a forward of a method.
+        on_step: Told what starts: every layer of the dense forward, and of the forward of every method.
 
     Raises:
         InputError: The model has no full attention layer.
@@ -148,7 +148,7 @@ def look(
     layers = model.config.get_text_config().num_hidden_layers
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        on_step(f"layer {layer}")
+        on_step(f"dense, layer {layer}")
         scale = resolve_scale(scale, q.shape[3])
         if not found.layers:
             _dense(q, k, v, scale)  # the first call of a process is slower than all others
@@ -167,18 +167,20 @@ def look(
     if not found.layers:
         raise InputError(f"no layer of this model is full causal attention: {found.other_calls}")
     for named in methods:
-        on_step(named.name)
-        found.outcomes.append(_outcome(model, ids, named, block_size, layers, hidden[0]))
+        found.outcomes.append(_outcome(model, ids, named, block_size, layers, hidden[0], on_step))
     return found
 
 
-def _outcome(model: Any, ids: Tensor, named: NamedMethod, block_size: int, layers: int, dense: Any) -> Outcome:
+def _outcome(
+    model: Any, ids: Tensor, named: NamedMethod, block_size: int, layers: int, dense: Any, on_step: OnStep
+) -> Outcome:
     selection_seconds: dict[int, float] = {}
     attention_seconds: dict[int, float] = {}
     kept, causal = 0, 0
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         nonlocal kept, causal
+        on_step(f"{named.name}, layer {layer}")
         choice, selecting = _timed(lambda: _choose(named, block_size, layer, layers, q, k, v, scale), q.device)
         out: Tensor
         out, attending = _timed(lambda: _attend(choice, q, k, v, scale), q.device)

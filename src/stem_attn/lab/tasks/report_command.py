@@ -26,14 +26,11 @@ def report(
     import torch
 
     from stem_attn.lab.tasks.report import render
-    from stem_attn.lab.tasks.store import Store
+    from stem_attn.lab.tasks.store import read_answers
     from stem_attn.lab.tasks.summary import summarize
 
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"no such file: {file}")
     check_json(json_path)
-    stored = {text: record for file in files for text, record in Store(file).records.items()}
+    stored = {text: record for file in files for text, record in read_answers(file).items()}
     records = [{**record, **record["key"], "method": record["name"]} for record in stored.values()]
     if not records:
         raise InputError("the files hold no answers")
@@ -42,9 +39,15 @@ def report(
         if len(held) > 1:
             raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
     _tell_apart(records)
-    settings = {"files": [str(file) for file in files]}
+    settings = {"files": [str(file) for file in files], "methods": _methods(records)}
     found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
     deliver(found, render(found), json_path)
+
+
+def _methods(records: list[Record]) -> list[Record]:
+    """Return every method once: its name, what it is a variant of, and its settings."""
+    fields = {record["method"]: dict(record["key"]["method"]) for record in records}
+    return [{"name": name, "base": own.pop("base"), "fields": own} for name, own in fields.items()]
 
 
 def _tell_apart(records: list[Record]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.results import print_text
 
+_LINE_STARTS = b'{"key": '
+
 
 class Store:
     """Find records by their key: every setting that the answer depends on.
@@ -28,7 +30,7 @@ class Store:
         self._file = file
         self.records: dict[str, dict[str, Any]] = {}
         if file is not None:
-            self.records = {_text(record["key"]): record for record in _read(file)}
+            self.records = _open(file)
 
     def get(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the record of a key, if there is one."""
@@ -58,24 +60,40 @@ def _text(key: dict[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _open(file: Path) -> dict[str, dict[str, Any]]:
+    """Read a file that will be appended to; make it, or cut off what an interrupted write has left."""
     try:
-        if not file.exists():
-            file.touch()  # so that a path that cannot be written is refused before any work
+        file.touch()  # so that a path that cannot be written is refused before any work
         content = file.read_bytes()
+        records = read_answers(file)  # a file of something else is refused before anything of it is cut
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # an interrupted write
+        if whole < len(content):
+            if not content[whole:].startswith(_LINE_STARTS[: len(content) - whole]):
+                raise InputError(f"{file}: its last line is not a record of this command")
             with file.open("r+b") as lines:
                 lines.truncate(whole)
     except OSError as error:
         raise InputError(f"cannot use {file} for --out: {error.strerror}") from error
-    records = []
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
+    return records
+
+
+def read_answers(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a file by the text of their key; a line that is not whole yet is left out.
+
+    Raises:
+        InputError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    records = {}
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             record = json.loads(line)
             if not isinstance(record["key"], dict):
                 raise TypeError("its key is no object")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{file}, line {number}: not a record of this command ({error!r})") from error
-        records.append(record)
+        records[_text(record["key"])] = record
     return records

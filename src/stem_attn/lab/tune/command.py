@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ from stem_attn.lab.options import (
     TextFileOption,
     load_model,
 )
+from stem_attn.lab.progress import OnStep, show_progress
 from stem_attn.lab.results import Record, check_writable, new_record, show, to_json, write_files
 
 _SEED = 0
@@ -61,7 +63,7 @@ def tune(
     preset: PresetOption = "default",
     config_file: ConfigOption = None,
     override: SetOption = None,
-    logit_stride: LogitStrideOption = 1,
+    logit_stride: LogitStrideOption = 4,
 ) -> None:
     """Find the budget of every layer that reaches a fidelity target at least cost, and write a config file.
 
@@ -85,7 +87,6 @@ def tune(
 
     import torch
 
-    from stem_attn.lab.progress import show_progress
     from stem_attn.lab.texts import excerpts
     from stem_attn.lab.tune import run as search
     from stem_attn.lab.tune.report import render
@@ -113,10 +114,12 @@ def tune(
     }
     layers = loaded.model.config.get_text_config().num_hidden_layers
     most = search.most_forwards(config, length, layers, prompts, held_out)
+    print(f"tune: at most {most} forwards of {length} tokens", file=sys.stderr, flush=True)
     with show_progress("tune", "forwards", most, at_most=True) as progress:
         start = time.perf_counter()
+        starts = _tell_seconds(progress.starts, prompts + 1, most)
         found = search.tune(
-            loaded.model, ids[:prompts], config, policy, wanted, logit_stride=logit_stride, on_step=progress.starts
+            loaded.model, ids[:prompts], config, policy, wanted, logit_stride=logit_stride, on_step=starts
         )
         record["seconds"] = round(time.perf_counter() - start, 1)
         record |= search.describe(found, wanted)
@@ -127,3 +130,23 @@ def tune(
             )
             write_files({record_path: to_json(record)})
     show(render(record, str(out)))
+
+
+def _tell_seconds(on_step: OnStep, nth: int, most: int) -> OnStep:
+    """Say on stderr how long all forwards will take, by the nth, the first sparse one: earlier ones do more.
+
+    Args:
+        on_step: What is told too.
+        nth: Counted from 1.
+        most: Forwards in all.
+    """
+    begun: list[float] = []
+
+    def starts(step: str) -> None:
+        on_step(step)
+        begun.append(time.perf_counter())
+        if len(begun) == nth + 1:
+            one = begun[nth] - begun[nth - 1]
+            print(f"tune: one takes {one:.1f} s, all at most {most * one:.0f} s", file=sys.stderr, flush=True)
+
+    return starts

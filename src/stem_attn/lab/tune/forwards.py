@@ -50,6 +50,7 @@ class Prompts:
         on_step: Told what each forward is for.
 
     Attributes:
+        count: How many there are.
         layer_count: Layers of the model.
         layers: Indices of the full attention layers that are not among `dense_layers`.
         errors: By layer, squared relative attention errors of `curve`, means over prompts: |O_s - O|^2 / |O|^2.
@@ -72,6 +73,7 @@ class Prompts:
     ) -> None:
         self._model = model
         self._ids = [one.to(model.device) for one in ids]
+        self.count = len(ids)
         self._stride, self._on_step = logit_stride, on_step
         self._grid = BlockGrid(ids[0].shape[1], ids[0].shape[1], config.block_size)
         self.layer_count = model.config.get_text_config().num_hidden_layers
@@ -98,12 +100,13 @@ class Prompts:
         }
 
     @torch.inference_mode()
-    def run(self, configs: Mapping[int, StemConfig], step: str) -> Outcome:
-        """Run the model on every prompt, each layer with its config; layers without one are dense.
+    def run(self, configs: Mapping[int, StemConfig], step: str, prompts: int | None = None) -> Outcome:
+        """Run the model on prompts, each layer with its config; layers without one are dense.
 
         Args:
             configs: By layer.
             step: What the forwards are for, to tell.
+            prompts: How many, the first ones; None: all.
         """
         kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
@@ -115,7 +118,7 @@ class Prompts:
             return out
 
         kl, top1 = [], []
-        for ids, dense in zip(self._ids, self._hidden, strict=True):
+        for ids, dense in zip(self._ids[:prompts], self._hidden[:prompts], strict=True):
             self._on_step(step)
             numbers = compare_positions(self._model, dense, self._forward(ids, attend), ids, stride=self._stride)
             kl.append(numbers.mean_kl_nats)

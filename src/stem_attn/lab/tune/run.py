@@ -2,12 +2,13 @@
 
 1. A dense forward a prompt; as it goes, the attention error of every layer at some budgets.
 2. The least budget, the same in every layer, whose sparse forward reaches the target.
-3. How much each layer matters: the KL where that layer alone has this budget and all others are dense.
+3. How much each layer matters: the KL where that layer alone has this budget and all others are dense. Of a deep model
+   neighbouring layers are tried together and share what they cost. The first prompt is enough for this.
 4. A layer's damage at another budget is that, times the ratio of its squared attention errors (the KL of a small
    perturbation is quadratic in it). Budgets that minimise the total damage at a total density are one Lagrange
-   multiplier away. Layers are not independent, so this is a direction more than an answer: sparse forwards at equal
-   density choose how far to trust the layers' weights and how far to go from the uniform budget.
-5. The density is bisected with sparse forwards until the target holds.
+   multiplier away. Layers are not independent, so this is a direction more than an answer: sparse forwards of the first
+   prompt, at equal density, choose how far to trust the layers' weights and how far to go from the uniform budget.
+5. The density is bisected with sparse forwards of all prompts until the target holds.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from stem_attn.lab.tune.forwards import Outcome, Prompts
 from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
 from stem_attn.policy import PrefillPolicy
 
-_CURVE_LEVELS = 10  # levels at which attention errors are measured
+_CURVE_LEVELS = 7  # levels at which attention errors are known; of the last, which keeps everything, without measuring
+_MOST_GROUPS = 8  # of layers whose sensitivities are told apart
 _BISECTIONS = 6
+_CLOSE = 1.02  # densities within this ratio are not bisected further
 _TINY = 1e-30
 # (power of the layers' sensitivities, share of the way from the uniform budget to the allocation).
 _RECIPES = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.5, 0.5), (0.0, 1.0), (0.0, 0.5))
@@ -93,11 +96,13 @@ class Trial:
     Args:
         stage: `"uniform"`, `"sensitivity"`, `"recipe"` (allocations of equal density) or `"tuned"`.
         scales: By layer, factor on the config's budget.
+        prompts: How many prompts, the first ones.
         outcome: What they gave.
     """
 
     stage: str
     scales: dict[int, float]
+    prompts: int
     outcome: Outcome
 
 
@@ -135,7 +140,8 @@ class Tuned:
         by_layer: Budgets by layer.
         recipe: Power of the sensitivities, and share of the way from the uniform budget to the allocation; None where
             the uniform budget was not bettered.
-        sensitivity: By layer, nats of KL where it alone has the uniform budget; empty where even the least budget
+        sensitivity: By layer, nats of KL where it alone has the uniform budget, on the first prompt (neighbours that
+            were tried together share theirs evenly); empty where even the least budget
             reaches the target.
         errors: By layer, relative attention error |O_s - O| / |O| of the answer, on the dense forward's q, k, v.
         trials: Every choice of budgets that was tried, in order.
@@ -199,7 +205,7 @@ def tune(
         config,
         policy,
         logit_stride=logit_stride,
-        curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at],
+        curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at[:-1]],
         on_step=on_step,
     )
     return _Search(prompts, config, policy, steps, target).answer(at)
@@ -216,9 +222,9 @@ def most_forwards(config: StemConfig, tokens: int, layers: int, prompts: int, he
         held_out: To check on.
     """
     budgets = len(levels(config, tokens))
-    uniform = 2 + math.ceil(math.log2(max(budgets - 1, 1)))
-    trials = uniform + layers + len(_RECIPES) + _BISECTIONS
-    return prompts * (1 + trials + 1) + held_out * (1 + 4)  # a dense one first, and the answer as it is written
+    uniform = 1 + math.ceil(math.log2(max(budgets - 1, 1)))
+    on_all = 1 + uniform + 1 + _BISECTIONS + 1  # a dense one first, and the answer as it is written last
+    return prompts * on_all + len(neighbours(range(layers))) + len(_RECIPES) + held_out * (1 + 4)
 
 
 class _Search:
@@ -234,7 +240,7 @@ class _Search:
     def answer(self, at: list[int]) -> Tuned:
         """Do all of it; `at` are the levels whose attention errors are known."""
         uniform, level = self.least_uniform()
-        curves = [interpolate(self.prompts.errors[layer], at, self.densities) for layer in self.layers]
+        curves = [interpolate([*self.prompts.errors[layer], 0.0], at, self.densities) for layer in self.layers]
         by_layer, recipe, sensitivity = uniform, None, {}
         if uniform.fails is not None:
             level = min(level, len(self.steps) - 2)  # dense is at no one's expense
@@ -256,7 +262,10 @@ class _Search:
             return self.attempt("uniform", [level] * len(self.layers))
 
         low, high = 0, len(self.steps) - 1
-        fails, reaches = at(low), at(high)
+        dense = dict.fromkeys(self.layers, self.steps[high].scale)
+        exact = Outcome(1.0, 0.0, 1.0, dict.fromkeys(self.layers, 1.0))
+        fails, reaches = at(low), Trial("uniform", dense, self.prompts.count, exact)
+        self.trials.append(reaches)
         if self.target.met(fails.outcome):
             return Bracket(None, fails), low
         while high - low > 1:
@@ -269,12 +278,13 @@ class _Search:
         return Bracket(fails, reaches), high
 
     def sensitivity(self, level: int) -> dict[int, float]:
-        """Return the KL where one layer has a level and all others are dense."""
-        dense = [len(self.steps) - 1] * len(self.layers)
-        found = {}
-        for i, layer in enumerate(self.layers):
-            alone = [*dense[:i], level, *dense[i + 1 :]]
-            found[layer] = self.attempt("sensitivity", alone).outcome.kl_nats
+        """Return the KL where one layer has a level and all others are dense; of a group, its layers' even share."""
+        dense = len(self.steps) - 1
+        found: dict[int, float] = {}
+        for group in neighbours(self.layers):
+            alone = [level if layer in group else dense for layer in self.layers]
+            nats = self.attempt("sensitivity", alone, prompts=1).outcome.kl_nats
+            found |= {layer: nats / len(group) for layer in group}
         return found
 
     def by_layer(
@@ -288,12 +298,14 @@ class _Search:
             return toward(chosen, density, share, self.densities)
 
         low, high = self.densities[0], uniform.reaches.outcome.density
-        tried = {recipe: self.attempt("recipe", at(recipe, high)) for recipe in _RECIPES}
+        tried = {recipe: self.attempt("recipe", at(recipe, high), prompts=1) for recipe in _RECIPES}
         best = min(tried, key=lambda recipe: self.target.damage(tried[recipe].outcome))
-        fails, reaches = None, tried[best]
+        fails, reaches = None, self.attempt("tuned", at(best, high))
         if not self.target.met(reaches.outcome):
             return uniform, None
         for _ in range(_BISECTIONS):
+            if high < _CLOSE * low:
+                break
             middle = (low * high) ** 0.5
             trial = self.attempt("tuned", at(best, middle))
             if self.target.met(trial.outcome):
@@ -304,14 +316,21 @@ class _Search:
             return uniform, None
         return Bracket(fails, reaches), best
 
-    def attempt(self, stage: str, chosen: Sequence[int]) -> Trial:
-        """Try a level for every layer, or return what that gave before."""
+    def attempt(self, stage: str, chosen: Sequence[int], prompts: int | None = None) -> Trial:
+        """Try a level for every layer on the first prompts, by default on all, or return what that gave before."""
+        count = self.prompts.count if prompts is None else prompts
         scales = {layer: self.steps[level].scale for layer, level in zip(self.layers, chosen, strict=True)}
-        known = next((trial for trial in self.trials if trial.scales == scales), None)
+        known = next((trial for trial in self.trials if (trial.scales, trial.prompts) == (scales, count)), None)
         if known is None:
-            known = Trial(stage, scales, self.prompts.run(scaled(self.config, scales), stage))
+            known = Trial(stage, scales, count, self.prompts.run(scaled(self.config, scales), stage, count))
             self.trials.append(known)
         return known
+
+
+def neighbours(layers: Sequence[int]) -> list[Sequence[int]]:
+    """Cut layers into at most `_MOST_GROUPS` runs of neighbours."""
+    size = -(-len(layers) // _MOST_GROUPS)
+    return [layers[first : first + size] for first in range(0, len(layers), size)]
 
 
 def damage(curves: Sequence[Tensor], sensitivity: Sequence[float], level: int, power: float) -> Tensor:
@@ -403,7 +422,12 @@ def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
             for layer in tuned.outcome.densities
         ],
         "runs": [
-            {"stage": trial.stage, **numbers(trial.outcome), "scales": list(trial.scales.values())}
+            {
+                "stage": trial.stage,
+                "prompts": trial.prompts,
+                **numbers(trial.outcome),
+                "scales": list(trial.scales.values()),
+            }
             for trial in tuned.trials
         ],
     }

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stem_attn import __version__
 from stem_attn.config import PRESETS, StemConfig
 from stem_attn.lab import machine
-from stem_attn.lab.configs import plain_settings
+from stem_attn.lab.configs import DEMO, plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.results import Record
 from stem_attn.policy import PrefillPolicy, make_settings
@@ -121,11 +122,16 @@ def read(folders: Sequence[Path]) -> Evidence:
 
 def settings_in_words(config: Record) -> str:
     """Name settings by their preset, as accuracy files do, or by what differs from the default ones."""
-    default = plain_settings(StemConfig(), PrefillPolicy())
-    for preset in PRESETS:
-        if config == plain_settings(StemConfig.preset(preset), PrefillPolicy.preset(preset)):
+    named = {preset: (StemConfig.preset(preset), PrefillPolicy.preset(preset)) for preset in PRESETS}
+    for preset, settings in (named | {"demo": make_settings(DEMO)}).items():
+        if config == plain_settings(*settings):
             return f"stem-{preset}"
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in config.items() if value != default.get(name))
+    default = plain_settings(*named["default"])
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    match changed.get("budget_ratio"):
+        case [[None, ratio]]:  # one step for all lengths
+            changed["budget_ratio"] = ratio
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
 
 
 def _json_files(folders: Sequence[Path]) -> Iterator[Path]:
@@ -150,17 +156,18 @@ def _add(file: Path, found: Evidence) -> None:
     if version is None:
         found.ignored.append(str(file))
         return
-    reader = _READERS.get(record.get("command"))
     try:
         record["settings"], record["date"], record["arguments"]
+        reader = _READERS.get(record["command"])
         if reader is None:
-            raise KeyError("command")
+            raise ValueError(f"command {record['command']!r}")
         for one in reader(record, str(file)):
             (found.speeds if isinstance(one, Speed) else found.accuracies).append(one)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        wrong = f"no {error} in it" if isinstance(error, KeyError) else f"not as expected: {error}"
         raise InputError(
-            f"{file} is a result of another version of stem-attn ({version}) that this one cannot read (not as "
-            f"expected: {error}): measure again, or leave it out"
+            f"{file} was written by stem-attn {version}, and {__version__} cannot read it ({wrong}): measure again, or "
+            f"name the other files in the place of their folder"
         ) from error
     found.records[str(file)] = record
 
@@ -251,7 +258,7 @@ def _fidelity(record: Record, file: str) -> Iterator[Speed | Accuracy]:
 
 
 def _tasks(record: Record, file: str) -> Iterator[Speed | Accuracy]:
-    # The tables that `eval report` makes of kept answers know no more of a method than its name.
+    # Files that `eval report` wrote before it kept the methods' settings know no more than their names.
     specs = {spec["name"]: spec for spec in record["settings"].get("methods", ())}
     not_mastered = {(each["task"], each["length"]) for each in record["not_in_means"]}
     for cell in record["cells"]:
@@ -307,8 +314,8 @@ def _inspect(record: Record, file: str) -> Iterator[Speed | Accuracy]:
         )
 
 
-def _density(record: Record, file: str) -> Iterator[Speed | Accuracy]:
-    """Presets against one another: nothing about dense attention."""
+def _nothing(record: Record, file: str) -> Iterator[Speed | Accuracy]:
+    """Read a record that does not compare a model or a kernel with dense attention."""
     yield from ()
 
 
@@ -322,7 +329,9 @@ _READERS: dict[Any, Callable[[Record, str], Iterator[Speed | Accuracy]]] = {
     "report": _tasks,
     "tune": _tune,
     "inspect": _inspect,
-    "density": _density,
+    "audit": _nothing,
+    "density": _nothing,
+    "doctor": _nothing,
 }
 
 

@@ -41,11 +41,10 @@ class Judgement:
 
 
 def judge(found: Evidence) -> list[Judgement]:
-    """Judge every length whose speed is known; without any, every length whose accuracy is known."""
+    """Judge every length and settings whose speed is known; without any, those whose accuracy is known."""
     stem = [one for one in found.accuracies if one.is_stem]
     if not found.speeds:
-        lengths = sorted({one.length for one in stem})
-        return [_without_speed(length, [one for one in stem if one.length == length]) for length in lengths]
+        return [_without_speed(measured) for measured in _alike(stem)]
     best: dict[tuple[str, int], Speed] = {}
     for speed in found.speeds:
         key = speed.settings, speed.length
@@ -66,10 +65,16 @@ def headline(judgements: Sequence[Judgement]) -> str:
     }
     said = []
     for answer, text in words.items():
-        lengths = sorted({one.length for one in judgements if one.answer == answer})
-        if lengths:
-            said.append(text.format(", ".join(f"{length:,}" for length in lengths) + " tokens"))
+        places = [_place(one, judgements) for one in judgements if one.answer == answer]
+        if places:
+            said.append(text.format(" and ".join(dict.fromkeys(places))))
     return " ".join(said)
+
+
+def _place(one: Judgement, judgements: Sequence[Judgement]) -> str:
+    """Name a length, and the settings too where others have another answer there."""
+    there = {other.answer for other in judgements if other.length == one.length}
+    return f"{one.length:,} tokens" + (f" with {one.settings}" if len(there) > 1 else "")
 
 
 def _order(speed: Speed) -> tuple[int, float]:
@@ -93,10 +98,25 @@ def _judge(speed: Speed, stem: Sequence[Accuracy]) -> Judgement:
     return Judgement(answer, speed.length, speed.settings, f"{told}; {effect}.", _cautions(speed, near[0]))
 
 
-def _without_speed(length: int, measured: Sequence[Accuracy]) -> Judgement:
+def _without_speed(measured: Sequence[Accuracy]) -> Judgement:
     answer, effect = _effect(measured)
     ask = "what it gains is not measured: run stem-attn bench --ttft or stem-attn serving"
-    return Judgement(NO if answer == NO else OPEN, length, measured[0].method, f"{effect}; {ask}.")
+    first = measured[0]
+    settings = f"{first.method} at density {first.density:.2f}"
+    return Judgement(NO if answer == NO else OPEN, first.length, settings, f"{effect}; {ask}.")
+
+
+def _alike(stem: Sequence[Accuracy]) -> list[list[Accuracy]]:
+    """Put together what is of one length, one method and about one density, in this order."""
+    groups: list[list[Accuracy]] = []
+    for one in sorted(stem, key=lambda one: (one.length, one.method, one.density)):
+        first = groups[-1][0] if groups else None
+        same = first is not None and (one.length, one.method) == (first.length, first.method)
+        if first is not None and same and one.density - first.density <= _CLOSE_DENSITY:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
 
 
 def _nearest(speed: Speed, stem: Sequence[Accuracy]) -> list[Accuracy]:

@@ -1,4 +1,4 @@
-"""Block-sparse attention in plain torch: made for CPUs, runs on any device.
+"""Attention over kept blocks in plain torch: made for CPUs, runs on any device.
 
 A task is one query block of one head. A job is a batch of tasks of one batch row that keep equally many key blocks:
 their keys and values are gathered and attended to with batched matmuls. Threads take the jobs one by one, the largest
@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stem_attn.backends.base import BlockedBackend, Geometry
 from stem_attn.blocks import BlockSelection
-from stem_attn.call import Call
-from stem_attn.config import StemConfig
 from stem_attn.workers import cores_each, on_worker, run_jobs
 
 # Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls. Only one thread
@@ -27,43 +24,6 @@ from stem_attn.workers import cores_each, on_worker, run_jobs
 _JOB_LOGITS = 2**19
 _LOG2_E = math.log2(math.e)
 _Mode = Literal["plain", "mixed", "fused"]
-
-
-class CpuBackend(BlockedBackend):
-    """Gather the kept blocks of a batch of query blocks, and attend with batched matmuls."""
-
-    name = "cpu"
-    automatic_on = ("*",)
-
-    def break_even(self, geometry: Geometry, config: StemConfig) -> float:
-        # Zen 4, float32, 8192 tokens, head dim 64 (docs/log.md): attention is 3.1 times as fast as SDPA at density .28,
-        # so d costs 1.2 d, and the selection a tenth of it; what is left is a margin for other machines.
-        # A Xeon with AMX, bfloat16, 16 threads: as fast as SDPA at .28, and the selection takes half of SDPA's time.
-        on_tiles = geometry.dtype == torch.bfloat16 and _mode(geometry.dtype, torch.device("cpu")) == "fused"
-        return 0.15 if on_tiles and torch.get_num_threads() > 4 else 0.5
-
-    def attend_part(
-        self,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        selection: BlockSelection,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> None:
-        attend_blocks(
-            q,
-            k,
-            v,
-            selection,
-            scale=call.scale,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            window=call.window,
-            out=out,
-            lse=lse,
-        )
 
 
 class _Job(NamedTuple):
@@ -119,7 +79,7 @@ def attend_blocks(
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
     device = q.device
-    mode = _mode(q.dtype, device)
+    mode = mode_of(q.dtype, device)
     if mode != "fused" or softcap is not None or sinks is not None or lse is not None:
         mode = "mixed" if mode == "fused" else mode
         on_worker(lambda: _attend(q, k, v, selection, scale, softcap, sinks, window, out, lse, mode), device)
@@ -248,7 +208,7 @@ def _rows(job: _Job, size: int) -> int:
     return min(job.span[1] - job.span[0], size)
 
 
-def _mode(dtype: torch.dtype, device: torch.device) -> _Mode:
+def mode_of(dtype: torch.dtype, device: torch.device) -> _Mode:
     """Choose how to compute: what is fastest and no less exact than dense SDPA."""
     if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "plain"

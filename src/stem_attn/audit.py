@@ -1,0 +1,224 @@
+"""How true a sparse prefill was: a few sampled query rows are attended exactly and compared with what came out.
+
+Every head has sampled rows of its own, two in each of equal stretches of the call's queries. The two of a cell differ
+by chance alone, so their difference tells the error of the estimate. Memory is rows x keys, in tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stem_attn.blocks import BlockSelection
+from stem_attn.call import Call
+from stem_attn.layout import Part
+
+_QUERIES_A_CELL = 128  # at least, so that no more than one query of 64 is sampled and short chunks cost little
+_TILE_NUMBERS = 2**24  # of float32 in the largest tensor of a tile, 64 MiB
+_LEAST_FREEDOM = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Hold an estimate and its 95% interval.
+
+    Args:
+        value: The estimate.
+        low: Lower limit.
+        high: Upper limit.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Say how close a layer's sparse attention came to the exact one, estimated from sampled query rows.
+
+    Args:
+        recall: Share of the exact attention probability that falls on kept blocks, mean over heads and queries. What
+            sinks take is no part of it.
+        error: |O_sparse - O| / |O| over all heads and queries, before the output projection.
+        rows: Query rows of single heads that were sampled.
+    """
+
+    recall: Estimate
+    error: Estimate
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AuditSums:
+    """Hold what an audit found as sums, so that those of calls add up and nothing waits for a device.
+
+    Args:
+        queries: Queries that the rows stand for, heads multiplied in.
+        rows: Sampled rows, heads multiplied in.
+        values: float64 [7] on the call's device: recall, its variance and the squares of the cells' variances; lost
+            and whole power of the output; variance and squared variances of the lost one, with the power's part in it.
+    """
+
+    queries: int
+    rows: int
+    values: Tensor
+
+    def __add__(self, other: AuditSums) -> AuditSums:
+        """Return the sums of both."""
+        values = self.values + other.values.to(self.values.device)
+        return AuditSums(self.queries + other.queries, self.rows + other.rows, values)
+
+    def read(self) -> Audit:
+        """Return the estimates; waits for the device."""
+        recall, variance, squares, lost, power, lost_variance, lost_squares = self.values.tolist()
+        half = _half_width(variance, squares, self.queries, self.rows)
+        value = min(recall / self.queries, 1.0)  # rounding
+        found = Estimate(value, max(value - half, 0.0), min(value + half, 1.0))
+        if not power:
+            return Audit(found, Estimate(0.0, 0.0, 0.0), self.rows)
+        half = _half_width(lost_variance, lost_squares, power, self.rows)
+        ratio = lost / power
+        low, high = math.sqrt(max(ratio - half, 0.0)), math.sqrt(ratio + half)
+        return Audit(found, Estimate(math.sqrt(ratio), low, high), self.rows)
+
+
+def rows_to_show(lost: float) -> int:
+    """Return how many sampled rows it takes at least to show that no more than a share is lost."""
+    return math.ceil(_t_quantile(_LEAST_FREEDOM) / lost)
+
+
+def audit(call: Call, selections: Sequence[BlockSelection], out: Tensor, *, rows: int, seed: int) -> AuditSums:
+    """Attend exactly with some query rows, and compare with what was kept and what came out.
+
+    Nothing is asked back from the device, and no global random state is touched.
+
+    Args:
+        call: The call. Of a backend's answer, only what it kept and gave is looked at.
+        selections: The kept blocks of every part.
+        out: [B, Hq, T, Dv], the call's output.
+        rows: Rows of single heads to sample of every sequence, shared evenly by the heads. A head has at least two, and
+            beyond that no more than one for 64 queries.
+        seed: Decides which rows; calls whose sums are added should differ in it.
+
+    Returns:
+        The sums over all parts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = zip(call.parts, selections, strict=True)
+    first, *others = (_audit_part(call, part, kept, out[:, :, part.tokens], rows, generator) for part, kept in parts)
+    return sum(others, first)
+
+
+def _audit_part(
+    call: Call, part: Part, selection: BlockSelection, out: Tensor, rows: int, generator: torch.Generator
+) -> AuditSums:
+    batch, heads = part.q.shape[:2]
+    strata = max(min(-(-rows // (2 * heads)), part.q_len // _QUERIES_A_CELL), 1)
+    edges = torch.arange(strata + 1) * part.q_len // strata
+    sizes = edges.diff()
+    drawn = torch.rand(batch, heads, strata, 2, generator=generator, dtype=torch.float64)
+    places = edges[:-1, None] + (drawn * sizes[:, None]).long()
+    device = part.q.device
+    places, weights = (x.to(device, non_blocking=True) for x in (places.flatten(2), sizes.double()))
+    # [3, B, Hq, strata, 2]: kept share, lost and whole power of every sampled row.
+    found = _look(call, part, selection, out, places).double().view(3, batch, heads, strata, 2)
+    recall, lost, power = (found.mean(4) * weights).flatten(1).sum(1)
+    split = (found[..., 0] - found[..., 1]) * (weights / 2)
+    spread = torch.stack((split[0], split[1] - lost / power * split[2])).square().nan_to_num(0.0).flatten(1)
+    variance, squares = spread.sum(1), spread.square().sum(1)
+    values = torch.stack((recall, variance[0], squares[0], lost, power, variance[1], squares[1]))
+    return AuditSums(batch * heads * part.q_len, batch * heads * strata * 2, values)
+
+
+def _look(call: Call, part: Part, selection: BlockSelection, out: Tensor, places: Tensor) -> Tensor:
+    """Compare sampled rows, int64 [B, Hq, R] of the part's queries: float32 or wider [3, B, Hq, R]."""
+    keys, values = part.gather()
+    batch, kv_heads, k_len, dim = keys.shape
+    group, grid = part.q.shape[1] // kv_heads, call.grid(part)
+    dtype = torch.promote_types(part.q.dtype, torch.float32)
+    found = torch.empty(3, *places.shape, dtype=dtype, device=places.device)
+    numbers = k_len * max(group * places.shape[2], dim)
+    step = max(_TILE_NUMBERS // numbers, 1)
+    for b in range(batch):
+        for first in range(0, kv_heads, step):
+            kv, q = slice(first, first + step), slice(first * group, (first + step) * group)
+            at = places[b, q]
+            query, given = (torch.take_along_dim(x[b, q], at[..., None], 1).to(dtype) for x in (part.q, out))
+            share, exact = _exact_rows(call, q, query, keys[b, kv].to(dtype), values[b, kv].to(dtype), at + grid.offset)
+            by_block = F.pad(share, (0, grid.k_blocks * grid.block_size - k_len))
+            by_block = by_block.view(*at.shape, grid.k_blocks, grid.block_size).sum(3)
+            row = (at + grid.offset) // grid.block_size - grid.first_block
+            kept = torch.take_along_dim(selection.indices[b, q], row[..., None], 1).long()
+            recall = by_block.gather(2, kept.clamp(min=0)).where(kept >= 0, 0).sum(2)
+            if call.sinks is not None:
+                whole = by_block.sum(2)
+                recall = (recall / whole).where(whole != 0, 1)
+            found[0, b, q] = recall
+            found[1, b, q] = (given - exact).square().sum(2)
+            found[2, b, q] = exact.square().sum(2)
+    return found
+
+
+def _exact_rows(call: Call, which: slice, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend exactly, as the call's properties say. This alone knows what they mean.
+
+    Args:
+        call: The call.
+        which: Which of the call's query heads these are.
+        q: [Hq, R, D].
+        k: [Hkv, Tk, D].
+        v: [Hkv, Tk, Dv].
+        places: int64 [Hq, R]; positions of the queries among the keys.
+
+    Returns:
+        Probabilities [Hq, R, Tk] and outputs [Hq, R, Dv].
+    """
+    heads, rows, _ = q.shape
+    together = len(k), heads // len(k) * rows
+    logits = (q.reshape(*together, -1) * call.scale) @ k.mT
+    if call.softcap is not None:
+        logits = logits.div_(call.softcap).tanh_().mul_(call.softcap)
+    place, key = places.view(*together, 1), torch.arange(k.shape[1], device=k.device)
+    hidden = key > place
+    if call.window is not None:
+        hidden |= key <= place - call.window
+    logits.masked_fill_(hidden, -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks[which].to(logits.dtype).repeat_interleave(rows).view(*together, 1)
+        share = torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
+    else:
+        share = torch.softmax(logits, -1)
+    return share.view(heads, rows, -1), (share @ v).view(heads, rows, -1)
+
+
+def _half_width(variance: float, squares: float, whole: float, rows: int) -> float:
+    """Return half the width of a 95% interval of a share.
+
+    Student's t over cells of two rows, with Satterthwaite's degrees of freedom. One cell more is assumed that lost one
+    of its rows wholly: what no sample has shown may still be there. Where rows are kept or lost wholly, that gives
+    about the limits of Clopper and Pearson.
+
+    Args:
+        variance: Of the sum, from the cells.
+        squares: Sum of the squares of the cells' variances.
+        whole: What the sum is a share of.
+        rows: Sampled rows.
+    """
+    guard = (whole / rows) ** 2
+    total = variance + guard
+    return _t_quantile(max(total**2 / (squares + guard**2), _LEAST_FREEDOM)) * math.sqrt(total) / whole
+
+
+def _t_quantile(freedom: float) -> float:
+    """Return the 97.5% quantile of Student's t. Source: Abramowitz and Stegun, 26.7.5; 3% low at 2, 1% at 3."""
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
