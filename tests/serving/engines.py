@@ -87,7 +87,8 @@ def runner(llm):
 
 def attention_layers(llm):
     """Attention layers by vLLM's names."""
-    return runner(llm).compilation_config.static_forward_context
+    layers = runner(llm).compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if hasattr(layer, "impl")}  # not the experts
 
 
 def builders(llm):

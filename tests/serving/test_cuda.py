@@ -9,13 +9,16 @@ import copy
 import os
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import SPARSE, answer, attention_layers, builders, engine, relative_error, runner, set_chunk
+from engines import SPARSE, answer, attention_layers, builders, config_of, engine, relative_error, runner, set_chunk
 from tiny_families import prompt
+
+from stem_attn import stem_attention
 
 PAGE = 32
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((502, 33, 300, 40))]
@@ -128,6 +131,33 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
             impls[name].forward(None, query, key, value, caches[name], metadata, output)
             assert relative_error(output[:tokens], expected[:tokens]) < 1e-5
     assert seen >= {(True, True), (True, False), (False, False)}  # prompts with decodes, alone, and decodes alone
+
+
+def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.settings import parse
+
+    tokens, dim = 300, 32
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, tokens, dim, generator=random) for heads in (4, 2, 2))
+    with set_current_vllm_config(steps[1]):
+        impl = cuda.StemCudaImpl(4, dim, dim**-0.5, 2, None, None, "auto", 3.0)
+    impl.sinks = torch.tensor([0.0, 1.0, 5.0, -1.0])  # which FlashAttention refuses to be made with here
+    impl.name, impl.layers = "model.layers.1.self_attn.attn", 2
+    cache = torch.zeros(10, PAGE, 2, 2 * dim)
+    cache.view(10 * PAGE, 2, 2 * dim)[:tokens] = torch.cat([k, v], -1).transpose(0, 1)
+    metadata = SimpleNamespace(block_table=torch.arange(10, dtype=torch.int32)[None])
+    out = torch.empty(tokens, 4, dim)
+    span = Span(0, 0, tokens, tokens, tokens, parse(SETTINGS))
+    impl.attend(None, q.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, [span], out)
+    got, inputs = out.transpose(0, 1)[None], (q[None], k[None], v[None])
+    properties = {"softcap": 3.0, "sinks": impl.sinks}
+    assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **properties)) < 1e-5
+    for name in properties:
+        changed = {**properties, name: None}
+        assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **changed)) > 1e-3
 
 
 def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch):

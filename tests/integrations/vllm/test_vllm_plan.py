@@ -161,8 +161,6 @@ PLAIN = {
     "attn_type": "decoder",
     "sliding_window": None,
     "alibi_slopes": None,
-    "logits_soft_cap": None,
-    "sinks": None,
     "kv_cache_dtype": "auto",
 }
 
@@ -171,14 +169,11 @@ PLAIN = {
     ("change", "reason"),
     [
         ({}, None),
-        ({"logits_soft_cap": 0}, None),
         ({"kv_cache_dtype": "bfloat16"}, None),
         ({"attn_type": "encoder_only"}, "encoder only attention"),
         ({"attn_type": "encoder_decoder"}, "encoder decoder attention"),
         ({"sliding_window": 128}, "sliding window"),
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "softcap"),
-        ({"sinks": object()}, "attention sinks"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3 KV cache"),
     ],
 )

@@ -60,9 +60,13 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
             k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, instruction_set(layer, self))
             q = query[span.tokens].transpose(0, 1)[None]
             began = time.perf_counter()
-            selection = select_blocks(q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len)
+            selection = select_blocks(
+                q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len, **self.properties
+            )
             counters.count_selection(selection, time.perf_counter() - began)
-            out = block_sparse_attention(q, k, v, selection, scale=self.scale, residual=config.residual)
+            out = block_sparse_attention(
+                q, k, v, selection, scale=self.scale, residual=config.residual, **self.properties
+            )
             output[span.tokens] = out[0].transpose(0, 1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -68,7 +69,10 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
         """Compile the kernels of all prompts that may come; what it takes is given back before vLLM makes its cache."""
         began = time.perf_counter()
         spec, config = self.kv_cache_spec, self.vllm_config
-        for method in {settings.config for settings in chosen}:
+        kinds = {
+            (impl.properties["softcap"], None if impl.sinks is None else impl.sinks.dtype) for impl in self._sparse
+        }
+        for method, (softcap, sinks) in product({settings.config for settings in chosen}, kinds):
             warm_up(
                 query_heads=self.num_heads_q,
                 kv_heads=spec.num_kv_heads,
@@ -77,6 +81,8 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
                 chunk=config.scheduler_config.max_num_batched_tokens,
                 page_size=spec.block_size,
                 config=method,
+                softcap=softcap,
+                sinks=sinks,
                 dtype=config.model_config.dtype,
                 device=self.device,
                 backend="triton",
@@ -110,7 +116,8 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         if self.dense_reason is None:  # better at startup than at the first long prompt
             device = config.device_config.device_type
             one = torch.empty(1, 1, 1, head_size, dtype=config.model_config.dtype, device=device)
-            backends.for_call("triton", Call(Layout.dense(one, one, one), self.settings.config.block_size, self.scale))
+            block_size, softcap = self.settings.config.block_size, self.properties["softcap"]
+            backends.for_call("triton", Call(Layout.dense(one, one, one), block_size, self.scale, softcap=softcap))
 
     def attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
@@ -133,6 +140,7 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
                 config=config,
                 prompt_len=[span.prompt_len for span in run],
                 scale=self.scale,
+                **self.properties,
                 backend="triton",
                 out=output[tokens],
                 return_selection=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -20,6 +20,13 @@ from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
 logger = init_logger("vllm.stem")
 
 
+class Properties(TypedDict):
+    """Keywords of the library's functions."""
+
+    softcap: float | None
+    sinks: Tensor | None
+
+
 class StemImpl:
     """Stand before an `AttentionImpl` class, and take the sparse spans out of its batches.
 
@@ -29,6 +36,8 @@ class StemImpl:
     device_name: str  # for the startup line
     settings: Settings  # the server's; a request may have others
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
+    logits_soft_cap: float  # the parent's; 0: none
+    sinks: Tensor | None  # the parent's too, [Hq]; their values come after the layer is made
     name: str  # vLLM's of the layer, and how many layers the model has; the builder sets both
     layers: int
 
@@ -75,8 +84,6 @@ class StemImpl:
             attn_type=AttentionType(attn_type).value,
             sliding_window=sliding_window,
             alibi_slopes=alibi_slopes,
-            logits_soft_cap=logits_soft_cap,
-            sinks=sinks,
             kv_cache_dtype=kv_cache_dtype,
         )
         logger.info_once(
@@ -143,6 +150,11 @@ class StemImpl:
             output: [tokens, Hq, D] of the whole batch.
         """
         raise NotImplementedError
+
+    @property
+    def properties(self) -> Properties:
+        """What attention is asked for beside its inputs, as the library's functions take it."""
+        return {"softcap": self.logits_soft_cap or None, "sinks": self.sinks}
 
     def config_of(self, settings: Settings) -> StemConfig | None:
         """Return the layer's own config by some settings; None: it is dense by them."""

@@ -16,8 +16,6 @@ def why_dense(
     attn_type: str,
     sliding_window: int | None,
     alibi_slopes: Any | None,
-    logits_soft_cap: float | None,
-    sinks: Any | None,
     kv_cache_dtype: str,
 ) -> str | None:
     """Say why a layer cannot attend sparsely, or return None. The arguments are what vLLM makes its layers from."""
@@ -27,10 +25,6 @@ def why_dense(
         return "sliding window"
     if alibi_slopes is not None:
         return "ALiBi"
-    if logits_soft_cap:
-        return "softcap"
-    if sinks is not None:
-        return "attention sinks"
     if kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         return f"{kv_cache_dtype} KV cache"
     return None
