@@ -32,6 +32,10 @@ def test_it_runs_on_a_cpu(page_size):
         ({"page_size": 0}, "page_size must be positive, got 0"),
         ({"kv_heads": 3}, "multiple of KV heads, got 4 and 3"),
         ({"config": "none"}, "none"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"page_size": 16, "softcap": -1.0}, "softcap"),
+        ({"sinks": torch.int32}, "sinks"),
+        ({"page_size": 16, "sinks": torch.int32}, "sinks"),
         ({"backend": "none"}, "none"),
     ],
 )
@@ -44,12 +48,16 @@ def test_bad_input(given, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("page_size", [None, 16, 128])
 @pytest.mark.parametrize("preset", ["default", "official"])
-def test_nothing_is_compiled_after_it(page_size, preset, monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("sinks", [None, torch.bfloat16])
+def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeypatch):
     import triton
 
     heads, kv_heads, dim, longest, chunk = 8, 2, 128, 70_000, 4096
     shape = {"query_heads": heads, "kv_heads": kv_heads, "head_dim": dim}
-    warm_up(**shape, max_len=longest, chunk=chunk, page_size=page_size, config=preset)
+    warm_up(**shape, max_len=longest, chunk=chunk, page_size=page_size, config=preset, softcap=softcap, sinks=sinks)
+    tensor = None if sinks is None else torch.zeros(heads, dtype=sinks, device="cuda")
+    asked = {"config": preset, "softcap": softcap, "sinks": tensor}
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
     generator = torch.Generator("cuda").manual_seed(0)
@@ -66,14 +74,14 @@ def test_nothing_is_compiled_after_it(page_size, preset, monkeypatch):
         kv = torch.randn(k_len, kv_heads, 2 * dim, generator=generator, device="cuda").bfloat16()
         if page_size is None:
             q, k, v = (x.transpose(0, 1)[None] for x in (q, *kv.split(dim, -1)))
-            stem_attention(q, k, v, config=preset)
+            stem_attention(q, k, v, **asked)
         else:
             pages = -(-k_len // page_size)
             cache = torch.zeros(pages * page_size, kv_heads, 2 * dim, dtype=q.dtype, device="cuda")
             cache[:k_len] = kv
             k, v = cache.view(pages, page_size, kv_heads, 2 * dim).split(dim, -1)
             table = torch.arange(pages, dtype=torch.int32, device="cuda")[None]
-            stem_attention_paged(q, k, v, cu_seqlens_q=[0, q_len], seq_lens=[k_len], block_table=table, config=preset)
+            stem_attention_paged(q, k, v, cu_seqlens_q=[0, q_len], seq_lens=[k_len], block_table=table, **asked)
     assert [kwargs["repr"] for kwargs in compiled] == []
 
 

@@ -19,6 +19,8 @@ def warm_up(
     chunk: int | None = None,
     page_size: int | None = None,
     config: Config = "default",
+    softcap: float | None = None,
+    sinks: torch.dtype | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
     backend: str = "auto",
@@ -36,6 +38,8 @@ def warm_up(
         chunk: The most query tokens of one call; default: a prompt is one call.
         page_size: Tokens a page of the cache, where `stem_attention_paged` will be called; default: `stem_attention`.
         config: The method's settings: a `StemConfig`, or a preset's name.
+        softcap: As in `stem_attention`.
+        sinks: Their dtype; default: there are none.
         dtype: Of queries, keys and values.
         device: Where prefills will run.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
@@ -49,11 +53,12 @@ def warm_up(
         if size is not None and size < 1:
             raise ValueError(f"{name} must be positive, got {size}")
     config = resolve_config(config)
+    sink = None if sinks is None else torch.zeros(query_heads, dtype=sinks, device=device)
     for q_len, k_len in _calls(max_len, chunk or max_len, config.block_size):
         if page_size is None:
             q = torch.zeros(1, query_heads, q_len, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, kv_heads, k_len, head_dim, dtype=dtype, device=device)
-            stem_attention(q, k, k, config=config, backend=backend)
+            stem_attention(q, k, k, config=config, softcap=softcap, sinks=sink, backend=backend)
         else:
             q = torch.zeros(q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)
@@ -66,6 +71,8 @@ def warm_up(
                 seq_lens=[k_len],
                 block_table=table,
                 config=config,
+                softcap=softcap,
+                sinks=sink,
                 backend=backend,
             )
 

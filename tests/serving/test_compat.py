@@ -75,13 +75,16 @@ class Runner:
     def __init__(self):
         lengths = np.array([*REQUESTS.values(), (0, 0)], dtype=np.int32)
         self.req_states = SimpleNamespace(
-            prompt_len=SimpleNamespace(np=lengths[:, 0]), prefill_len=SimpleNamespace(np=lengths[:, 1])
+            prompt_len=SimpleNamespace(np=lengths[:, 0]),
+            prefill_len=SimpleNamespace(np=lengths[:, 1]),
+            index_to_req_id=dict(enumerate(REQUESTS)),
+            req_id_to_index={name: i for i, name in enumerate(REQUESTS)},
         )
 
 
 @pytest.mark.parametrize("told_by", ["the metadata", "the runner's batch"])
 def test_a_preempted_request_keeps_its_prompts_length_in_the_v2_runner(told_by):
-    from stem_attn.integrations.vllm.compat import PromptLengths
+    from stem_attn.integrations.vllm.compat import Requests
 
     names, before, tokens, prefilling, expected = zip(*ROWS, strict=True)
     requests = np.array([list(REQUESTS).index(name) for name in names])
@@ -90,7 +93,7 @@ def test_a_preempted_request_keeps_its_prompts_length_in_the_v2_runner(told_by):
         seq_lens_cpu_upper_bound=torch.tensor(before) + torch.tensor(tokens),
         query_start_loc_cpu=torch.tensor([0, *tokens]).cumsum(0),
     )
-    runner, lengths = Runner(), PromptLengths()
+    runner, lengths = Runner(), Requests("stem")
     lengths._runner = weakref.ref(runner)
 
     def build(input_batch):  # the runner's method, as 0.26 has it
@@ -101,4 +104,33 @@ def test_a_preempted_request_keeps_its_prompts_length_in_the_v2_runner(told_by):
         told = build(None)
     else:
         told = build(SimpleNamespace(idx_mapping_np=requests))
-    assert told == list(expected)
+    assert [one.prompt_len for one in told] == list(expected)
+
+
+def test_what_a_request_asks_for_is_kept_after_its_first_step_in_the_v2_runner():
+    from stem_attn.integrations.vllm.compat import Requests
+
+    def new(name, extra_args):
+        return SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra_args))
+
+    def asked(scheduler_output, *rows):
+        indices = np.array([list(REQUESTS).index(name) for name in rows])
+        common = SimpleNamespace(
+            req_idx=indices,
+            is_prefilling=torch.ones(len(rows), dtype=torch.bool),
+            seq_lens_cpu_upper_bound=torch.full((len(rows),), 64),
+            query_start_loc_cpu=torch.arange(len(rows) + 1) * 64,
+        )
+        return [one.asked for one in requests.of(common)]
+
+    runner, requests = Runner(), Requests("stem")
+    requests._runner = weakref.ref(runner)
+    first, plain, pooled = new("in its prompt", {"stem": 2, "other": 1}), new("decoding", None), new("preempted", {})
+    step = SimpleNamespace(scheduled_new_reqs=[first, plain, pooled])
+    assert asked(step, "decoding", "in its prompt") == [None, 2]
+    later = SimpleNamespace(scheduled_new_reqs=[])
+    assert asked(later, "in its prompt", "preempted") == [2, None]
+    # Finished requests are forgotten when another one asks.
+    del runner.req_states.req_id_to_index["in its prompt"]
+    asked(SimpleNamespace(scheduled_new_reqs=[new("preempted", {"stem": "dense"})]), "preempted")
+    assert requests._asked == {"preempted": "dense"}

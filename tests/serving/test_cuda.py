@@ -9,13 +9,16 @@ import copy
 import os
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import SPARSE, answer, attention_layers, builders, engine, relative_error, runner, set_chunk
+from engines import SPARSE, answer, attention_layers, builders, config_of, engine, relative_error, runner, set_chunk
 from tiny_families import prompt
+
+from stem_attn import stem_attention
 
 PAGE = 32
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((502, 33, 300, 40))]
@@ -27,7 +30,7 @@ class Step:
     """What one step of the engine gave a metadata builder, and what it made of it."""
 
     common: Any
-    prompt_lengths: list[int | None]
+    told: Any  # what the runner knew of the requests; None: it was not asked
     layers: dict[str, tuple[torch.Tensor, ...]]  # query, key, value and output of each layer, token by token
 
 
@@ -37,14 +40,14 @@ def steps(folders):
     with engine(folders("llama"), SETTINGS, max_num_batched_tokens=512, block_size=PAGE) as llm:
         set_chunk(llm, 203)
         (builder,) = builders(llm)
-        build, tell = builder.build, builder._prompt_lengths.of
+        build, tell = builder.build, builder._requests.of
         recorded = []
 
         def record_build(common_prefix_len, common_attn_metadata, *args, **kwargs):
             common = common_attn_metadata
             made = build(common_prefix_len, common, *args, **kwargs)
-            lengths = tell(common) if common.is_prefilling.any() else [None] * common.num_reqs
-            recorded.append(Step(copy.deepcopy(common), lengths, {}))
+            told = tell(common) if common.is_prefilling.any() else None
+            recorded.append(Step(copy.deepcopy(common), told, {}))
             return made
 
         builder.build = record_build
@@ -108,16 +111,16 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
         for name in names:
             monkeypatch.setattr(layers[name], "impl", impls[name])
         builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
-    assert [impls[name].dense_reason for name in names] == ["dense layer", None]
+    assert [impls[name].config_of(builder._settings) is None for name in names] == [True, False]
     pages = 1 + max(int(step.common.block_table_tensor.max()) for step in recorded)
     caches = {name: torch.full((pages, 2, PAGE, 64), torch.nan) for name in names}
     seen = set()
     for step in recorded:
-        lengths = step.prompt_lengths
-        builder._prompt_lengths.of = lambda common, lengths=lengths: lengths
+        builder._requests.of = lambda common, told=step.told: told
         metadata = builder.build(0, step.common)
-        spans, rest = ((), None) if metadata.plan is None else (metadata.plan.spans, metadata.plan.rest)
-        seen.add((bool(spans), rest is not None))
+        plan = metadata.plan.get(impls[names[1]])
+        assert impls[names[0]] not in metadata.plan
+        seen.add((plan is not None, plan is not None and plan.rest is not None))
         for name in names:
             query, key, value, expected = step.layers[name]
             tokens = step.common.num_actual_tokens
@@ -128,6 +131,33 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
             impls[name].forward(None, query, key, value, caches[name], metadata, output)
             assert relative_error(output[:tokens], expected[:tokens]) < 1e-5
     assert seen >= {(True, True), (True, False), (False, False)}  # prompts with decodes, alone, and decodes alone
+
+
+def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.settings import parse
+
+    tokens, dim = 300, 32
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, tokens, dim, generator=random) for heads in (4, 2, 2))
+    with set_current_vllm_config(steps[1]):
+        impl = cuda.StemCudaImpl(4, dim, dim**-0.5, 2, None, None, "auto", 3.0)
+    impl.sinks = torch.tensor([0.0, 1.0, 5.0, -1.0])  # which FlashAttention refuses to be made with here
+    impl.name, impl.layers = "model.layers.1.self_attn.attn", 2
+    cache = torch.zeros(10, PAGE, 2, 2 * dim)
+    cache.view(10 * PAGE, 2, 2 * dim)[:tokens] = torch.cat([k, v], -1).transpose(0, 1)
+    metadata = SimpleNamespace(block_table=torch.arange(10, dtype=torch.int32)[None])
+    out = torch.empty(tokens, 4, dim)
+    span = Span(0, 0, tokens, tokens, tokens, parse(SETTINGS))
+    impl.attend(None, q.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, [span], out)
+    got, inputs = out.transpose(0, 1)[None], (q[None], k[None], v[None])
+    properties = {"softcap": 3.0, "sinks": impl.sinks}
+    assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **properties)) < 1e-5
+    for name in properties:
+        changed = {**properties, name: None}
+        assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **changed)) > 1e-3
 
 
 def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch):
@@ -160,14 +190,16 @@ def test_graphs_and_names(cuda):
     ("spans", "runs"),
     [
         ([], []),
-        ([(0, 0, 5), (1, 5, 3)], [[0, 1]]),
-        ([(1, 4, 5), (2, 9, 3), (4, 12, 3)], [[1, 2], [4]]),  # row 3 has no tokens
-        ([(0, 0, 5), (1, 6, 3)], [[0], [1]]),  # a decoded token of row 0 lies between
+        ([(0, 0, 5, "paper"), (1, 5, 3, "paper")], [[0, 1]]),
+        ([(1, 4, 5, "paper"), (2, 9, 3, "paper"), (4, 12, 3, "paper")], [[1, 2], [4]]),  # row 3 has no tokens
+        ([(0, 0, 5, "paper"), (1, 6, 3, "paper")], [[0], [1]]),  # a decoded token of row 0 lies between
+        ([(0, 0, 5, "paper"), (1, 5, 3, "official"), (2, 8, 2, "official")], [[0], [1, 2]]),
     ],
 )
 def test_neighbours(spans, runs):
     from stem_attn.integrations.vllm.cuda import neighbours
     from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.settings import parse
 
-    made = neighbours([Span(row, start, length, 100, 100) for row, start, length in spans])
+    made = neighbours([Span(*place, 100, 100, parse({"preset": preset})) for *place, preset in spans])
     assert [[span.row for span in run] for run in made] == runs

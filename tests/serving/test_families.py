@@ -57,12 +57,25 @@ def test_gemma3_sliding_layers_stay_with_the_parent(folders):
         assert windows == [WINDOW, None]
 
 
-def test_layers_with_softcap_stay_with_the_parent(folders):
-    with engine(folders("gemma2"), SPARSE) as llm:
-        answer(llm, PROMPTS, new_tokens=1)
-        counts = stats(llm)
-        assert counts["sparse_tokens"] == 0
-        assert counts["dense_tokens"] == {"sliding window": PROMPT_TOKENS, "softcap": PROMPT_TOKENS}
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@torch.no_grad()
+def test_softcap_and_sinks(folders, family):
+    with engine(folders(family), KEEP_ALL) as llm:
+        first, full = (layer.impl for layer in attention_layers(llm).values())
+        properties = full.properties
+        assert (properties["softcap"] is None, properties["sinks"] is None) == (family == "gpt_oss", family == "gemma2")
+        assert first.dense_reason == "sliding window"
+        kept = answer(llm, PROMPTS)
+        assert kept == greedy(folders(family), PROMPTS, 8)
+        assert stats(llm)["sparse_tokens"] == PROMPT_TOKENS
+        reconfigure(llm, SPARSE)
+        seen = trace(llm, PROMPTS[0])
+        q, k, v = seen.q[1], seen.k[1], seen.v[1]
+        expected = stem_attention(q, k, v, config=config_of(SPARSE), scale=full.scale, **properties)
+        assert relative_error(seen.out[1], expected) < 1e-5
+        without = stem_attention(q, k, v, config=config_of(SPARSE), scale=full.scale)
+        assert relative_error(seen.out[1], without) > 1e-3
+        assert stats(llm)["density"] < 0.6
 
 
 def test_ngram_speculation_changes_no_token(folders):

@@ -5,6 +5,8 @@ import torch
 from engines import BLOCK, DECODE_GRAPHS, KEEP_ALL, SPARSE, engine, reconfigure, set_chunk, stats
 from tiny_families import prompt, save
 
+from stem_attn.integrations.vllm.settings import CHOOSER
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 LAYERS = 2
@@ -19,12 +21,14 @@ EXECUTION = {
 }
 
 
-def answers(llm, prompts):
+def answers(llm, prompts, salt=None, **sampling):
     """Greedy tokens, and the log-probabilities of the likeliest at every place."""
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=5)
-    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    wanted = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=5, **sampling
+    )
+    asked = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
     made = [out.outputs[0] for out in llm.generate(asked, wanted, use_tqdm=False)]
     return [(list(out.token_ids), out.logprobs) for out in made]
 
@@ -90,3 +94,15 @@ def test_sparse_prefill_is_live_and_the_same_in_any_chunks(llm):
         assert counts["unknown_prompt_len_tokens"] == 0
         assert counts["density"] < 0.6
     assert differing(*made) <= 2
+
+
+def test_requests_that_ask_for_dense_attention_have_flash_attentions_answers(folder, dense):
+    with engine(folder, SPARSE, logits_processors=[CHOOSER], **OPTIONS) as llm:
+        set_chunk(llm, 300)
+        answers(llm, PROMPTS)  # sparse pages of the same prompts
+        llm.collective_rpc("stem_reset_stats")
+        made = answers(llm, PROMPTS, salt="stem=dense", extra_args={"stem": "dense"})
+        assert differing(made, dense[: len(PROMPTS)]) <= 2
+        counts = stats(llm)
+        assert counts["sparse_tokens"] == 0
+        assert counts["dense_tokens"]["asked for"] == sum(map(len, PROMPTS)) * LAYERS

@@ -181,7 +181,7 @@ def test_an_unknown_prompt_length_is_counted_and_budgeted_by_what_is_seen(llm, m
 
     monkeypatch.setattr(compat, "_calling_runner", lambda: None)
     for builder in builders(llm):
-        monkeypatch.setattr(builder, "_prompt_lengths", compat.PromptLengths())
+        monkeypatch.setattr(builder, "_requests", compat.Requests("stem"))
     seen = trace(llm, PROMPTS[0])
     assert stats(llm)["unknown_prompt_len_tokens"] == LENGTH * LAYERS
     q, k, v = (x[0][:, :, :1024] for x in (seen.q, seen.k, seen.v))

@@ -29,6 +29,12 @@ FAMILIES = {
         "sliding_window": WINDOW,
         "tie_word_embeddings": True,
     },
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
 }
 

@@ -1,30 +1,43 @@
 """What the vLLM plugin decides without vLLM: the plan of a step, its settings, which layers are dense."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from stem_attn import PrefillPolicy, StemConfig, backends
 from stem_attn.backends.base import Geometry
-from stem_attn.integrations.vllm.layers import layer_config, layer_index, why_dense
+from stem_attn.config import PRESETS
+from stem_attn.integrations.vllm.layers import layer_config, layer_index, table, why_dense
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, split_batch
-from stem_attn.integrations.vllm.settings import Settings, describe, parse
+from stem_attn.integrations.vllm.settings import Settings, choices, choose, describe, parse
 
 CONFIG = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=1, tail_blocks=0)
 CPU = backends.by_name("cpu"), Geometry("cpu", torch.float32, 64, 0)
 
 
-def split(*requests):
-    return split_batch(requests, CONFIG, PrefillPolicy(min_seq_len=100, crossover=False), *CPU)
+SERVER = Settings(CONFIG, PrefillPolicy(min_seq_len=100, crossover=False), "default")
+
+
+def request(q_start, q_len, k_len, prefilling, prompt_len, settings=SERVER):
+    return Request(q_start, q_len, k_len, prefilling, prompt_len, settings)
+
+
+def span(*places):
+    return Span(*places, SERVER)
+
+
+def split(*requests, dense=()):
+    return split_batch(requests, dense, *CPU)
 
 
 def test_a_mixed_batch_is_taken_apart():
-    decode = Request(0, 1, 1502, False, 1400)
-    chunk = Request(1, 153, 700, True, 2000)
-    short = Request(154, 33, 33, True, 33)
+    decode = request(0, 1, 1502, False, 1400)
+    chunk = request(1, 153, 700, True, 2000)
+    short = request(154, 33, 33, True, 33)
     got = split(decode, chunk, short)
-    assert got.spans == (Span(1, 1, 153, 700, 2000),)
+    assert got.spans == (span(1, 1, 153, 700, 2000),)
     assert got.spans[0].tokens == slice(1, 154)
     assert got.rests == (Rest(0, 0, 1), Rest(2, 154, 33))
     assert got.reasons == {"decode": 1, "short prompt": 33}
@@ -33,41 +46,76 @@ def test_a_mixed_batch_is_taken_apart():
 
 def test_an_answer_computed_again_is_dense_as_it_was_the_first_time():
     # Preempted after 30 tokens of answer: the step holds the end of the prompt and the answer.
-    got = split(Request(5, 80, 430, True, 400))
-    assert got.spans == (Span(0, 5, 50, 400, 400),)
+    got = split(request(5, 80, 430, True, 400))
+    assert got.spans == (span(0, 5, 50, 400, 400),)
     assert got.rests == (Rest(0, 55, 30),)
     assert got.reasons == {"decode": 30}
-    assert split(Request(0, 20, 430, False, 400)).spans == ()
+    assert split(request(0, 20, 430, False, 400)).spans == ()
 
 
 def test_without_a_told_length_a_chunk_is_budgeted_by_what_is_seen():
-    got = split(Request(0, 50, 430, True, None), Request(50, 4, 430, False, None))
-    assert got.spans == (Span(0, 0, 50, 430, 430),)
+    got = split(request(0, 50, 430, True, None), request(50, 4, 430, False, None))
+    assert got.spans == (span(0, 0, 50, 430, 430),)
     assert got.unknown_prompt_len_tokens == 50
     assert got.reasons == {"decode": 4}
 
 
 def test_the_whole_prompt_decides_whether_it_is_short():
-    assert split(Request(0, 50, 50, True, 99)).reasons == {"short prompt": 50}
-    assert split(Request(0, 50, 50, True, 100)).spans == (Span(0, 0, 50, 50, 100),)
+    assert split(request(0, 50, 50, True, 99)).reasons == {"short prompt": 50}
+    assert split(request(0, 50, 50, True, 100)).spans == (span(0, 0, 50, 50, 100),)
 
 
 def test_padded_rows_are_skipped():
-    assert split(Request(7, 0, 1, False, 12)).rests == ()
+    assert split(request(7, 0, 1, False, 12)).rests == ()
 
 
 def test_the_crossover_is_told_by_the_whole_prompt():
     # 8 blocks and more of every row: nearly all of 10 blocks, few of 400. The same chunk, of two prompts.
     config = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=8, tail_blocks=0)
-    short, long = Request(0, 16, 160, True, 160), Request(0, 16, 160, True, 6400)
-    for request, crossover, reasons in (
+    short, long = (0, 16, 160, True, 160), (0, 16, 160, True, 6400)
+    for part, crossover, reasons in (
         (short, True, {"no gain from sparsity": 16}),
         (short, False, {}),
         (long, False, {}),
-        (Request(0, 640, 6400, True, 6400), True, {}),
+        ((0, 640, 6400, True, 6400), True, {}),
     ):
-        policy = PrefillPolicy(min_seq_len=100, crossover=crossover)
-        assert split_batch([request], config, policy, *CPU).reasons == reasons
+        settings = Settings(config, PrefillPolicy(min_seq_len=100, crossover=crossover), "default")
+        assert split(request(*part, settings)).reasons == reasons
+
+
+def test_each_request_has_its_own_settings():
+    other = Settings(CONFIG, PrefillPolicy(min_seq_len=800, crossover=False), "default")
+    parts = [request(i * 200, 200, 700, True, 700, chosen) for i, chosen in enumerate((SERVER, other, None, SERVER))]
+    got = split(*parts)
+    assert got.spans == (span(0, 0, 200, 700, 700), span(3, 600, 200, 700, 700))
+    assert got.rests == (Rest(1, 200, 200), Rest(2, 400, 200))
+    assert got.reasons == {"short prompt": 200, "asked for": 200}
+    # What layers do that are dense by the server's settings.
+    got = split(*parts, request(800, 1, 701, False, 700), dense={SERVER})
+    assert got.spans == ()
+    assert got.reasons == {"dense layer": 400, "short prompt": 200, "asked for": 200, "decode": 1}
+
+
+def test_what_a_request_may_choose():
+    server = parse({"block_size": 64, "budget_scale": 0.5})
+    assert choose(server, None) is server
+    assert choose(server, "dense") is None
+    assert choose(server, "official") == parse({"preset": "official"})
+    assert choose(server, 2) == parse({"block_size": 64, "budget_scale": 1.0})
+    assert choices(server) == [server, *(parse({"preset": name}) for name in PRESETS)]
+
+
+@pytest.mark.parametrize("asked", ["fast", "", 0, -1, True, math.inf, math.nan, ["dense"], {"preset": "official"}])
+def test_a_wrong_choice_is_refused(asked):
+    known = r"'dense', a preset \(default, default-0.1, official, paper\) or a factor above 0"
+    with pytest.raises(ValueError, match=rf"'stem' of a request must be {known} on the budget, got ") as refused:
+        choose(parse({}), asked)
+    assert str(refused.value).endswith(repr(asked))
+
+
+def test_a_factor_that_no_float_holds_is_refused():
+    with pytest.raises(ValueError, match="budget_scale must be"):
+        choose(parse({"budget_scale": 1e300}), 1e300)
 
 
 def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
@@ -113,8 +161,6 @@ PLAIN = {
     "attn_type": "decoder",
     "sliding_window": None,
     "alibi_slopes": None,
-    "logits_soft_cap": None,
-    "sinks": None,
     "kv_cache_dtype": "auto",
 }
 
@@ -123,14 +169,11 @@ PLAIN = {
     ("change", "reason"),
     [
         ({}, None),
-        ({"logits_soft_cap": 0}, None),
         ({"kv_cache_dtype": "bfloat16"}, None),
         ({"attn_type": "encoder_only"}, "encoder only attention"),
         ({"attn_type": "encoder_decoder"}, "encoder decoder attention"),
         ({"sliding_window": 128}, "sliding window"),
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "softcap"),
-        ({"sinks": object()}, "attention sinks"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3 KV cache"),
     ],
 )
@@ -141,8 +184,25 @@ def test_layers_that_stay_dense(change, reason):
 def test_layers_are_told_by_name():
     assert layer_index("model.layers.3.self_attn.attn") == 3
     assert layer_index("model.attn") is None
-    policy = PrefillPolicy(layer_budgets=(1.0, 0.5))
-    assert layer_config("model.layers.1.self_attn.attn", StemConfig(), policy, 2) == StemConfig(budget_scale=0.5)
-    assert layer_config("model.attn", StemConfig(), PrefillPolicy(), 2) == StemConfig()
+    second = "model.layers.1.self_attn.attn"
+    tuned = Settings(StemConfig(), PrefillPolicy(layer_budgets=(1.0, 0.5)), "default")
+    assert layer_config(second, tuned, 2) == StemConfig(budget_scale=0.5)
+    assert layer_config("model.attn", parse({}), 2) == StemConfig()
     with pytest.raises(ValueError, match=r"layer_budgets: model\.attn does not say which"):
-        layer_config("model.attn", StemConfig(), policy, 2)
+        layer_config("model.attn", tuned, 2)
+    assert layer_config(second, parse({"preset": "official"}), 3) is None  # its first two layers are dense
+    assert layer_config(second, parse({"dense_layers": [-1]}), 3) is not None
+
+
+def test_the_table_of_the_layers():
+    kinds = {0: ("dense", "dense layer"), 4: ("dense", "sliding window"), 6: ("dense", "sliding window")}
+    rows = [(f"model.layers.{i}.self_attn.attn", *kinds.get(i, ("sparse", ""))) for i in (0, 1, 2, 3, 4, 5, 6, 8)]
+    assert (
+        table([*rows, ("encoder.attn", "not Stem's", "FlashAttentionImpl")])
+        == """\
+layers        attention   why
+0             dense       dense layer
+1-3, 5, 8     sparse
+4, 6          dense       sliding window
+encoder.attn  not Stem's  FlashAttentionImpl"""
+    )

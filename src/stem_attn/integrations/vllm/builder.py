@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -16,12 +16,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stem_attn import backends
 from stem_attn.backends.base import Geometry
-from stem_attn.integrations.vllm.compat import PromptLengths, is_draft_layer, part_of
+from stem_attn.integrations.vllm.compat import Requests, Told, is_draft_layer, part_of
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
-from stem_attn.integrations.vllm.layers import layer_config, layer_index
+from stem_attn.integrations.vllm.layers import table
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
-from stem_attn.integrations.vllm.settings import Settings, settings_of
+from stem_attn.integrations.vllm.settings import CHOOSER, KEY, Settings, allows_choice, choose, settings_of
 
 logger = init_logger("vllm.stem")
 
@@ -40,11 +40,11 @@ class DenseRest:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What the layers of one step do.
+class LayerPlan:
+    """What some layers do in one step.
 
     Args:
-        spans: The sparse tokens.
+        spans: The sparse tokens; at least one.
         rest: The others, or None if there are none.
     """
 
@@ -52,11 +52,15 @@ class StepPlan:
     rest: DenseRest | None
 
 
+StepPlan = Mapping[StemImpl, LayerPlan]
+"""What the layers of one step do; those that are not in it leave everything to the dense parent."""
+
+
 class StemBuilder:
     """Stand before an `AttentionMetadataBuilder` class, and add a `StepPlan` to what it builds.
 
     `metadata_class` is the parent's metadata dataclass with one more field, `plan: StepPlan | None`. It is None where
-    Stem is not selected, where no layer of the group is sparse, and where the batch has no sparse tokens.
+    Stem is not selected.
     """
 
     metadata_class: ClassVar[Any]
@@ -68,14 +72,14 @@ class StemBuilder:
         self._settings = settings_of(vllm_config)
         model = vllm_config.model_config
         self._geometry = Geometry(device.type, model.dtype, model.get_head_size(), 0)
-        self._prompt_lengths = PromptLengths()
-        self._sparse_layers = 0
+        self._requests = Requests(KEY)
+        self._per_request = allows_choice(vllm_config)
+        self._sparse: list[StemImpl] = []
         self._dense_layers: Counter[str] = Counter()
         if self._settings is None:
             return
         total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
-        policy = self._settings.policy
-        policy.check_layers(total)
+        self._settings.policy.check_layers(total)
         self._backend = backends.expected("auto", device.type)
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
             impl = layer.impl
@@ -86,17 +90,13 @@ class StemBuilder:
                 reason = type(kv_cache_spec).__name__
             if reason is None and is_draft_layer(layer):
                 reason = "draft model"
-            index = layer_index(name)
-            if reason is None and index is not None and policy.is_dense_layer(index, total):
-                reason = "dense layer"
-            impl.dense_reason = reason
+            impl.dense_reason, impl.name, impl.layers = reason, name, total
             if reason is None:
-                impl.config = layer_config(name, self._settings.config, policy, total)
-                self._sparse_layers += 1
+                impl.config_of(self._settings)  # which refuses what cannot be told of the layer
+                self._sparse.append(impl)
             else:
                 self._dense_layers[reason] += 1
-        for reason, count in self._dense_layers.items():
-            logger.info_once("stem-attn: %d layers stay dense: %s", count, reason)
+        _log_table(vllm_config, self._settings)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build the metadata of a step; see vLLM's `AttentionMetadataBuilder.build`."""
@@ -110,36 +110,75 @@ class StemBuilder:
         """Build the parent's metadata for the dense rest of a batch."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
-    def _plan(self, common: Any, settings: Settings) -> StepPlan | None:
-        split = self._split(common, settings)
-        layers = self._sparse_layers
-        dense = {reason: tokens * layers for reason, tokens in split.reasons.items() if layers}
+    def _plan(self, common: Any, settings: Settings) -> StepPlan:
+        tokens = common.num_actual_tokens
         for reason, count in self._dense_layers.items():
-            dense[reason] = dense.get(reason, 0) + count * common.num_actual_tokens
-        counters.count_step(
-            layers * sum(span.q_len for span in split.spans), dense, layers * split.unknown_prompt_len_tokens
-        )
-        if split.unknown_prompt_len_tokens and layers:
-            logger.warning_once(
-                "stem-attn: vLLM does not tell the whole prompt's length here; chunks are budgeted by the tokens so far"
-            )
-        if not split.spans or not layers:
-            return None
-        return StepPlan(split.spans, self._dense_rest(common, split.rests))
+            counters.count_step(0, {reason: count * tokens}, 0)
+        if not self._sparse:
+            return {}
+        for_all = _why_all_dense(common)
+        if for_all is not None:
+            counters.count_step(0, {for_all: len(self._sparse) * tokens}, 0)
+            return {}
+        requests = self._read(common, settings)
+        plan: dict[StemImpl, LayerPlan] = {}
+        for dense, impls in self._alike(requests).items():
+            split = split_batch(requests, dense, self._backend, self._geometry)
+            self._count(split, len(impls))
+            if split.spans:
+                plan.update(dict.fromkeys(impls, LayerPlan(split.spans, self._dense_rest(common, split.rests))))
+        return plan
 
-    def _split(self, common: Any, settings: Settings) -> Split:
-        reason = _why_all_dense(common)
-        if reason is not None:
-            return Split((), (), {reason: common.num_actual_tokens}, 0)
+    def _read(self, common: Any, settings: Settings) -> list[Request]:
+        """Return what a batch has of each request."""
         starts = common.query_start_loc_cpu.tolist()
         k_lens = common.seq_lens_cpu_upper_bound.tolist()  # exact for rows in their prompts
         prefilling = common.is_prefilling.tolist()  # rows that pad a batch for a CUDA graph may be missing
-        lengths = self._prompt_lengths.of(common) if any(prefilling) else [None] * len(prefilling)
-        requests = [
-            Request(starts[row], starts[row + 1] - starts[row], k_lens[row], prefilling[row], lengths[row])
+        told = self._requests.of(common) if any(prefilling) else [Told(None)] * len(prefilling)
+        return [
+            Request(
+                q_start=starts[row],
+                q_len=starts[row + 1] - starts[row],
+                k_len=k_lens[row],
+                prefilling=prefilling[row],
+                prompt_len=told[row].prompt_len,
+                settings=self._chosen(settings, told[row].asked),
+            )
             for row in range(len(prefilling))
         ]
-        return split_batch(requests, settings.config, settings.policy, self._backend, self._geometry)
+
+    def _chosen(self, settings: Settings, asked: Any) -> Settings | None:
+        """Return a request's settings: the server's where it may not choose, or where nobody checked a wrong choice."""
+        if asked is None:
+            return settings
+        try:
+            if self._per_request:
+                return choose(settings, asked)
+        except ValueError:
+            pass
+        logger.warning_once(
+            "stem-attn: a request's 'stem' is ignored: requests may choose where the server has --logits-processors %s",
+            CHOOSER,
+        )
+        return settings
+
+    def _alike(self, requests: Sequence[Request]) -> dict[frozenset[Settings], list[StemImpl]]:
+        """Group the layers by those of the requests' settings that they are dense by."""
+        chosen = {request.settings for request in requests if request.prefilling and request.settings is not None}
+        found: dict[frozenset[Settings], list[StemImpl]] = {}
+        for impl in self._sparse:
+            dense = frozenset(settings for settings in chosen if impl.config_of(settings) is None)
+            found.setdefault(dense, []).append(impl)
+        return found
+
+    def _count(self, split: Split, layers: int) -> None:
+        dense = {reason: tokens * layers for reason, tokens in split.reasons.items()}
+        unknown = layers * split.unknown_prompt_len_tokens
+        counters.count_step(layers * sum(span.q_len for span in split.spans), dense, unknown)
+        if unknown:
+            logger.warning_once(
+                "stem-attn: vLLM does not tell the whole prompt's length here; chunks are budgeted by the tokens so far"
+            )
 
     def _dense_rest(self, common: Any, rests: Sequence[Rest]) -> DenseRest | None:
         """Make a batch of the tokens that are not sparse."""
@@ -169,6 +208,22 @@ class StemBuilder:
             positions=None if common.positions is None else common.positions[tokens],
         )
         return DenseRest(tokens, self.build_rest(batch))
+
+
+def _log_table(vllm_config: Any, settings: Settings) -> None:
+    """Log once what each of this process's layers does, as soon as the last builder has been made."""
+    rows = []
+    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
+        impl = getattr(layer, "impl", None)
+        if not isinstance(impl, StemImpl):
+            rows.append((name, "not Stem's", type(impl or layer).__name__))
+        elif not hasattr(impl, "name"):
+            return  # a builder is still to come
+        elif impl.dense_reason is not None:
+            rows.append((name, "dense", impl.dense_reason))
+        else:
+            rows.append((name, "sparse", "") if impl.config_of(settings) else (name, "dense", "dense layer"))
+    logger.info_once("stem-attn: what the layers do\n%s", table(rows))
 
 
 def _why_all_dense(common: Any) -> str | None:

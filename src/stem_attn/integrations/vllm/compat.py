@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,13 @@ import vllm
 from vllm.version import __version__
 
 from stem_attn.integrations.vllm.interface import missing, read_offer
+
+try:
+    from vllm.v1.worker.gpu.sample import logits_processor
+
+    V2LogitsProcessor: Any = logits_processor.LogitsProcessor
+except ImportError:  # 0.26's V2 runner takes no logits processors, and leaves a server that has some to the V1 runner
+    V2LogitsProcessor = object
 
 VLLM_VERSION: str = __version__
 _RUN = {"cuda": ("0.26",), "cpu": ("0.32",)}
@@ -70,19 +78,37 @@ def part_of(common: Any, **fields: Any) -> Any:
     return common.replace(**{name: None for name in _OF_ALL_ROWS if hasattr(common, name)}, **fields)
 
 
-class PromptLengths:
-    """Ask the model runner how long the requests' prompts are.
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the model runner knows of a request.
 
-    vLLM tells a metadata builder whether a request is being prefilled, but not how long its prompt is. The
-    runner knows. The builder is not given the runner, so this looks up who called: at the first step it walks up the
-    call stack to the runner's own method, and keeps a weak reference. Nothing of vLLM is replaced.
+    Args:
+        prompt_len: Tokens of its whole prompt; None: that cannot be told.
+        asked: What it asks of Stem, unchecked; None: nothing.
     """
 
-    def __init__(self) -> None:
-        self._runner: weakref.ref[Any] | None = None
+    prompt_len: int | None
+    asked: Any = None
 
-    def of(self, common: Any) -> list[int | None]:
-        """Return the whole prompt's tokens of every row of `is_prefilling`, None where they cannot be told.
+
+class Requests:
+    """Ask the model runner how long the requests' prompts are, and what they ask of Stem.
+
+    Args:
+        key: Under which they do so.
+
+    vLLM tells a metadata builder whether a request is being prefilled, and no more. The runner knows. The builder is
+    not given the runner, so this looks up who called: at the first step it walks up the call stack to the runner's own
+    method, and keeps a weak reference. Nothing of vLLM is replaced.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._runner: weakref.ref[Any] | None = None
+        self._asked: dict[str, Any] = {}  # by id of request; the V2 runner forgets it after a request's first step
+
+    def of(self, common: Any) -> list[Told]:
+        """Return what is known of every row of `is_prefilling`.
 
         Args:
             common: `CommonAttentionMetadata` of the batch the runner is preparing.
@@ -92,17 +118,49 @@ class PromptLengths:
         if runner is None:
             runner = _calling_runner()
             if runner is None:
-                return [None] * rows
+                return [Told(None)] * rows
             self._runner = weakref.ref(runner)
-        told = _lengths(runner, common, rows)
-        if told is None:
-            return [None] * rows
+        known = self._of_v2(runner, common, rows) if hasattr(runner, "req_states") else self._of_v1(runner, rows)
+        if known is None:
+            return [Told(None)] * rows
         # The rows are the runner's own if they agree on which requests are still being prefilled.
         computed = (common.seq_lens_cpu_upper_bound - common.query_start_loc_cpu.diff())[:rows]
         return [
-            prompt if (int(before) < prefill) == bool(prefilling) else None
-            for (prompt, prefill), before, prefilling in zip(told, computed, common.is_prefilling, strict=True)
+            told if (int(before) < prefill) == bool(prefilling) else Told(None)
+            for (told, prefill), before, prefilling in zip(known, computed, common.is_prefilling, strict=True)
         ]
+
+    def _of_v2(self, runner: Any, common: Any, rows: int) -> list[tuple[Told, int]] | None:
+        """Return every row's request and how many tokens the runner calls prefill; its own order is another one."""
+        states, indices = runner.req_states, _request_indices(common)
+        if indices is None or len(indices) < rows:
+            return None
+        for request in _new_requests():
+            asked = self._choice(request.sampling_params)
+            if asked is not None:
+                self._asked = {name: x for name, x in self._asked.items() if name in states.req_id_to_index}
+                self._asked[request.req_id] = asked
+        return [
+            (
+                Told(int(states.prompt_len.np[i]), self._asked.get(states.index_to_req_id.get(int(i), ""))),
+                int(states.prefill_len.np[i]),  # a preempted request's answer is in it
+            )
+            for i in indices[:rows]
+        ]
+
+    def _of_v1(self, runner: Any, rows: int) -> list[tuple[Told, int]] | None:
+        """Return the same of the V1 runner; its rows are the batch's, save where the batch is computed in parts."""
+        batch = runner.input_batch
+        if runner.parallel_config.use_ubatching or rows < batch.num_reqs:
+            return None
+        lengths = [int(n) for n in batch.num_prompt_tokens[:rows]]
+        names = [*batch.req_ids, *[None] * rows][:rows]  # rows may pad a batch
+        asked = [None if name is None else self._choice(runner.requests[name].sampling_params) for name in names]
+        return [(Told(length, one), length) for length, one in zip(lengths, asked, strict=True)]
+
+    def _choice(self, params: Any) -> Any:
+        """Return what a request asks for; a pooling model's has no sampling parameters."""
+        return (getattr(params, "extra_args", None) or {}).get(self._key)
 
 
 def _callers() -> Iterator[Mapping[str, Any]]:
@@ -120,25 +178,26 @@ def _calling_runner() -> Any | None:
     return next((who["self"] for who in _callers() if isinstance(who.get("self"), runners)), None)
 
 
-def _lengths(runner: Any, common: Any, rows: int) -> list[tuple[int, int]] | None:
-    """Return the tokens of every row's prompt, and how many the runner calls prefill; None where it cannot tell."""
-    if hasattr(runner, "req_states"):  # the V2 runner keeps its requests in an order of their own
-        requests = _requests(common)
-        if requests is None or len(requests) < rows:
-            return None
-        prompts = runner.req_states.prompt_len.np[requests[:rows]]
-        prefills = runner.req_states.prefill_len.np[requests[:rows]]  # a preempted request's answer is in it
-    else:  # the V1 runner; its rows are the batch's, save where the batch is computed in parts
-        if runner.parallel_config.use_ubatching or rows < runner.input_batch.num_reqs:
-            return None
-        prompts = prefills = runner.input_batch.num_prompt_tokens[:rows]
-    return [(int(prompt), int(prefill)) for prompt, prefill in zip(prompts, prefills, strict=True)]
-
-
-def _requests(common: Any) -> Any | None:
+def _request_indices(common: Any) -> Any | None:
     """Return which of the V2 runner's requests each row of a batch is."""
     if hasattr(common, "req_idx"):
         return common.req_idx
     # vLLM 0.26 does not tell; the V2 runner's own batch does, which a caller of the builder holds.
     batches = (who["input_batch"] for who in _callers() if "input_batch" in who)
     return next((batch.idx_mapping_np for batch in batches if hasattr(batch, "idx_mapping_np")), None)
+
+
+def _new_requests() -> Sequence[Any]:
+    """Return the requests whose first step this is; who calls the runner tells it of them."""
+    steps = (who["scheduler_output"] for who in _callers() if "scheduler_output" in who)
+    return next((step.scheduled_new_reqs for step in steps), ())
+
+
+def admitted() -> tuple[Any, str | None] | None:
+    """Return an engine's config and the `cache_salt` of the request that a caller is admitting; None: nobody is."""
+    for who in _callers():
+        config = getattr(who.get("self"), "vllm_config", None)
+        if config is not None and "prompt" in who and "params" in who:
+            prompt = who["prompt"]
+            return config, prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    return None

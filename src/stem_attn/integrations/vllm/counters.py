@@ -1,6 +1,6 @@
 """What Stem did in this process: tokens by reason, density, time in selection. Workers count apart from one another.
 
-The same numbers go to Prometheus. vLLM's metrics page shows those of other processes only where
+The same numbers go to Prometheus. vLLM's metrics page shows those of other processes with several API servers, or where
 `PROMETHEUS_MULTIPROC_DIR` was set before the server started; see docs/serving.md.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockSelection
@@ -30,6 +31,7 @@ class Counters:
         self._selection_seconds = 0.0
         self._causal_blocks = 0
         self._kept_blocks: dict[str, Tensor] = {}  # by device, int64, so that counting never waits for the device
+        self._late = Late()
 
     def count_step(self, sparse: int, dense: Mapping[str, int], unknown_prompt_len: int) -> None:
         """Note the tokens of one step, layers multiplied in.
@@ -47,6 +49,11 @@ class Counters:
             metrics["tokens"].labels("sparse", "").inc(sparse)
         for reason, tokens in dense.items():
             metrics["tokens"].labels("dense", reason).inc(tokens)
+        for total in self._kept_blocks.values():
+            if total.is_cuda:
+                kept, causal = self._late.read(total, self._causal_blocks)
+                metrics["kept"].inc(kept)
+                metrics["causal"].inc(causal)
 
     def count_selection(self, selection: BlockSelection, seconds: float) -> None:
         """Note one layer's selection for one span, and the time it took."""
@@ -56,7 +63,10 @@ class Counters:
     def count_blocks(self, kept: Tensor, causal: int) -> None:
         """Note kept blocks (a scalar on any device) and the causal ones they were kept of."""
         device = str(kept.device)
-        self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept
+        if device not in self._kept_blocks:
+            with torch.inference_mode(False):  # so that it can be added to in any mode
+                self._kept_blocks[device] = torch.zeros((), dtype=torch.int64, device=kept.device)
+        self._kept_blocks[device] += kept  # in place: a copy of it may be under way
         self._causal_blocks += causal
         if not kept.is_cuda:
             _metrics()["kept"].inc(int(kept))
@@ -77,6 +87,40 @@ class Counters:
             "density": kept / self._causal_blocks if self._causal_blocks else None,
             "selection_seconds": self._selection_seconds,
         }
+
+
+class Late:
+    """Read a device's sum without waiting for the device, and so some steps late."""
+
+    def __init__(self) -> None:
+        self._copy: tuple[Tensor, int, Any] | None = None  # kept blocks on the host once the event is over, causal ones
+        self._given = 0, 0
+
+    def read(self, kept: Tensor, causal: int) -> tuple[int, int]:
+        """Return the kept and causal blocks that have arrived since the last time.
+
+        Args:
+            kept: The sum so far, a scalar on a GPU.
+            causal: The blocks that it was kept of.
+        """
+        new = 0, 0
+        if self._copy is not None:
+            there, of, event = self._copy
+            if not event.query():
+                return new
+            new = int(there) - self._given[0], of - self._given[1]
+            self._given = int(there), of
+        self._copy = None if causal == self._given[1] else _to_host(kept, causal)
+        return new
+
+
+def _to_host(kept: Tensor, causal: int) -> tuple[Tensor, int, Any]:
+    """Begin to copy a sum to the host, and return with what is over when it is there."""
+    there = torch.empty((), dtype=kept.dtype, pin_memory=True)
+    there.copy_(kept, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return there, causal, event
 
 
 counters = Counters()

@@ -54,14 +54,19 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
-        config = self.config
         for span in spans:
+            config = self.config_of(span.settings)
+            assert config is not None  # the plan has a layer's sparse spans only
             k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, instruction_set(layer, self))
             q = query[span.tokens].transpose(0, 1)[None]
             began = time.perf_counter()
-            selection = select_blocks(q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len)
+            selection = select_blocks(
+                q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len, **self.properties
+            )
             counters.count_selection(selection, time.perf_counter() - began)
-            out = block_sparse_attention(q, k, v, selection, scale=self.scale, residual=config.residual)
+            out = block_sparse_attention(
+                q, k, v, selection, scale=self.scale, residual=config.residual, **self.properties
+            )
             output[span.tokens] = out[0].transpose(0, 1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.register import NAME
-from stem_attn.integrations.vllm.settings import Settings, settings_of
+from stem_attn.integrations.vllm.settings import Settings, choices, settings_of
 from stem_attn.layout import Layout
 from stem_attn.warm_up import warm_up
 
@@ -61,25 +62,31 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         # Decodes come first in a batch, so that the dense rest is mostly a slice of it.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        if self._settings is not None and self._sparse_layers and device.type == "cuda":
-            self._warm_up(self._settings)
+        if self._settings is not None and self._sparse and device.type == "cuda":
+            self._warm_up(choices(self._settings) if self._per_request else [self._settings])
 
-    def _warm_up(self, settings: Settings) -> None:
+    def _warm_up(self, chosen: Sequence[Settings]) -> None:
         """Compile the kernels of all prompts that may come; what it takes is given back before vLLM makes its cache."""
         began = time.perf_counter()
         spec, config = self.kv_cache_spec, self.vllm_config
-        warm_up(
-            query_heads=self.num_heads_q,
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_size,
-            max_len=config.model_config.max_model_len,
-            chunk=config.scheduler_config.max_num_batched_tokens,
-            page_size=spec.block_size,
-            config=settings.config,
-            dtype=config.model_config.dtype,
-            device=self.device,
-            backend="triton",
-        )
+        kinds = {
+            (impl.properties["softcap"], None if impl.sinks is None else impl.sinks.dtype) for impl in self._sparse
+        }
+        for method, (softcap, sinks) in product({settings.config for settings in chosen}, kinds):
+            warm_up(
+                query_heads=self.num_heads_q,
+                kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_size,
+                max_len=config.model_config.max_model_len,
+                chunk=config.scheduler_config.max_num_batched_tokens,
+                page_size=spec.block_size,
+                config=method,
+                softcap=softcap,
+                sinks=sinks,
+                dtype=config.model_config.dtype,
+                device=self.device,
+                backend="triton",
+            )
         torch.cuda.empty_cache()
         logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
 
@@ -109,7 +116,8 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         if self.dense_reason is None:  # better at startup than at the first long prompt
             device = config.device_config.device_type
             one = torch.empty(1, 1, 1, head_size, dtype=config.model_config.dtype, device=device)
-            backends.for_call("triton", Call(Layout.dense(one, one, one), self.settings.config.block_size, self.scale))
+            block_size, softcap = self.settings.config.block_size, self.properties["softcap"]
+            backends.for_call("triton", Call(Layout.dense(one, one, one), block_size, self.scale, softcap=softcap))
 
     def attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
@@ -120,6 +128,8 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         k_cache, v_cache = by_token[..., : self.head_size], by_token[..., self.head_size :]
         for run in neighbours(spans):
             tokens = slice(run[0].q_start, run[-1].q_start + run[-1].q_len)
+            config = self.config_of(run[0].settings)
+            assert config is not None  # the plan has a layer's sparse spans only
             _, selections = stem_attention_paged(
                 query[tokens],
                 k_cache,
@@ -127,9 +137,10 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
                 cu_seqlens_q=[0, *(span.q_start + span.q_len - run[0].q_start for span in run)],
                 seq_lens=[span.k_len for span in run],
                 block_table=attn_metadata.block_table[run[0].row : run[-1].row + 1],
-                config=self.config,
+                config=config,
                 prompt_len=[span.prompt_len for span in run],
                 scale=self.scale,
+                **self.properties,
                 backend="triton",
                 out=output[tokens],
                 return_selection=True,
@@ -161,12 +172,15 @@ class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]
 
 
 def neighbours(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """Group spans that follow one another, in the batch's tokens and in its rows."""
+    """Group spans that follow one another, in the batch's tokens and in its rows, with the same settings."""
     run: list[Span] = []
     for span in spans:
-        if run and (span.row, span.q_start) != (run[-1].row + 1, run[-1].q_start + run[-1].q_len):
-            yield run
-            run = []
+        if run:
+            last = run[-1]
+            follows = (span.row, span.q_start) == (last.row + 1, last.q_start + last.q_len)
+            if not follows or span.settings != last.settings:
+                yield run
+                run = []
         run.append(span)
     if run:
         yield run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -20,6 +20,13 @@ from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
 logger = init_logger("vllm.stem")
 
 
+class Properties(TypedDict):
+    """Keywords of the library's functions."""
+
+    softcap: float | None
+    sinks: Tensor | None
+
+
 class StemImpl:
     """Stand before an `AttentionImpl` class, and take the sparse spans out of its batches.
 
@@ -27,9 +34,12 @@ class StemImpl:
     """
 
     device_name: str  # for the startup line
-    settings: Settings
-    config: StemConfig  # the layer's own; the builder sets it
+    settings: Settings  # the server's; a request may have others
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
+    logits_soft_cap: float  # the parent's; 0: none
+    sinks: Tensor | None  # the parent's too, [Hq]; their values come after the layer is made
+    name: str  # vLLM's of the layer, and how many layers the model has; the builder sets both
+    layers: int
 
     def __init__(
         self,
@@ -70,13 +80,10 @@ class StemImpl:
                 f"{ranks} spreads them: leave it at 1, or take another attention backend"
             )
         self.settings = settings
-        self.config = settings.config
         self.dense_reason = layers.why_dense(
             attn_type=AttentionType(attn_type).value,
             sliding_window=sliding_window,
             alibi_slopes=alibi_slopes,
-            logits_soft_cap=logits_soft_cap,
-            sinks=sinks,
             kv_cache_dtype=kv_cache_dtype,
         )
         logger.info_once(
@@ -113,8 +120,9 @@ class StemImpl:
             output_scale: Not supported.
             output_block_scale: Not supported.
         """
-        plan = getattr(attn_metadata, "plan", None)
-        if plan is None or not plan.spans or self.dense_reason is not None:
+        whole = getattr(attn_metadata, "plan", None)
+        plan = None if whole is None else whole.get(self)
+        if plan is None:
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -142,6 +150,15 @@ class StemImpl:
             output: [tokens, Hq, D] of the whole batch.
         """
         raise NotImplementedError
+
+    @property
+    def properties(self) -> Properties:
+        """What attention is asked for beside its inputs, as the library's functions take it."""
+        return {"softcap": self.logits_soft_cap or None, "sinks": self.sinks}
+
+    def config_of(self, settings: Settings) -> StemConfig | None:
+        """Return the layer's own config by some settings; None: it is dense by them."""
+        return layers.layer_config(self.name, settings, self.layers)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Sparse attention writes its output unquantized."""

@@ -116,10 +116,32 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     # How long a request's prompt is. Large files, and without it prefill is only budgeted less well.
     "runners": {
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "parallel_config"),
-        "vllm.v1.worker.gpu_input_batch:InputBatch": ("num_prompt_tokens", "num_reqs"),
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states",),
-        "vllm.v1.worker.gpu.states:RequestState": ("prompt_len", "prefill_len"),
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+            "input_batch",
+            "parallel_config",
+            "requests",
+            "execute_model(scheduler_output)",
+        ),
+        "vllm.v1.worker.gpu_input_batch:InputBatch": ("num_prompt_tokens", "num_reqs", "req_ids"),
+        "vllm.v1.worker.gpu_input_batch:CachedRequestState": ("sampling_params",),
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states", "execute_model(scheduler_output)"),
+        "vllm.v1.worker.gpu.states:RequestState": ("prompt_len", "prefill_len", "index_to_req_id", "req_id_to_index"),
+    },
+    # What a request asks for; without it requests have the server's settings.
+    "requests": {
+        "vllm.config.model:ModelConfig": ("logits_processors",),
+        "vllm.config.cache:CacheConfig": ("enable_prefix_caching",),
+        "vllm.config.vllm:VllmConfig": ("cache_config",),
+        "vllm.sampling_params:SamplingParams": ("extra_args",),
+        "vllm.v1.core.sched.output:SchedulerOutput": ("scheduled_new_reqs",),
+        "vllm.v1.core.sched.output:NewRequestData": ("req_id", "sampling_params"),
+        "vllm.v1.engine.input_processor:InputProcessor": ("vllm_config", "process_inputs(prompt, params)"),
+        "vllm.v1.sample.logits_processor.interface:LogitsProcessor": (
+            "=validate_params(sampling_params)",
+            "=apply(logits)",
+            "=is_argmax_invariant()",
+            "=update_state(batch_update)",
+        ),
     },
 }
 PARTS = tuple(_PARTS)

@@ -7,13 +7,12 @@ tokens' absolute positions, so a plan is made of host integers only and every la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from stem_attn.backends.base import Backend, Geometry
 from stem_attn.blocks import BlockGrid
-from stem_attn.config import StemConfig
-from stem_attn.policy import PrefillPolicy
+from stem_attn.integrations.vllm.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,7 @@ class Request:
         k_len: Tokens of the request so far, this step's included.
         prefilling: Whether vLLM calls this step prefill; its V2 runner calls an answer so that is computed again.
         prompt_len: Tokens of the whole prompt, or None where the request does not tell.
+        settings: What its prompt is computed with; None: with dense attention.
     """
 
     q_start: int
@@ -33,6 +33,7 @@ class Request:
     k_len: int
     prefilling: bool
     prompt_len: int | None
+    settings: Settings | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Span:
         q_len: Tokens.
         k_len: Keys that the last of them sees; the first is at position `k_len - q_len`.
         prompt_len: Tokens of the whole prompt, which sets the budget; at least `k_len`.
+        settings: What they are computed with.
     """
 
     row: int
@@ -52,6 +54,7 @@ class Span:
     q_len: int
     k_len: int
     prompt_len: int
+    settings: Settings
 
     @property
     def tokens(self) -> slice:
@@ -92,11 +95,7 @@ class Split:
 
 
 def split_batch(
-    requests: Sequence[Request],
-    config: StemConfig,
-    policy: PrefillPolicy,
-    backend: Backend | None,
-    geometry: Geometry,
+    requests: Sequence[Request], dense: Collection[Settings], backend: Backend | None, geometry: Geometry
 ) -> Split:
     """Take a batch apart into sparse spans and dense rests.
 
@@ -106,8 +105,7 @@ def split_batch(
 
     Args:
         requests: One a row of the batch; rows without tokens (padding) are skipped.
-        config: The method; whether a prompt is sparse, all layers alike, is told without `layer_budgets`.
-        policy: Which prompts are sparse.
+        dense: Settings by which the layers in question are dense.
         backend: What attends sparsely; None: nothing that says what it gains.
         geometry: What is known of the calls before they come.
     """
@@ -121,16 +119,13 @@ def split_batch(
         prompt_tokens = _prompt_tokens(request)
         sparse_tokens = 0
         if prompt_tokens:
-            span = _span(row, request, prompt_tokens)
-            call = (span.prompt_len, BlockGrid(span.q_len, span.k_len, config.block_size))
-            told = None if request.prompt_len is None else (span.prompt_len,)
-            reason = policy.why_dense(config, (call,), told, backend, geometry)
-            if reason is None:
+            found = _sparse(row, request, prompt_tokens, dense, backend, geometry)
+            if isinstance(found, Span):
                 sparse_tokens = prompt_tokens
-                spans.append(span)
+                spans.append(found)
                 unknown += prompt_tokens if request.prompt_len is None else 0
             else:
-                reasons[reason] += prompt_tokens
+                reasons[found] += prompt_tokens
         if prompt_tokens < request.q_len:
             reasons["decode"] += request.q_len - prompt_tokens
         if sparse_tokens < request.q_len:
@@ -146,7 +141,24 @@ def _prompt_tokens(request: Request) -> int:
     return min(max(request.prompt_len - before, 0), request.q_len)
 
 
-def _span(row: int, request: Request, tokens: int) -> Span:
+def _sparse(
+    row: int,
+    request: Request,
+    tokens: int,
+    dense: Collection[Settings],
+    backend: Backend | None,
+    geometry: Geometry,
+) -> Span | str:
+    """Return the span of a request's prompt tokens, or why they are dense."""
+    settings = request.settings
+    if settings is None:
+        return "asked for"
+    if settings in dense:
+        return "dense layer"
     k_len = request.k_len - request.q_len + tokens
     prompt_len = k_len if request.prompt_len is None else request.prompt_len
-    return Span(row, request.q_start, tokens, k_len, prompt_len)
+    # All layers alike: told without the factors that single layers have on their budgets.
+    call = (prompt_len, BlockGrid(tokens, k_len, settings.config.block_size))
+    told = None if request.prompt_len is None else (prompt_len,)
+    reason = settings.policy.why_dense(settings.config, (call,), told, backend, geometry)
+    return reason or Span(row, request.q_start, tokens, k_len, prompt_len, settings)

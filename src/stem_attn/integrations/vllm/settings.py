@@ -1,19 +1,26 @@
-"""How a user configures Stem in vLLM: `--additional-config '{"stem": {...}}'`, and whether it is selected."""
+"""How a user configures Stem in vLLM: `--additional-config '{"stem": {...}}'`, and whether it is selected.
+
+And what one request may choose in their place, where the server lets it: see `per_request.py`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from stem_attn.config import StemConfig, field_names
+from stem_attn.config import PRESETS, StemConfig, field_names
 from stem_attn.integrations.vllm.register import is_stem
 from stem_attn.policy import PrefillPolicy, make_settings, policy_field_names, read_settings
 
 KEY = "stem"
+DENSE = "dense"
+CHOOSER = "stem_attn.integrations.vllm.per_request:PerRequest"
 _OWN_KEYS = ("preset", "config_file")
 
 
@@ -56,6 +63,44 @@ def parse(given: Mapping[str, Any]) -> Settings:
     return Settings(config, policy, preset)
 
 
+def choose(settings: Settings, asked: Any) -> Settings | None:
+    """Return what a request's prompt is computed with.
+
+    Args:
+        settings: The server's.
+        asked: What the request says under `stem`: None, `dense`, a preset's name, or a factor on the server's budget.
+
+    Returns:
+        None: with dense attention.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if asked is None:
+        return settings
+    if asked == DENSE:
+        return None
+    if isinstance(asked, str) and asked in PRESETS:
+        return _preset(asked)
+    if isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < math.inf:
+        config = dataclasses.replace(settings.config, budget_scale=settings.config.budget_scale * asked)
+        return dataclasses.replace(settings, config=config)
+    raise ValueError(
+        f"{KEY!r} of a request must be {DENSE!r}, a preset ({', '.join(PRESETS)}) or a factor above 0 on the budget, "
+        f"got {asked!r}"
+    )
+
+
+def choices(settings: Settings) -> list[Settings]:
+    """Return the settings that requests may choose, the server's first. A factor on the budget has the same kernels."""
+    return [settings, *map(_preset, PRESETS)]
+
+
+@cache
+def _preset(name: str) -> Settings:
+    return Settings(*make_settings({}, name), name)
+
+
 def _read_file(path: Any) -> dict[str, Any]:
     if not isinstance(path, str):
         raise ValueError(f"config_file must be a path, got {path!r}")
@@ -84,6 +129,12 @@ def settings_of(vllm_config: Any) -> Settings | None:
         return None
     additional = vllm_config.additional_config
     return _parse_json(json.dumps(additional.get(KEY, {}) if isinstance(additional, dict) else {}))
+
+
+def allows_choice(vllm_config: Any) -> bool:
+    """Tell whether requests may choose their settings: where `PerRequest` checks them."""
+    named = vllm_config.model_config.logits_processors or ()
+    return CHOOSER in (one if isinstance(one, str) else f"{one.__module__}:{one.__qualname__}" for one in named)
 
 
 @lru_cache(maxsize=8)
