@@ -194,7 +194,6 @@ def test_signed_zeros_tie():
         *(scores, keep, indices, counts),
         *(0, 4, 0, 1, 1, 5, 16, 0, 0, 1),
         COLUMNS=16,
-        SLOTS=4,
         INSIDE=True,
         SHARED=False,
         num_warps=1,

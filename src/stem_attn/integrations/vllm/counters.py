@@ -116,7 +116,7 @@ class Late:
 
 def _to_host(kept: Tensor, causal: int) -> tuple[Tensor, int, Any]:
     """Begin to copy a sum to the host, and return with what is over when it is there."""
-    there = torch.empty((), dtype=kept.dtype, pin_memory=True)
+    there = torch.empty((), device="cpu", dtype=kept.dtype, pin_memory=True)
     there.copy_(kept, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
