@@ -24,7 +24,7 @@ OLDEST_TRITON = (3, 4)
 # density d: 4096 tokens 0.043 + 0.253 d against 0.258, so 0.85; 8192 tokens 0.066 + 0.85 d against 0.899, so 0.98,
 # less some margin. Shorter calls take the host longer than the device.
 _BREAK_EVEN = ((4096, 0.0), (8192, 0.85), (None, 0.95))
-# Mass scores and shared budgets (benchmarks/results/h100-llama3-8b-default): 8192 tokens 0.107 + 0.95 d against 0.885,
+# Mass scores and shared budgets (the same GPU, version 0.1.0): 8192 tokens 0.107 + 0.95 d against 0.885,
 # so 0.82; 16384 tokens 0.196 + 3.47 d against 3.30, so 0.89; less a margin. At 4096 two more launches take the host
 # longer.
 _BREAK_EVEN_MASS = ((8192, 0.0), (16384, 0.7), (None, 0.85))

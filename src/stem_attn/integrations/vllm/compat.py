@@ -24,7 +24,7 @@ except ImportError:  # 0.26's V2 runner takes no logits processors, and leaves a
     V2LogitsProcessor = object
 
 VLLM_VERSION: str = __version__
-_RUN = {"cuda": ("0.26",), "cpu": ("0.32",)}
+_RUN = {"cuda": ("0.26", "0.33"), "cpu": ("0.32",)}
 
 # What a batch's metadata derives from all its rows; no version has all of these fields.
 _OF_ALL_ROWS = (
