@@ -45,7 +45,7 @@ class Audit:
     Args:
         recall: Share of the exact attention probability that falls on kept blocks, mean over heads and queries. What
             sinks take is no part of it.
-        error: |O_sparse - O| / |O| over all heads and queries, before the output projection.
+        error: `|O_sparse - O| / |O|` over all heads and queries, before the output projection.
         rows: Query rows of single heads that were sampled.
     """
 

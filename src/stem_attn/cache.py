@@ -16,7 +16,7 @@ def cache_folder() -> Path:
         RuntimeError: The user has no home.
     """
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
+        return Path(named).absolute()
     if sys.platform == "win32":
         root = os.environ.get("LOCALAPPDATA")
     elif sys.platform == "darwin":

@@ -53,7 +53,7 @@ def test_compiles_once_and_keeps_the_result(source, tmp_path, monkeypatch):
     library, reason = build.load(source)
     assert reason is None
     assert library.answer() == 42
-    (kept,) = (tmp_path / "cache").iterdir()
+    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
     assert kept.suffix == ".so"
     monkeypatch.setattr(build, "_compile", lambda command: pytest.fail("it compiles again"))
     assert build.load(source)[0].answer() == 42
@@ -70,13 +70,13 @@ def test_another_source_cpu_or_compiler_is_another_file(source, tmp_path, monkey
     build.load(source)
     monkeypatch.setenv("CXX", COMPILER)
     build.load(source)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 4
 
 
 @needs_compiler
 def test_a_kept_file_that_cannot_be_loaded_is_made_again(source, tmp_path):
     build.load(source)
-    (kept,) = (tmp_path / "cache").iterdir()
+    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
     kept.unlink()  # not overwritten: it is in this process's memory
     kept.write_bytes(b"of another system")
     assert build.load(source)[0].answer() == 42
@@ -132,7 +132,7 @@ def test_a_broken_compiler(source, tmp_path, monkeypatch, script, said):
     library, reason = build.load(source)
     assert library is None
     assert said in reason
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache" / "kernels").iterdir())
 
 
 @needs_compiler
@@ -148,7 +148,7 @@ def test_processes_that_compile_at_once(source, tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(native.__file__).parents[3])}
     started = [subprocess.Popen([sys.executable, "-c", code, str(source)], env=env) for _ in range(3)]
     assert [process.wait(120) for process in started] == [0, 0, 0]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 1
 
 
 # --- with and without ------------------------------------------------------------------------------------------------
@@ -368,3 +368,16 @@ assert len(os.sched_getaffinity(0)) == 1
     env.pop(native.SWITCH, None)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owner here")
+@pytest.mark.parametrize("open_to_others", ["folder", "file"])
+def test_what_others_may_write_is_not_loaded(open_to_others, source, tmp_path):
+    assert build.load(source)[1] is None
+    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
+    kept.unlink()  # it is mapped into this process
+    kept.write_bytes(b"another's")
+    (kept.parent if open_to_others == "folder" else kept).chmod(0o777)
+    assert build.load(source)[0].answer() == 42  # compiled anew
+    assert (kept.read_bytes() == b"another's") == (open_to_others == "folder")

@@ -24,7 +24,7 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """Load a source's compiled form from the cache folder; compile it if it is not there or cannot be loaded.
 
     Processes that compile at once replace each other's file by an equal one. Without a cache folder that can be
-    written, the compiled form lives as long as the process.
+    written, or that others may write too, the compiled form lives as long as the process.
 
     Args:
         source: A C++17 file that needs nothing but the standard library and threads.
@@ -38,8 +38,9 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     name = f"{source.stem}-{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}.so"
     kept: Path | None = None
     with contextlib.suppress(OSError, RuntimeError):  # not there yet, or made on another system; no home
-        kept = cache_folder()
-        return ctypes.CDLL(str(kept / name)), None
+        kept = cache_folder() / "kernels"  # a folder of its own, whatever rights the whole has
+        if _is_ours(kept) and _is_ours(kept / name):
+            return ctypes.CDLL(str(kept / name)), None
 
     compilers = _compilers()
     if not compilers:
@@ -58,7 +59,9 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
                 continue
             if kept is not None:
                 with contextlib.suppress(OSError):
-                    made.replace(kept / name)
+                    if _is_ours(kept):
+                        made.chmod(0o700)
+                        made.replace(kept / name)
             return library, None
     return None, reason
 
@@ -67,9 +70,16 @@ def _scratch(kept: Path | None) -> tempfile.TemporaryDirectory[str]:
     """Make a folder to compile in: beside what is kept, so that the result can be renamed, or elsewhere."""
     if kept is not None:
         with contextlib.suppress(OSError):
-            kept.mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept)
+            kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_ours(kept):
+                return tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept)
     return tempfile.TemporaryDirectory(prefix="stem-attn-")
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether nobody but this user and root can write a file or folder: what is loaded from it is run."""
+    found = path.stat()
+    return not hasattr(os, "geteuid") or (found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022)
 
 
 def _compilers() -> list[list[str]]:

@@ -472,7 +472,7 @@ void attend(const Call& call) {
   std::exception_ptr failed;
   try {
     while (helpers.size() + 1 < wanted) helpers.emplace_back(help);
-  } catch (const std::system_error&) {  // no more threads to be had
+  } catch (const std::exception&) {  // no more threads to be had, or no memory for one
   }
   try {
     work();

@@ -25,6 +25,9 @@ from stem_attn.integrations.vllm.settings import CHOOSER, KEY, Settings, allows_
 
 logger = init_logger("vllm.stem")
 
+_EXPECTED = {"decode", "short prompt", "dense layer", "no gain from sparsity", "asked for"}
+"""Reasons for dense attention that need no warning."""
+
 
 @dataclass(frozen=True, slots=True)
 class DenseRest:
@@ -118,6 +121,8 @@ class StemBuilder:
             return {}
         for_all = _why_all_dense(common)
         if for_all is not None:
+            self._requests.note_new()
+            _say(for_all)
             counters.count_step(0, {for_all: len(self._sparse) * tokens}, 0)
             return {}
         requests = self._read(common, settings)
@@ -142,18 +147,21 @@ class StemBuilder:
                 k_len=k_lens[row],
                 prefilling=prefilling[row],
                 prompt_len=told[row].prompt_len,
-                settings=self._chosen(settings, told[row].asked),
+                settings=self._chosen(settings, told[row]),
             )
             for row in range(len(prefilling))
         ]
 
-    def _chosen(self, settings: Settings, asked: Any) -> Settings | None:
+    def _chosen(self, settings: Settings, told: Told) -> Settings | None:
         """Return a request's settings: the server's where it may not choose, or where nobody checked a wrong choice."""
-        if asked is None:
+        if self._per_request and not told.known:
+            logger.warning_once("stem-attn: what requests choose cannot be read here: their prompts are dense")
+            return None
+        if told.asked is None:
             return settings
         try:
             if self._per_request:
-                return choose(settings, asked)
+                return choose(settings, told.asked)
         except ValueError:
             pass
         logger.warning_once(
@@ -175,6 +183,8 @@ class StemBuilder:
         dense = {reason: tokens * layers for reason, tokens in split.reasons.items()}
         unknown = layers * split.unknown_prompt_len_tokens
         counters.count_step(layers * sum(span.q_len for span in split.spans), dense, unknown)
+        for reason in dense:
+            _say(reason)
         if unknown:
             logger.warning_once(
                 "stem-attn: vLLM does not tell the whole prompt's length here; chunks are budgeted by the tokens so far"
@@ -235,3 +245,9 @@ def _why_all_dense(common: Any) -> str | None:
     if common.mm_req_doc_ranges:
         return "multimodal prefix"
     return None
+
+
+def _say(reason: str) -> None:
+    """Log a reason for dense attention once: as a warning where Stem cannot do what it is there for."""
+    say = logger.info_once if reason in _EXPECTED else logger.warning_once
+    say("stem-attn: dense attention where it could be sparse: %s", reason)

@@ -85,10 +85,15 @@ class Told:
     Args:
         prompt_len: Tokens of its whole prompt; None: that cannot be told.
         asked: What it asks of Stem, unchecked; None: nothing.
+        known: Whether the runner could be asked at all.
     """
 
     prompt_len: int | None
     asked: Any = None
+    known: bool = True
+
+
+_UNKNOWN = Told(None, known=False)
 
 
 class Requests:
@@ -118,28 +123,36 @@ class Requests:
         if runner is None:
             runner = _calling_runner()
             if runner is None:
-                return [Told(None)] * rows
+                return [_UNKNOWN] * rows
             self._runner = weakref.ref(runner)
         known = self._of_v2(runner, common, rows) if hasattr(runner, "req_states") else self._of_v1(runner, rows)
         if known is None:
-            return [Told(None)] * rows
+            return [_UNKNOWN] * rows
         # The rows are the runner's own if they agree on which requests are still being prefilled.
         computed = (common.seq_lens_cpu_upper_bound - common.query_start_loc_cpu.diff())[:rows]
         return [
-            told if (int(before) < prefill) == bool(prefilling) else Told(None)
+            told if (int(before) < prefill) == bool(prefilling) else _UNKNOWN
             for (told, prefill), before, prefilling in zip(known, computed, common.is_prefilling, strict=True)
         ]
+
+    def note_new(self) -> None:
+        """Keep what requests ask at their first step: the V2 runner forgets it afterwards, the V1 runner does not."""
+        runner = self._runner() if self._runner is not None else None
+        if runner is not None and not hasattr(runner, "req_states"):
+            return
+        for request in _new_requests():
+            asked = self._choice(request.sampling_params)
+            self._asked.pop(request.req_id, None)
+            if asked is not None:
+                self._asked[request.req_id] = asked
 
     def _of_v2(self, runner: Any, common: Any, rows: int) -> list[tuple[Told, int]] | None:
         """Return every row's request and how many tokens the runner calls prefill; its own order is another one."""
         states, indices = runner.req_states, _request_indices(common)
         if indices is None or len(indices) < rows:
             return None
-        for request in _new_requests():
-            asked = self._choice(request.sampling_params)
-            if asked is not None:
-                self._asked = {name: x for name, x in self._asked.items() if name in states.req_id_to_index}
-                self._asked[request.req_id] = asked
+        self.note_new()
+        self._asked = {name: x for name, x in self._asked.items() if name in states.req_id_to_index}
         return [
             (
                 Told(int(states.prompt_len.np[i]), self._asked.get(states.index_to_req_id.get(int(i), ""))),

@@ -1,7 +1,7 @@
 """The backend for vLLM's CUDA platform: sparse prefill that reads the paged cache through the block table.
 
-Run on an H100 with vLLM 0.26. Without a GPU, these classes are tested over the metadata that a real engine's steps had,
-with Triton's interpreter and with FlashAttention simulated.
+`compat._RUN` says with which versions it ran on a GPU. Without one, these classes are tested over the metadata that a
+real engine's steps had, with Triton's interpreter and with FlashAttention simulated.
 """
 
 from __future__ import annotations
