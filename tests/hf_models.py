@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -112,3 +114,21 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return |actual - expected| / |expected|."""
     return float((actual - expected).norm() / expected.norm())
+
+
+def skip_where_models_cannot_be_traced():
+    """Skip where this PyTorch cannot trace this transformers' own models in one graph, as 2.6 cannot trace 5.17's."""
+    if not _models_can_be_traced():
+        pytest.skip("this PyTorch cannot trace this transformers' models")
+
+
+@functools.cache
+def _models_can_be_traced():
+    try:
+        with torch.no_grad():
+            torch.compile(tiny_model("llama"), backend="eager", fullgraph=True)(tokens(1, 20))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    finally:
+        torch._dynamo.reset()
+    return True

@@ -259,8 +259,9 @@ def block_sparse_attention(
     lse: Tensor | None
     if torch.compiler.is_compiling():
         wanted = "out lse" if return_lse else "out"
-        properties: dict[str, Any] = {"scale": scale, "window": window, "residual": residual}
-        properties |= {"softcap": softcap, "sinks": sinks}
+        properties: dict[str, Any] = {  # in one piece: PyTorch 2.6 cannot trace |=
+            "scale": scale, "window": window, "residual": residual, "softcap": softcap, "sinks": sinks
+        }  # fmt: skip
         out, lse, _, _ = traced.prefill(q, k, v, selection=selection, backend=backend, wanted=wanted, **properties)
     else:
         layout, scale = Layout.dense(q, k, v), resolve_scale(scale, q.shape[-1])

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from hf_models import KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
+from hf_models import KEEP_ALL, SPARSE, relative_error, skip_where_models_cannot_be_traced, tiny_model, tokens
 from stem_attn import PrefillPolicy, select_blocks
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import Choice
@@ -139,6 +139,7 @@ def test_one_missed_layer_leaves_the_others_sparse():
 
 
 def test_a_compiled_model_is_audited_too():
+    skip_where_models_cannot_be_traced()
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     dense = logits_of(model, ids)
     hf.enable(model, SPARSE, policy=policy(audit_rows=ROWS, min_recall=0.85))

@@ -4,7 +4,16 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_models import FAMILIES, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
+from hf_models import (
+    FAMILIES,
+    KEEP_ALL,
+    SPARSE,
+    enable,
+    relative_error,
+    skip_where_models_cannot_be_traced,
+    tiny_model,
+    tokens,
+)
 from stem_attn.integrations import hf
 
 LENGTH = 200
@@ -57,6 +66,7 @@ def test_short_prompts_and_decode_equal_sdpa_bit_for_bit(least):
 
 
 def test_autocast_with_generate_and_full_graphs():
+    skip_where_models_cannot_be_traced()
     torch._dynamo.reset()
     model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)
     mask = torch.ones_like(ids)

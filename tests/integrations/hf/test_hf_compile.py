@@ -7,7 +7,16 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
+from hf_models import (
+    BLOCK,
+    KEEP_ALL,
+    SPARSE,
+    enable,
+    relative_error,
+    skip_where_models_cannot_be_traced,
+    tiny_model,
+    tokens,
+)
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
 
@@ -16,6 +25,7 @@ LENGTH = 200
 
 @pytest.fixture(autouse=True)
 def _fresh():
+    skip_where_models_cannot_be_traced()
     torch._dynamo.reset()
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, tiny_model, tokens
+from hf_models import BLOCK, KEEP_ALL, SPARSE, relative_error, skip_where_models_cannot_be_traced, tiny_model, tokens
 from stem_attn import PrefillPolicy, StemConfig, methods
 from stem_attn.integrations import hf
 from stem_attn.methods import Stem
@@ -154,6 +154,7 @@ def test_copies_keep_the_method(name, duplicate):
 
 
 def test_a_method_runs_within_a_compiled_graph():
+    skip_where_models_cannot_be_traced()
     torch._dynamo.reset()
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     hf.enable(model, method=method("xattention", {"threshold": 0.5}), policy=ANY_LENGTH)

@@ -7,7 +7,16 @@ import torch
 from test_hf_families import KINDS, LEFT, LENGTH, RIGHT, run
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_model, tokens
+from hf_models import (
+    BLOCK,
+    KEEP_ALL,
+    SPARSE,
+    enable,
+    relative_error,
+    skip_where_models_cannot_be_traced,
+    tiny_model,
+    tokens,
+)
 from stem_attn import StemConfig
 from stem_attn.integrations import hf
 from stem_attn.integrations.hf.properties import Properties, properties_of
@@ -190,6 +199,7 @@ def test_a_sink_that_learns_alone_is_training():
 @pytest.mark.parametrize("reason", [None, "short prompt", "dense layer"])
 @torch.no_grad()
 def test_one_graph(family, reason):
+    skip_where_models_cannot_be_traced()
     torch._dynamo.reset()
     fields = {"short prompt": {"min_seq_len": 4096}, "dense layer": {"dense_layers": (-1,)}}.get(reason, {})
     model, ids = enable(tiny(family), SPARSE, **fields), tokens(2, LENGTH)
