@@ -21,6 +21,9 @@ from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig, check_float, check_int, field_names
 from stem_attn.selection import most_kept
 
+USUAL_REASONS = frozenset({"decode", "short prompt", "dense layer", "no gain from sparsity"})
+"""Reasons for dense attention that belong to normal use in every adapter; others are worth a warning."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPolicy:

@@ -85,7 +85,8 @@ def reference_scores(
     return scores
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return logits as a softcap leaves them; None: as they are."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -105,7 +106,7 @@ def _linear_scores(
     in_row = (q_pos // size == grid.block_ids()[:, None]).double()  # [Qb, Tq]
     in_column = (k_pos // size == torch.arange(grid.k_blocks, device="cpu")[:, None]).double()  # [Kb, Tk]
     logits = q @ k.T * scale
-    return _capped(in_row @ (logits * antidiagonal) @ in_column.T / (size * size / stride), softcap)
+    return capped(in_row @ (logits * antidiagonal) @ in_column.T / (size * size / stride), softcap)
 
 
 def _mass_scores(
@@ -138,7 +139,7 @@ def _mass_scores(
         causal = key_blocks <= block
         # Each dimension meets the mean of its own square and its partner's, so that a pair counts as one.
         variance = paired(key_spreads[causal]) @ (paired(mean**2) / 2) / 2 * scale**2
-        logits = _capped(key_means[causal] @ mean * scale + config.spread_weight * variance / 2, softcap)
+        logits = capped(key_means[causal] @ mean * scale + config.spread_weight * variance / 2, softcap)
         mass = tokens[causal] * torch.exp(logits)
         share = torch.zeros(grid.k_blocks, dtype=torch.float64, device="cpu").index_add(
             0, key_blocks[causal], mass / (mass.sum() + sink.exp())
@@ -279,10 +280,10 @@ def reference_attention(
         for h in range(q.shape[1]):
             kept = mask[b, h].cpu()[q_pos[:, 0] // block_size - grid.first_block]  # [Tq, Kb]
             query, key, value = (x.double().cpu() for x in (q[b, h], k[b, h // group_size], v[b, h // group_size]))
-            logits = _capped(query @ key.T * scale, softcap)
+            logits = capped(query @ key.T * scale, softcap)
             logits = logits.masked_fill(~(visible & kept[:, k_pos // block_size]), -torch.inf)
             if residual == "mean":
-                means = _capped(query @ (in_block @ key / tokens).T * scale, softcap) + tokens.log().T
+                means = capped(query @ (in_block @ key / tokens).T * scale, softcap) + tokens.log().T
                 logits = torch.cat([logits, means.masked_fill(kept | ~past, -torch.inf)], 1)
                 value = torch.cat([value, in_block @ value / tokens])
             if sinks is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
-from stem_attn.reference import reference_row
+from stem_attn.reference import capped, reference_row
 from stem_attn.scoring import block_scores
 
 _FACTOR = 2.0  # of dense SDPA's error
@@ -132,16 +132,12 @@ class AttentionGate:
 
 def _weights(row: Tensor, keys: Tensor, softcap: float | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weigh keys [1, 1, K, D] for a query [1, 1, 1, D]: [1, 1, 1, K], at most 1, and their sum with the sink's."""
-    logits = _capped(row @ keys.mT * row.shape[3] ** -0.5, softcap)
+    logits = capped(row @ keys.mT * row.shape[3] ** -0.5, softcap)
     peak = logits.amax(-1, keepdim=True)
     peak = peak if sink is None else peak.maximum(sink)
     weights = (logits - peak).exp()
     total = weights.sum(-1, keepdim=True)
     return weights, total if sink is None else total + (sink - peak).exp()
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _kept_keys(
@@ -274,11 +270,11 @@ class _ExactScores:
         config, block = self._config, self._grid.first_block + row
         if config.score == "linear":
             products = _products(_group_means(tokens, 1, config).flatten(2), self._keys, dtype)
-            return _capped(products[:, 0] * (tokens.shape[2] ** -0.5 / config.stride), self._softcap)
+            return capped(products[:, 0] * (tokens.shape[2] ** -0.5 / config.stride), self._softcap)
         runs = config.block_size // config.stride
         queries, exist = _mass_queries(tokens, present, config)
         logits = _products(queries, self._keys[:, : (block + 1) * runs], dtype)
-        logits = _capped(logits, self._softcap) + self._counts[: (block + 1) * runs].log()
+        logits = capped(logits, self._softcap) + self._counts[: (block + 1) * runs].log()
         logits = F.pad(logits, (0, (block + 1) * runs - logits.shape[-1]), value=-torch.inf)
         masses = torch.unflatten(logits, -1, (block + 1, -1)).logsumexp(-1)
         whole = masses.logsumexp(-1, keepdim=True).logaddexp(self._sinks.double()[:, None, None])

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.launch import Launch, on_device
-from stem_attn.backends.triton.logits import Logits
+from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.mass_kernels import mass_kernel, reduce_kernel
 from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kernel, top_kernel, zscore_kernel
 from stem_attn.backends.triton.share_kernel import share_kernel
@@ -66,7 +66,7 @@ def select(call: Call, part: Part, config: StemConfig, budget: Budget) -> BlockS
     """
     with on_device(part.q.device):
         launches = launches_for(call, part, config)
-        return launches.run(part, call.sinks, keep_table(budget, launches.rivals, part.q.device))
+        return launches.run(part, call, keep_table(budget, launches.rivals, part.q.device))
 
 
 def launches_for(call: Call, part: Part, config: StemConfig) -> SelectionLaunches:
@@ -397,7 +397,7 @@ class SelectionLaunches:
             num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
         )
 
-    def run(self, part: Part, sinks: Tensor | None, keep: KeepTable) -> BlockSelection:
+    def run(self, part: Part, call: Call, keep: KeepTable) -> BlockSelection:
         """Make the selection of a part of this layout on the current device and stream."""
         pooled, table = self.pool_inputs(part)
         width = keep.width(self.grid)
@@ -406,7 +406,7 @@ class SelectionLaunches:
         operands: dict[str, Any] = {
             "q_tiles": TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[0], self.step]),
             "table": table,
-            "sinks": table if sinks is None else sinks.contiguous(),
+            "sinks": sinks_of(call, table),
             "scores": torch.empty(self.scores_size, dtype=torch.float32, device=self.device),
             "keep": keep.on_device(),
             "indices": indices,

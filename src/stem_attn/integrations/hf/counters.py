@@ -13,11 +13,11 @@ from torch import Tensor
 from stem_attn import plots
 from stem_attn.audit import Audit, AuditSums
 from stem_attn.blocks import BlockSelection
+from stem_attn.policy import USUAL_REASONS
 
 log = logging.getLogger("stem_attn.hf")
 
-# Reasons for dense attention that belong to normal use; every other one is logged as a warning.
-_EXPECTED = frozenset({"decode", "short prompt", "dense layer", "no gain from sparsity", "audit missed the target"})
+_EXPECTED = USUAL_REASONS | {"audit missed the target"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,11 @@ from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
 from stem_attn.integrations.vllm.settings import CHOOSER, KEY, Settings, allows_choice, choose, settings_of
+from stem_attn.policy import USUAL_REASONS
 
 logger = init_logger("vllm.stem")
 
-_EXPECTED = {"decode", "short prompt", "dense layer", "no gain from sparsity", "asked for"}
-"""Reasons for dense attention that need no warning."""
+_EXPECTED = USUAL_REASONS | {"asked for"}
 
 
 @dataclass(frozen=True, slots=True)
