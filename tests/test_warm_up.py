@@ -47,11 +47,14 @@ def test_bad_input(given, message):
 @GPU
 @pytest.mark.slow
 @pytest.mark.parametrize("page_size", [None, 16, 128])
-@pytest.mark.parametrize("preset", ["default", "official"])
+@pytest.mark.parametrize("preset", ["default", "official", "with means"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("sinks", [None, torch.bfloat16])
 def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeypatch):
     import triton
+
+    if preset == "with means":
+        preset = StemConfig(residual="mean")
 
     heads, kv_heads, dim, longest, chunk = 8, 2, 128, 70_000, 4096
     shape = {"query_heads": heads, "kv_heads": kv_heads, "head_dim": dim}

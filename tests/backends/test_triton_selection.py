@@ -274,7 +274,8 @@ def test_spreads_and_means_share_a_power_and_keep_their_bits(magnitude):
     pooled, powers = selection.launches_for(call, call.parts[0], config).pool_inputs(call.parts[0])
     pooled, powers = pooled.double().cpu(), powers.double().cpu()
     queries = pooled[:12].view(3, 2, 2, 48) * powers[:6].view(3, 2, 1, 1)  # three blocks of two heads, two runs each
-    keys = pooled[12:].view(11, 4, 48) * powers[6:17].view(11, 1, 1)
+    keys = pooled[12:].view(3, 2, 4, 2, 48).transpose(1, 2).reshape(12, 4, 48)[:11]  # fours of blocks, pairs of runs
+    keys *= powers[6:17].view(11, 1, 1)
     logits = queries.transpose(0, 1).reshape(2, 6, 48) @ keys.view(44, 48).T * SCALE
     means = q[0].double().unflatten(1, (6, 8)).mean(2)
     groups = k[0].double().unflatten(1, (44, 4))

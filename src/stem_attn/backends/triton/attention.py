@@ -230,14 +230,19 @@ def _portable_launch(
 
 def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int) -> bool:
     """Tell whether the Hopper kernel can take these operands; `page_size` is 0 where k and v are not in pages."""
-    if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
-        return False
     pads = padded(q.shape[3]), padded(v.shape[3])
     shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
     if not shaped or not all(map(_describable, (q, k, v))):
         return False
     keys = choose_hopper_tile(*pads).keys
-    return (page_size % keys == 0 or (keys % page_size == 0 and page_size >= 8)) and _gluon_known()
+    return (page_size % keys == 0 or (keys % page_size == 0 and page_size >= 8)) and gluon_runs_on(q.device)
+
+
+def gluon_runs_on(device: torch.device) -> bool:
+    """Tell whether the Hopper kernels run on a device."""
+    if device.type != "cuda" or torch.version.hip is not None or _capability(device) != (9, 0):
+        return False
+    return _gluon_known()
 
 
 @cache

@@ -112,13 +112,14 @@ class MergeLaunches:
             num_warps=MEANS_WARPS,
         )
         rows = (grid.q_blocks, heads, batch)
-        width = layouts[4][0][3]
+        # Not the width alone, which follows from a budget: lengths that share a power of two share a kernel.
+        slots = triton.next_power_of_2(max(layouts[4][0][3], grid.k_blocks))
         self.mark = Launch(
             mark_kernel,
             rows,
-            (strides[4][:3], strides[5], words),
-            {"SLOTS": triton.next_power_of_2(width)},
-            num_warps=min(max(width // 256, 1), 8),
+            (*strides[4][:3], *strides[5], words),
+            {"SLOTS": slots},
+            num_warps=min(max(slots // 256, 1), 8),
         )
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if tile.registers is not None:  # not every target knows the option
@@ -129,7 +130,7 @@ class MergeLaunches:
             (
                 strides[0][:3],
                 strides[3][:3],
-                strides[5],
+                *strides[5],
                 heads // kv_heads,
                 q_len,
                 grid.offset,

@@ -93,13 +93,19 @@ def over_power(x):
     return x * inverse[:, None], (exponent << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["words"])
+@triton.jit(
+    do_not_specialize=["index_batch", "index_head", "index_row", "count_batch", "count_head", "count_row", "words"]
+)
 def mark_kernel(
     indices,  # int32 [B, Hq, R, S], last stride 1
     counts,  # int32 [B, Hq, R]
     kept,  # int32 [B, Hq, R, words], zeros before: a bit a key block
-    index_strides,  # (batch, head, row)
-    count_strides,  # (batch, head, row)
+    index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
+    index_head,
+    index_row,
+    count_batch,
+    count_head,
+    count_row,
     words,
     SLOTS: tl.constexpr,  # a power of two, at least S
 ):
@@ -107,15 +113,17 @@ def mark_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    count = tl.load(counts + batch * count_strides[0] + head * count_strides[1] + row * count_strides[2])
-    indices += batch * index_strides[0] + head * index_strides[1] + row * index_strides[2]
+    count = tl.load(counts + batch * count_batch + head * count_head + row * count_row)
+    indices += batch * index_batch + head * index_head + row * index_row
     kept += ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + row) * words
     slot = tl.arange(0, SLOTS)
     block = tl.load(indices + slot, mask=slot < count, other=0)
     tl.atomic_or(kept + block // 32, 1 << (block % 32), mask=slot < count, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["q_len", "offset", "columns", "words"])
+@triton.jit(
+    do_not_specialize=["count_batch", "count_head", "count_row", "q_len", "offset", "columns", "words"],
+)
 def merge_kernel(
     q,  # [B, Hq, Tq, D], last stride 1
     out,  # [B, Hq, Tq, DV], last stride 1, attention over the kept blocks; overwritten
@@ -127,7 +135,9 @@ def merge_kernel(
     v_means,  # [B * Hkv * columns, DV_PAD], likewise
     q_strides,  # (batch, head, token) in elements
     out_strides,
-    count_strides,  # (batch, head, row)
+    count_batch,  # as of `mark_kernel`
+    count_head,
+    count_row,
     group,  # query heads a KV head
     q_len,
     offset,  # tokens before the first query
@@ -153,7 +163,7 @@ def merge_kernel(
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     past = offset // BLOCK + row
-    count = tl.load(counts + batch * count_strides[0] + head * count_strides[1] + row * count_strides[2])
+    count = tl.load(counts + batch * count_batch + head * count_head + row * count_row)
     if count > past:  # nothing is pruned: out stays as it is, to the bit
         return
     kept += ((batch * heads + head) * rows + row) * words

@@ -17,12 +17,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stem_attn.backends.triton.attention import gluon_runs_on
+from stem_attn.backends.triton.choose_kernel import choose_kernel
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.logits import Logits, sinks_of
-from stem_attn.backends.triton.mass_kernels import mass_kernel, reduce_kernel
+from stem_attn.backends.triton.mass_kernels import mass_kernel
 from stem_attn.backends.triton.selection_kernels import pool_kernel, score_kernel, top_kernel, zscore_kernel
 from stem_attn.backends.triton.share_kernel import share_kernel
-from stem_attn.backends.triton.tiles import choose_mass_tile, choose_score_tile
+from stem_attn.backends.triton.tiles import choose_hopper_mass_tile, choose_mass_tile, choose_score_tile
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import Budget
 from stem_attn.call import Call
@@ -37,6 +39,8 @@ POOL_WARPS = 4
 TOP_KEYS_PER_WARP = 1024
 # Keys of all heads that `share_kernel` looks at together: 16 a thread.
 SHARE_KEYS = 4096
+# Keys of all heads of a row that `choose_kernel` holds in registers: 64 a thread.
+CHOOSE_KEYS = 32768
 
 # Host tables that captured graphs copy from at every replay, by their numbers: they must outlive the graphs.
 _captured: dict[tuple[int, ...], Tensor] = {}
@@ -64,6 +68,8 @@ def select(call: Call, part: Part, config: StemConfig, budget: Budget) -> BlockS
         The selection that the CPU backend makes, except where scores differ by less than their rounding. 16-bit
         inputs are pooled in float32 and multiplied with 11 significant bits.
     """
+    if call.scale < 0:
+        part, call = dataclasses.replace(part, q=-part.q), dataclasses.replace(call, scale=-call.scale)
     with on_device(part.q.device):
         launches = launches_for(call, part, config)
         return launches.run(part, call, keep_table(budget, launches.rivals, part.q.device))
@@ -162,6 +168,7 @@ class SelectionLaunches:
         q_shape, k_shape, v_dim, page_size, *strides, dtype, device, _ = layout
         self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
         self.device, self.dtype = device, dtype
+        self.cuda = device.type == "cuda" and torch.version.hip is None
         batch, heads, _, dim = q_shape
         self.config, self.kv_heads, self.group = config, k_shape[1], heads // k_shape[1]
         scopes = {"head": 0, "group": 1, "layer": self.kv_heads}
@@ -233,10 +240,13 @@ class SelectionLaunches:
         passes = triton.cdiv(grid.q_blocks, max(SCORE_BYTES // row_bytes, 1))
         pass_rows = triton.cdiv(grid.q_blocks, passes)
         self.scores_size = self.all_heads * self.group * pass_rows * self.pitch
+        self.hopper = None
         if self.mass:
+            if gluon_runs_on(device) and self.pooled_dtype == torch.float16:
+                self.hopper = choose_hopper_mass_tile(triton.cdiv(self.dim_out, 64), self.slots)
             self.step = 32 if 0 < self.dim_out % 64 <= 32 else 64
             depth = triton.cdiv(self.dim_out, self.step) * self.step
-            self.tile = choose_mass_tile(depth, self.slots, self.pooled_dtype.itemsize)
+            self.tile = choose_mass_tile(depth, self.slots, self.q_slots, self.pooled_dtype.itemsize)
         else:
             self.tile = choose_score_tile(self.all_heads, pass_rows * self.group, grid.k_blocks, dtype.itemsize)
             depth = max(triton.next_power_of_2(self.slots * self.dim_out), 16)
@@ -280,64 +290,51 @@ class SelectionLaunches:
 
     def _score_by_mass(self, first: int, rows: int, logits: Logits) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan the mass scores of some query blocks."""
-        grid, (side, columns, warps, stages) = self.grid, self.tile
-        constants = {"BLOCK": grid.block_size, "Q_STRIDE": self.q_stride}
-        depth = {"STRIDE": self.config.stride, "DEPTH": self.dim_out, "STEP": self.step}
-        cuda = self.device.type == "cuda" and torch.version.hip is None
-        mass = Launch(
-            mass_kernel,
-            (triton.cdiv(rows * self.group * self.q_slots, side), self.all_heads),
-            (
-                logits.factor,
-                logits.cap,
-                first,
-                rows,
-                self.group,
-                grid.q_blocks,
-                grid.k_len,
-                grid.k_blocks,
-                grid.first_block,
-                self.pitch,
-            ),
-            {
-                **constants,
-                **depth,
-                "ROWS": side,
-                "COLUMNS": columns,
-                "TANH": logits.tanh(self.dtype, self.device),
-                "CUDA": cuda,
-            },
-            num_warps=warps,
-            num_stages=stages,
+        grid = self.grid
+        runs = rows * self.group * self.q_slots
+        numbers = (
+            logits.factor,
+            logits.cap,
+            first,
+            rows,
+            self.group,
+            self.kv_heads,
+            grid.q_blocks,
+            grid.offset,
+            grid.k_len,
+            grid.k_blocks,
+            grid.first_block,
+            self.pitch,
         )
-        chunk = min(triton.next_power_of_2(self.pitch), 1024)
-        reduce = Launch(
-            reduce_kernel,
-            (rows * self.group, self.all_heads, triton.cdiv(grid.k_blocks, chunk)),
-            (
-                first,
-                self.group,
-                self.kv_heads,
-                grid.q_blocks,
-                grid.offset,
-                grid.k_len,
-                grid.k_blocks,
-                grid.first_block,
-                self.pitch,
-            ),
-            {
-                **constants,
-                "LOG2_STRIDE": self.config.stride.bit_length() - 1,
-                "CHUNK": chunk,
-                "VALUES": self.valued,
-                "SINKS": logits.sinks is not None,
-            },
-            num_warps=max(chunk // 256, 1),
-        )
-        return [
-            (mass, ("q_tiles", "k_tiles", "table", "masses", "totals")),
-            (reduce, ("masses", "totals", "table", "sinks", "scores")),
-        ]
+        constants = {
+            "BLOCK": grid.block_size,
+            "STRIDE": self.config.stride,
+            "Q_STRIDE": self.q_stride,
+            "DEPTH": self.dim_out,
+            "VALUES": self.valued,
+            "SINKS": logits.sinks is not None,
+            "TANH": logits.tanh(self.dtype, self.device),
+        }
+        if self.hopper is not None:
+            from stem_attn.backends.triton.hopper_mass_kernel import hopper_mass_kernel
+
+            tile = self.hopper
+            constants |= {"CONSUMERS": tile.consumers, "COLUMNS": tile.columns, "STAGES": tile.stages}
+            mass = Launch(
+                hopper_mass_kernel,
+                (triton.cdiv(runs, 64 * tile.consumers), self.all_heads),
+                numbers,
+                constants | {"REGISTERS": tile.registers},
+                num_warps=4,
+                maxnreg=tile.launch_registers,
+            )
+        else:
+            side, columns, warps, stages = self.tile
+            constants |= {"STEP": self.step, "ROWS": side, "COLUMNS": columns}
+            constants |= {"CHUNK": 4 * warps, "CUDA": self.cuda}  # 16 numbers a thread
+            grid_shape = triton.cdiv(runs, side), self.all_heads
+            mass = Launch(mass_kernel, grid_shape, numbers, constants, num_warps=warps, num_stages=stages)
+        return [(mass, ("q_tiles", "k_tiles", "table", "sinks", "masses", "scores"))]
 
     def _keep_best(self, first: int, rows: int) -> list[tuple[Launch, tuple[str, ...]]]:
         """Plan what heads keep of some query blocks, and where they share budgets, how many of them first."""
@@ -345,11 +342,44 @@ class SelectionLaunches:
         names = ("scores", "keep", "indices", "counts", "keep_stride", "width")
         alone = (self._take_top(first, rows, inside, shared=False), names)
         if self.scope:
-            share = (self._share(first, rows, inside), ("scores", "keep", "counts", "keep_stride", "least_at"))
-            top = (self._take_top(first, rows, True, shared=True), names)
+            if triton.next_power_of_2(self.scope * self.group) * triton.next_power_of_2(self.pitch) <= CHOOSE_KEYS:
+                names = ("scores", "keep", "indices", "counts", "keep_stride", "least_at", "width")
+                shared = [(self._choose(first, rows, inside), names)]
+            else:
+                share = (self._share(first, rows, inside), ("scores", "keep", "counts", "keep_stride", "least_at"))
+                shared = [share, (self._take_top(first, rows, True, shared=True), names)]
             # How many blocks a head keeps alone depends on its scores where forced ones come on top.
-            return [share, top] if inside else [alone, share, top]
+            return shared if inside else [alone, *shared]
         return [alone]
+
+    def _choose(self, first: int, rows: int, inside: bool) -> Launch:
+        grid, config = self.grid, self.config
+        heads, columns = triton.next_power_of_2(self.scope * self.group), triton.next_power_of_2(self.pitch)
+        inner = min(columns, 128)
+        return Launch(
+            choose_kernel,
+            (rows, self.all_heads // self.scope),
+            (
+                first,
+                self.group,
+                self.kv_heads,
+                self.scope,
+                grid.q_blocks,
+                grid.first_block,
+                self.pitch,
+                config.sink_blocks,
+                config.local_blocks,
+            ),
+            {
+                "HEADS": heads,
+                "OUTER": columns // inner,
+                "INNER": inner,
+                "INSIDE": inside,
+                "NORMALISE": not self.mass,
+                "CUDA": self.cuda,
+            },
+            num_warps=min(max(heads * columns // 1024, 4), 16),
+        )
 
     def _share(self, first: int, rows: int, inside: bool) -> Launch:
         grid, config = self.grid, self.config
@@ -404,7 +434,7 @@ class SelectionLaunches:
         indices = torch.empty((*self.rows, width), dtype=torch.int32, device=self.device)
         counts = torch.empty(self.rows, dtype=torch.int32, device=self.device)
         operands: dict[str, Any] = {
-            "q_tiles": TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[0], self.step]),
+            **self._tiles(pooled),
             "table": table,
             "sinks": sinks_of(call, table),
             "scores": torch.empty(self.scores_size, dtype=torch.float32, device=self.device),
@@ -417,13 +447,28 @@ class SelectionLaunches:
         }
         if self.mass:
             masses_size = self.scores_size * self.q_slots
-            operands["k_tiles"] = TensorDescriptor(pooled, pooled.shape, pooled.stride(), [self.tile[1], self.step])
             operands["masses"] = torch.empty(masses_size, dtype=torch.float32, device=self.device)
-            operands["totals"] = torch.empty(masses_size // self.pitch, dtype=torch.float32, device=self.device)
         for launches in self.passes:
             for launch, names in launches:
                 launch(*(operands[name] for name in names))
         return BlockSelection.made(indices, counts, self.grid)
+
+    def _tiles(self, pooled: Tensor) -> dict[str, Any]:
+        """Describe the boxes in which kernels read pooled blocks."""
+        if self.hopper is not None:
+            from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+            from stem_attn.backends.triton.hopper_mass_kernel import box_layout
+
+            sides = 64, self.hopper.columns
+            q_tiles, k_tiles = (
+                GluonDescriptor(pooled, pooled.shape, pooled.stride(), [side, 64], box_layout(side)) for side in sides
+            )
+        else:
+            q_tiles, k_tiles = (
+                TensorDescriptor(pooled, pooled.shape, pooled.stride(), [side, self.step]) for side in self.tile[:2]
+            )
+        return {"q_tiles": q_tiles, "k_tiles": k_tiles}
 
     def pool_inputs(self, part: Part) -> tuple[Tensor, Tensor]:
         """Read a part's q, k and v once.
@@ -436,7 +481,8 @@ class SelectionLaunches:
         rows = self.q_rows + self.k_rows
         shape = rows, self.slots * self.dim_out
         if self.mass:
-            shape = self.q_rows * self.q_slots + self.k_rows * self.slots, self.dim_out
+            k_blocks = triton.cdiv(self.grid.k_blocks, 4) * 4
+            shape = self.q_rows * self.q_slots + self.all_heads * k_blocks * self.slots, self.dim_out
         pooled = torch.empty(shape, dtype=self.pooled_dtype, device=self.device)
         table = torch.empty(rows + self.k_rows, dtype=torch.float32, device=self.device)
         q, k, v = part.q, part.k, part.v

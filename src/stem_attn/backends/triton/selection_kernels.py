@@ -32,7 +32,7 @@ def pool_kernel(
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
     pooled,  # [B * Hkv * Qb * group * (slots of q) + B * Hkv * Kb * (slots of k), D_OUT]: the blocks of q, then those
-    # of k; zeros past D, or where SPREAD, ceil(D / 2) spreads, then zeros
+    # of k; zeros past D, or where SPREAD, ceil(D / 2) spreads, then zeros. Where RUNS, Kb is rounded up to fours
     table,  # float32: the power of each block of pooled, then the weighted value term of each block of k
     logs,  # float32 [B * Hkv, Kb * BLOCK / STRIDE], log magnitudes; only where ZSCORE, and then instead of the term
     block_table,  # int32 [pages of the sequence]; unused unless paged
@@ -73,7 +73,7 @@ def pool_kernel(
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
         block = program % q_blocks
         row = (program // q_blocks // group * q_blocks + block) * group + program // q_blocks % group
-        _pool(q, pooled, table, row, block * BLOCK - q_offset, q_len, block_table, q_strides, spread,
+        _pool(q, pooled, table + row, row, 0, block * BLOCK - q_offset, q_len, block_table, q_strides, spread,
               D, D_PAD, D_OUT, SPREAD, BLOCK, Q_STRIDE, RUNS, TOKENS, 0, False)  # fmt: skip
     elif program < q_rows + k_rows:
         row = program - q_rows
@@ -82,7 +82,11 @@ def pool_kernel(
         if PAGE == 0:
             k += head // kv_heads * k_strides[0]
         pooled += q_rows.to(tl.int64) * ((BLOCK // Q_STRIDE if RUNS else STRIDE) * D_OUT)
-        _pool(k, pooled, table + q_rows, row, row % k_blocks * BLOCK, k_len, block_table, k_strides, spread,
+        block = row % k_blocks
+        place = row
+        if RUNS:
+            place = row // k_blocks * (tl.cdiv(k_blocks, 4) * 4) + block
+        _pool(k, pooled, table + q_rows + row, place, block, block * BLOCK, k_len, block_table, k_strides, spread,
               D, D_PAD, D_OUT, SPREAD, BLOCK, STRIDE, RUNS, TOKENS, PAGE, True)  # fmt: skip
     else:
         row = program - q_rows - k_rows
@@ -96,7 +100,7 @@ def pool_kernel(
 
 @triton.jit
 def _pool(
-    x, pooled, table, row, start, length, block_table, strides, spread,
+    x, pooled, power, place, block, start, length, block_table, strides, spread,
     D: tl.constexpr, D_PAD: tl.constexpr, D_OUT: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr,
     STRIDE: tl.constexpr, RUNS: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -151,10 +155,14 @@ def _pool(
         largest = tl.maximum(largest, tl.max(tl.max(tl.abs(spreads), 1), 0))
     exponent = largest.to(tl.int32, bitcast=True) >> 23  # biased by 127
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(table + row, (exponent << 23).to(tl.float32, bitcast=True))
-    if KEYS and not RUNS:
+    tl.store(power, (exponent << 23).to(tl.float32, bitcast=True))
+    if KEYS and RUNS:
+        PAIR: tl.constexpr = min(SLOTS, 2)
+        place -= block % 4  # the first of four
+        slot = (slot // PAIR * 4 + block % 4) * PAIR + slot % PAIR
+    elif KEYS:
         slot = SLOTS - 1 - slot
-    at = pooled + row.to(tl.int64) * (SLOTS * D_OUT) + slot[:, None] * D_OUT
+    at = pooled + place.to(tl.int64) * (SLOTS * D_OUT) + slot[:, None] * D_OUT
     tl.store(at + dims[None, :], (means * inverse).to(pooled.dtype.element_ty), mask=real[None, :])
     USED: tl.constexpr = D + HALF if SPREAD else D
     if SPREAD:
@@ -222,6 +230,13 @@ def zscore_kernel(
         excess = tl.load(logs + slot, mask=slot < groups, other=0.0) - mean
         z = tl.where(slot < groups, tl.maximum(excess / (deviation + 1e-6), 0.0), 0.0)
         tl.store(values + block, tl.sum(z, 1) * (weight / PER_BLOCK), mask=block < k_blocks)
+
+
+@triton.jit
+def ordered(score):
+    """Map scores to integers in the same order; -0 equals 0."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & HIGHEST)
 
 
 @triton.jit
@@ -312,14 +327,13 @@ def top_kernel(
     else:
         taken = tl.load(keep + head // kv_heads * keep_stride + diagonal)
 
-    # Scores become integers in the same order. The load is rounded up to whole vectors.
+    # The load is rounded up to whole vectors.
     column = tl.arange(0, COLUMNS)
     causal = column <= diagonal
     forced = causal & ((column < sink) | (column > diagonal - local))
     at = scores + (head * tl.num_programs(0) + slot) * pitch + column
     score = tl.load(at, mask=column < (diagonal // 16 + 1) * 16, other=0.0)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0 equals 0
-    key = tl.where(causal, bits ^ ((bits >> 31) & HIGHEST), LOWEST)
+    key = tl.where(causal, ordered(score), LOWEST)
     if INSIDE:
         key = tl.where(forced, HIGHEST, key)
 

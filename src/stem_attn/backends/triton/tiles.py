@@ -67,7 +67,7 @@ def choose_hopper_tile(head_dim: int, v_head_dim: int) -> HopperTile:
     return HopperTile(128 if max(head_dim, v_head_dim) <= 128 else 64, 2)
 
 
-def choose_mass_tile(depth: int, slots: int, item_bytes: int) -> tuple[int, int, int, int]:
+def choose_mass_tile(depth: int, slots: int, q_slots: int, item_bytes: int) -> tuple[int, int, int, int]:
     """Pick rows, columns, warps and stages of a mass tile.
 
     Rows take at most half of any GPU's shared memory (96 KiB), and two tiles of columns the rest. Tiles of 128 x 64
@@ -75,9 +75,40 @@ def choose_mass_tile(depth: int, slots: int, item_bytes: int) -> tuple[int, int,
     through shared memory too.
     """
     row_bytes = depth * item_bytes
-    rows = min(128, 1 << (49152 // row_bytes).bit_length() - 1)
-    columns = min(64, 1 << ((98304 // row_bytes - rows) // 2).bit_length() - 1, 16 * slots)
+    rows = max(min(128, 1 << (49152 // row_bytes).bit_length() - 1), q_slots)
+    columns = min(64, 1 << (max(98304 // row_bytes - rows, 16) // 2).bit_length() - 1, 16 * slots)
     return rows, columns, 8 if rows == 128 else 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class HopperMassTile:
+    """Launch choices of the Hopper kernel of the mass score.
+
+    Args:
+        consumers: Warpgroups that compute, of 64 query runs each.
+        columns: Key runs a step.
+        stages: Steps that the ring of key runs holds.
+        registers: A thread of a consumer.
+        launch_registers: A thread at the start, of all warps, their number rounded up to fours.
+    """
+
+    consumers: int
+    columns: int
+    stages: int
+    registers: int
+    launch_registers: int
+
+
+def choose_hopper_mass_tile(boxes: int, slots: int) -> HopperMassTile | None:
+    """Pick the launch choices, from the boxes of 64 numbers that a run takes and the key runs of a block.
+
+    None: this kernel cannot take such runs. The rings share 227 KiB with the query runs.
+    """
+    consumers, columns = 2, 64
+    stages = min(4, (224 // boxes - 8 * consumers) // (columns // 8))  # a box of 8 runs is 1 KiB
+    if stages < 2 or 4 * slots > columns:
+        return None
+    return HopperMassTile(consumers, columns, stages, 216, 168)
 
 
 def choose_score_tile(heads: int, rows: int, columns: int, item_bytes: int) -> tuple[int, int, int, int]:

@@ -1,0 +1,307 @@
+"""The kernel of the mass score for Hopper, in Gluon: one warp loads, several warpgroups compute.
+
+It computes what `mass_kernels.mass_kernel` does, which says what runs, blocks and masses are. Every consumer warpgroup
+takes 64 query runs and walks over the key runs at its own pace, so that the tensor cores work for one of them while
+others exponentiate; all share the tiles of keys that the producer warp loads.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import libdevice
+
+from stem_attn.backends.triton.hopper_kernel import load_box, warpgroup_barrier
+from stem_attn.backends.triton.mass_kernels import LN2, LOG2_E, NOTHING
+from stem_attn.backends.triton.selection_kernels import finite_score
+from stem_attn.backends.triton.store_in_place import store_in_place
+from stem_attn.backends.triton.tanh_kernel import tanh
+
+HALF = gl.constexpr(64)  # query runs a warpgroup
+STEP = gl.constexpr(64)  # numbers of 16 bits in a row of shared memory, 128 bytes
+
+
+def box_layout(rows: int) -> gl.NVMMASharedLayout:
+    """Return the shared-memory layout of a 16-bit box [rows, 64]."""
+    return gl.NVMMASharedLayout.get_default_for([rows, STEP.value], gl.float16)
+
+
+@gluon.jit(
+    do_not_specialize=["first_row", "rows", "q_blocks", "q_offset", "k_len", "k_blocks", "first_block"],
+    do_not_specialize_on_alignment=["sinks"],
+)
+def hopper_mass_kernel(
+    queries,  # descriptor as of `mass_kernel`, boxes [64, 64]
+    keys,  # another of the same, boxes [COLUMNS, 64]
+    table,
+    sinks,
+    masses,
+    scores,
+    factor,
+    cap_log2,
+    first_row,
+    rows,
+    group,
+    kv_heads,
+    q_blocks,
+    q_offset,
+    k_len,
+    k_blocks,
+    first_block,
+    pitch,
+    BLOCK: gl.constexpr,
+    STRIDE: gl.constexpr,
+    Q_STRIDE: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CONSUMERS: gl.constexpr,  # warpgroups, 1 to 3
+    COLUMNS: gl.constexpr,  # key runs a step, at least four blocks
+    STAGES: gl.constexpr,
+    VALUES: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,
+    REGISTERS: gl.constexpr,  # a thread of a consumer
+):
+    GROUPS: gl.constexpr = BLOCK // STRIDE
+    Q_GROUPS: gl.constexpr = BLOCK // Q_STRIDE
+    BOXES: gl.constexpr = (DEPTH + STEP - 1) // STEP
+    ROWS: gl.constexpr = HALF * CONSUMERS
+    tile = gl.num_programs(0) - 1 - gl.program_id(0)
+    head = gl.program_id(1)
+    heads = gl.num_programs(1)
+    pairs = rows * group
+    q_start = head * group * q_blocks + first_row * group
+    all_q = heads * group * q_blocks
+    k_start = all_q * Q_GROUPS + head * ((k_blocks + 4 - 1) // 4) * (4 * GROUPS)
+    first_diagonal = first_block + first_row + gl.minimum(tile * ROWS // Q_GROUPS, pairs - 1) // group
+    last_diagonal = first_block + first_row + gl.minimum((tile * ROWS + ROWS - 1) // Q_GROUPS, pairs - 1) // group
+    whole = gl.minimum(first_diagonal + 1, k_len // BLOCK) // 4 * (4 * GROUPS) // COLUMNS
+    steps = ((last_diagonal // 4 + 1) * (4 * GROUPS) + COLUMNS - 1) // COLUMNS
+
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, STEP], gl.float16)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, STEP], gl.float16)
+    q_tiles = gl.allocate_shared_memory(gl.float16, [CONSUMERS * BOXES, HALF, STEP], q_layout)
+    k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES * BOXES, COLUMNS, STEP], k_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+    fence_async_shared()
+
+    tiles = (q_tiles, k_tiles)
+    barriers = (q_full, k_full, k_free)
+    values = table + all_q + (heads + head) * k_blocks
+    at = (
+        table + q_start,
+        table + all_q + head * k_blocks,
+        values,
+        (sinks + head % kv_heads * group,) if SINKS else (),
+        masses + head.to(gl.int64) * pairs * pitch * Q_GROUPS,
+        scores + head.to(gl.int64) * pairs * pitch,
+    )
+    geometry = (tile, pairs, group, q_offset, k_len, k_blocks, first_block + first_row, pitch, whole, steps)
+    numbers = (factor, (cap_log2,) if TANH != "none" else ())
+    source = (queries, keys, q_start * Q_GROUPS + tile * ROWS, k_start, steps)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (0, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (1, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (1, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (2, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
+
+
+@gluon.jit
+def _produce(source, tiles, barriers, BOXES: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Copy the query runs once, then the key runs in ascending order."""
+    queries, keys, q_row, k_row, steps = source
+    q_tiles, k_tiles = tiles
+    q_full, k_full, k_free = barriers
+    COLUMNS: gl.constexpr = k_tiles.type.shape[1]
+    mbarrier.expect(q_full.index(0), CONSUMERS * BOXES * queries.block_type.nbytes)
+    for part in gl.static_range(CONSUMERS):
+        for box in gl.static_range(BOXES):
+            load_box(queries, [q_row + part * HALF, box * STEP], q_full.index(0), q_tiles.index(part * BOXES + box))
+    for step in range(steps):
+        slot = step % STAGES
+        mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(k_full.index(slot), BOXES * keys.block_type.nbytes)
+        for box in gl.static_range(BOXES):
+            at = [k_row + step * COLUMNS, box * STEP]
+            load_box(keys, at, k_full.index(slot), k_tiles.index(slot * BOXES + box))
+
+
+@gluon.jit
+def _multiply(part, slot, tiles, zeros, BOXES: gl.constexpr):
+    """Issue the product of a warpgroup's query runs and a tile of key runs."""
+    q_tiles, k_tiles = tiles
+    logits = zeros
+    for box in gl.static_range(BOXES):
+        query = q_tiles.index(part * BOXES + box)
+        key = k_tiles.index(slot * BOXES + box).permute((1, 0))
+        logits = warpgroup_mma(query, key, logits, use_acc=box > 0, is_async=True)
+    return logits
+
+
+@gluon.jit
+def _consume(
+    part,
+    tiles,
+    barriers,
+    at,
+    geometry,
+    numbers,
+    BLOCK: gl.constexpr,
+    STRIDE: gl.constexpr,
+    Q_STRIDE: gl.constexpr,
+    BOXES: gl.constexpr,
+    STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
+    VALUES: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,
+):
+    """Walk 64 query runs over the key blocks; then write the scores of their query blocks."""
+    q_full, k_full, k_free = barriers
+    q_powers, k_powers, values, sink_at, masses, scores = at
+    tile, pairs, group, q_offset, k_len, k_blocks, first_block, pitch, whole, steps = geometry
+    factor, cap_log2 = numbers
+    COLUMNS: gl.constexpr = tiles[1].type.shape[1]
+    GROUPS: gl.constexpr = BLOCK // STRIDE
+    Q_GROUPS: gl.constexpr = BLOCK // Q_STRIDE
+    FOURS: gl.constexpr = COLUMNS // (4 * GROUPS)
+    PAIR: gl.constexpr = min(GROUPS, 2)
+
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    zeros = gl.zeros([HALF, COLUMNS], gl.float32, product)
+    shaped = zeros.reshape([HALF, FOURS, GROUPS // PAIR, 4, PAIR])
+    full: gl.constexpr = shaped.type.layout
+    by_block: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, full))  # [HALF, FOURS, 4]
+    by_row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, by_block))
+
+    slot = tile * ROWS + part * HALF + gl.arange(0, HALF, layout=by_row)
+    pair = gl.minimum(slot // Q_GROUPS, pairs - 1)
+    diagonal = (first_block + pair // group)[:, None, None]
+    power = (gl.load(q_powers + pair) * factor)[:, None, None]
+    stored = (slot < pairs * Q_GROUPS)[:, None, None]
+    mass_at = (pair * (pitch * Q_GROUPS) + slot % Q_GROUPS)[:, None, None]
+    four = gl.arange(0, FOURS, layout=gl.SliceLayout(0, gl.SliceLayout(2, by_block)))[None, :, None]
+    own = four * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_block)))[None, None, :]
+    flat: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, full))))
+    turn: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, full))))
+    even: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, full))))
+    number = gl.arange(0, GROUPS // PAIR, layout=turn)[None, None, :, None, None] * PAIR
+    number = number + gl.arange(0, PAIR, layout=even)[None, None, None, None, :]  # of a run in its block
+    largest = gl.full([HALF, FOURS, 4], NOTHING, gl.float32, by_block)
+    total = gl.zeros([HALF, FOURS, 4], gl.float32, by_block)
+
+    rows = (diagonal, power, stored, mass_at)
+    bounds = (k_len, k_blocks, pitch, whole)
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    logits = _multiply(part, 0, tiles, zeros, BOXES)
+    for step in range(1, steps):
+        ring = step % STAGES
+        done = warpgroup_mma_wait(0, deps=(logits,))
+        warpgroup_barrier()
+        mbarrier.arrive(k_free.index((step - 1) % STAGES), count=1)
+        mbarrier.wait(k_full.index(ring), step // STAGES & 1)
+        logits = _multiply(part, ring, tiles, zeros, BOXES)
+        largest, total = _digest(done, step - 1, largest, total, rows, bounds, own, number, k_powers, masses, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH)
+    done = warpgroup_mma_wait(0, deps=(logits,))
+    largest, total = _digest(done, steps - 1, largest, total, rows, bounds, own, number, k_powers, masses, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH)
+
+    peak = gl.max(gl.max(largest, 2), 1)
+    total = gl.sum(gl.sum(total * gl.exp2(largest - peak[:, None, None]), 2), 1)
+    whole_mass = peak + gl.log2(total)
+    if SINKS:  # masses count a run of STRIDE tokens as one
+        sink = gl.load(sink_at[0] + pair % group).to(gl.float32) * LOG2_E - gl.log2(gl.full_like(peak, STRIDE))
+        peak = gl.maximum(whole_mass, sink)
+        whole_mass = peak + gl.log2(gl.exp2(whole_mass - peak) + gl.exp2(sink - peak))
+    token = (first_block + pair // group) * BLOCK + slot % Q_GROUPS * Q_STRIDE
+    exists = (token + Q_STRIDE > q_offset) & (token < k_len)
+    whole_mass = gl.where(exists, whole_mass, float("inf"))
+
+    PAIRS: gl.constexpr = HALF // Q_GROUPS
+    VECTOR: gl.constexpr = min(Q_GROUPS, 4)
+    CHUNK: gl.constexpr = 32
+    wide: gl.constexpr = gl.BlockedLayout([1, 1, VECTOR], [1, 32 * VECTOR // Q_GROUPS if Q_GROUPS < 128 else 1, Q_GROUPS // VECTOR], [4, 1, 1], [2, 1, 0])
+    narrow: gl.constexpr = gl.SliceLayout(2, wide)
+    whole_mass = gl.convert_layout(whole_mass.reshape([PAIRS, 1, Q_GROUPS]), wide)
+    number = tile * (ROWS // Q_GROUPS) + part * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, narrow))
+    wanted = (number < pairs)[:, None]
+    run = gl.arange(0, Q_GROUPS, layout=gl.SliceLayout(0, gl.SliceLayout(1, wide)))[None, None, :]
+    warpgroup_barrier()  # other threads wrote
+    last = first_block + gl.minimum(gl.max(number, 0), pairs - 1) // group
+    for first in range(0, last + 1, CHUNK):
+        column = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, narrow))
+        written = wanted & (column < pitch)[None, :]
+        place = gl.minimum(number, pairs - 1)[:, None] * pitch + column[None, :]
+        mass = gl.load(masses + (place[:, :, None] * Q_GROUPS + run), mask=written[:, :, None], other=0.0)
+        score = gl.max(mass - whole_mass, 2) * LN2
+        if VALUES:
+            score += gl.load(values + gl.minimum(column, k_blocks - 1))[None, :]
+        gl.store(scores + place, finite_score(score), mask=written)
+
+
+@gluon.jit
+def _digest(
+    logits, step, largest, total, rows, bounds, own, number, k_powers, masses, cap_log2,
+    GROUPS: gl.constexpr, Q_GROUPS: gl.constexpr, STRIDE: gl.constexpr, TANH: gl.constexpr,
+):  # fmt: skip
+    """Write the masses of a step's key blocks, and add them to the online log-sum-exp of the rows."""
+    diagonal, power, stored, mass_at = rows
+    k_len, k_blocks, pitch, whole = bounds
+    FOURS: gl.constexpr = largest.type.shape[1]
+    PAIR: gl.constexpr = min(GROUPS, 2)
+    block = step * (FOURS * 4) + own
+    weight = power * gl.load(k_powers + gl.minimum(block, k_blocks - 1))
+    logits = logits.reshape([HALF, FOURS, GROUPS // PAIR, 4, PAIR])
+    if TANH != "none":
+        logits = tanh(logits * weight.expand_dims(2).expand_dims(4), TANH) * cap_log2[0]
+        weight = weight * 0.0 + 1.0
+    if step >= whole:
+        tokens = k_len - (block.expand_dims(2).expand_dims(4) * GROUPS + number) * STRIDE
+        seen = (block <= diagonal).expand_dims(2).expand_dims(4)
+        logits = logits * weight.expand_dims(2).expand_dims(4)
+        weight = weight * 0.0 + 1.0
+        logits += gl.log2(gl.minimum(gl.maximum(tokens, 1), STRIDE).to(gl.float32) / STRIDE)
+        logits = gl.where((tokens > 0) & seen, logits, NOTHING)
+    peak = gl.max(gl.max(logits, 4), 2) * weight
+    powers = gl.exp2(logits * weight.expand_dims(2).expand_dims(4) - peak.expand_dims(2).expand_dims(4))
+    mass = peak + libdevice.fast_log2f(gl.sum(gl.sum(powers, 4), 2))
+    new = gl.maximum(largest, mass)
+    total = total * gl.exp2(largest - new) + gl.exp2(mass - new)
+    store_in_place(masses + (mass_at + block * Q_GROUPS), mass, stored & (block < pitch), True)
+    return new, total
