@@ -12,9 +12,7 @@ DIM, V_DIM, TILE = 64, 32, 64
 CONSTANTS = {"D": 40, "DV": 24, "D_PAD": DIM, "DV_PAD": V_DIM, "BLOCK": 64, "TOKENS": 16, "LOG2_BLOCK": 6}
 CONSTANTS |= {"TILE": TILE, "TMA": True, "PRECISION": "tf32", "SLOTS": 16}
 FOURS, THREES = ("i32",) * 4, ("i32",) * 3
-STRIDES = {"k_strides": FOURS, "v_strides": FOURS} | dict.fromkeys(
-    ("q_strides", "out_strides"), THREES
-)
+STRIDES = {"k_strides": FOURS, "v_strides": FOURS} | dict.fromkeys(("q_strides", "out_strides"), THREES)
 MEANS = {"k": "*bf16", "v": "*bf16", "k_means": "*fp16", "k_powers": "*fp32", "v_means": "*bf16", "block_table": "*i32"}
 MARK = dict.fromkeys(("indices", "counts", "kept"), "*i32")
 MERGE = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "counts": "*i32", "kept": "*i32", "k_powers": "*fp32"}

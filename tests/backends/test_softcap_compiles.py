@@ -37,13 +37,19 @@ def compile_attention(target: tuple[str, Any, int], dtype: str, tanh: str) -> An
     return compile_for(target, attention_kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def compile_reduction(target: tuple[str, Any, int]) -> Any:
+def compile_masses(target: tuple[str, Any, int], tanh: str) -> Any:
     """Compile what makes scores of masses."""
-    from stem_attn.backends.triton.mass_kernels import reduce_kernel
+    from stem_attn.backends.triton.mass_kernels import mass_kernel
+    from stem_attn.backends.triton.tiles import choose_mass_tile
 
-    constants = {"BLOCK": 128, "LOG2_STRIDE": 3, "Q_STRIDE": 16, "CHUNK": 64, "VALUES": True, "SINKS": True}
-    types = dict.fromkeys(("masses", "totals", "table", "scores"), "*fp32") | {"sinks": "*bf16"}
-    return compile_for(target, reduce_kernel, types, constants, num_warps=1)
+    rows, columns, warps, stages = choose_mass_tile(DIM * 3 // 2, 16, 8, 2)
+    constants = {"BLOCK": 128, "STRIDE": 8, "Q_STRIDE": 16, "DEPTH": DIM * 3 // 2, "STEP": 32, "CHUNK": 4 * warps}
+    constants |= {"ROWS": rows, "COLUMNS": columns, "VALUES": True, "SINKS": True, "TANH": tanh}
+    constants |= {"CUDA": target[0] == "cuda"}
+    types: dict[str, Any] = dict.fromkeys(("table", "masses", "scores"), "*fp32") | {"sinks": "*bf16"}
+    types |= dict.fromkeys(("factor", "cap_log2"), "fp32")
+    types |= {"queries": f"tensordesc<fp16[{rows}, 32]>", "keys": f"tensordesc<fp16[{columns}, 32]>"}
+    return compile_for(target, mass_kernel, types, constants, num_warps=warps, num_stages=stages)
 
 
 def compile_linear_scores(target: tuple[str, Any, int], tanh: str) -> Any:
@@ -67,5 +73,5 @@ if __name__ == "__main__":
     made = compile_attention(target, "bf16", fast)
     assert ("tanh.approx" in made.asm.get("ptx", "")) == (fast == "fast")
     compile_attention(target, "fp16", "short")
-    compile_reduction(target)
+    compile_masses(target, fast)
     compile_linear_scores(target, fast)

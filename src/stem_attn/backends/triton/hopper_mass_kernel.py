@@ -238,9 +238,41 @@ def _consume(
         mbarrier.arrive(k_free.index((step - 1) % STAGES), count=1)
         mbarrier.wait(k_full.index(ring), step // STAGES & 1)
         logits = _multiply(part, ring, tiles, zeros, BOXES)
-        largest, total = _digest(done, step - 1, largest, total, rows, bounds, own, number, k_powers, masses, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH)
+        largest, total = _digest(
+            done,
+            step - 1,
+            largest,
+            total,
+            rows,
+            bounds,
+            own,
+            number,
+            k_powers,
+            masses,
+            cap_log2,
+            GROUPS,
+            Q_GROUPS,
+            STRIDE,
+            TANH,
+        )
     done = warpgroup_mma_wait(0, deps=(logits,))
-    largest, total = _digest(done, steps - 1, largest, total, rows, bounds, own, number, k_powers, masses, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH)
+    largest, total = _digest(
+        done,
+        steps - 1,
+        largest,
+        total,
+        rows,
+        bounds,
+        own,
+        number,
+        k_powers,
+        masses,
+        cap_log2,
+        GROUPS,
+        Q_GROUPS,
+        STRIDE,
+        TANH,
+    )
 
     peak = gl.max(gl.max(largest, 2), 1)
     total = gl.sum(gl.sum(total * gl.exp2(largest - peak[:, None, None]), 2), 1)
@@ -256,7 +288,9 @@ def _consume(
     PAIRS: gl.constexpr = HALF // Q_GROUPS
     VECTOR: gl.constexpr = min(Q_GROUPS, 4)
     CHUNK: gl.constexpr = 32
-    wide: gl.constexpr = gl.BlockedLayout([1, 1, VECTOR], [1, 32 * VECTOR // Q_GROUPS if Q_GROUPS < 128 else 1, Q_GROUPS // VECTOR], [4, 1, 1], [2, 1, 0])
+    wide: gl.constexpr = gl.BlockedLayout(
+        [1, 1, VECTOR], [1, 32 * VECTOR // Q_GROUPS if Q_GROUPS < 128 else 1, Q_GROUPS // VECTOR], [4, 1, 1], [2, 1, 0]
+    )
     narrow: gl.constexpr = gl.SliceLayout(2, wide)
     whole_mass = gl.convert_layout(whole_mass.reshape([PAIRS, 1, Q_GROUPS]), wide)
     number = tile * (ROWS // Q_GROUPS) + part * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, narrow))
