@@ -148,12 +148,34 @@ def test_masses_and_shared_budgets_equal_the_plain_selection(fields, q_len, k_le
         assert q_len == 1 or not torch.equal(shares, sums)
 
 
-def test_equal_scores_go_to_the_lower_head():
+@pytest.mark.parametrize("fields", [MASS, {"value_term": "zscore"}, MASS | {"forced_blocks": "on_top"}])
+def test_rows_too_long_for_registers(fields, monkeypatch):
+    from stem_attn.backends.triton import pick_launches, selection
+
+    config = make_config(**{**SHARED, "head_floor": 0.4, **fields})
+    q, k, v = make_qkv(70, 170, heads=6, kv_heads=2)
+    q = set_apart(q)
+    held = select(q, k, v, config)
+    monkeypatch.setattr(pick_launches, "CHOOSE_KEYS", 0)
+    selection._launches.cache_clear()
+    assert_equal(select(q, k, v, config), select_plainly(q, k, v, config))
+    assert_equal(held, select_plainly(q, k, v, config))
+    selection._launches.cache_clear()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_equal_scores_go_to_the_lower_head(held, monkeypatch):
+    from stem_attn.backends.triton import pick_launches, selection
+
+    if not held:
+        monkeypatch.setattr(pick_launches, "CHOOSE_KEYS", 0)
+    selection._launches.cache_clear()
     config = make_config(sink_blocks=0, local_blocks=1, value_term="none", budget_scope="layer", head_floor=0.5)
     q, k, v = (torch.zeros(1, h, 160, 16) for h in (3, 1, 1))
     made = select(q, k, v, config, torch.full((10,), 4, dtype=torch.int32))
     assert made.counts[0, :, 9].tolist() == [8, 2, 2]
-    assert made.indices[0, 0, 9].tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
+    assert made.indices[0, 0, 9, :8].tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
+    selection._launches.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["tokens_first", "tokens_last", "expanded"])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from stem_attn.backends.triton.selection_kernels import HIGHEST, LOWEST, ordered
-from stem_attn.backends.triton.store_in_place import store_in_place
+from stem_attn.backends.triton.store_kernel import store_in_place
 
 
 @triton.jit(

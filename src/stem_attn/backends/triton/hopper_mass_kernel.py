@@ -20,7 +20,7 @@ from triton.language.extra.cuda import libdevice
 from stem_attn.backends.triton.hopper_kernel import load_box, warpgroup_barrier
 from stem_attn.backends.triton.mass_kernels import LN2, LOG2_E, NOTHING
 from stem_attn.backends.triton.selection_kernels import finite_score
-from stem_attn.backends.triton.store_in_place import store_in_place
+from stem_attn.backends.triton.store_kernel import store_in_place
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 HALF = gl.constexpr(64)  # query runs a warpgroup
@@ -109,11 +109,12 @@ def hopper_mass_kernel(
     )
     geometry = (tile, pairs, group, q_offset, k_len, k_blocks, first_block + first_row, pitch, whole, steps)
     numbers = (factor, (cap_log2,) if TANH != "none" else ())
+    shared = (tiles, barriers, at, geometry, numbers)
     source = (queries, keys, q_start * Q_GROUPS + tile * ROWS, k_start, steps)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (0, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
                 (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
             ],
             [1],
@@ -122,8 +123,8 @@ def hopper_mass_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
-                (_consume, (1, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
                 (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -132,9 +133,9 @@ def hopper_mass_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
-                (_consume, (1, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
-                (_consume, (2, tiles, barriers, at, geometry, numbers, BLOCK, STRIDE, Q_STRIDE, BOXES, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (2, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
                 (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
@@ -177,15 +178,10 @@ def _multiply(part, slot, tiles, zeros, BOXES: gl.constexpr):
 @gluon.jit
 def _consume(
     part,
-    tiles,
-    barriers,
-    at,
-    geometry,
-    numbers,
+    shared,
     BLOCK: gl.constexpr,
     STRIDE: gl.constexpr,
     Q_STRIDE: gl.constexpr,
-    BOXES: gl.constexpr,
     STAGES: gl.constexpr,
     ROWS: gl.constexpr,
     VALUES: gl.constexpr,
@@ -193,11 +189,13 @@ def _consume(
     TANH: gl.constexpr,
 ):
     """Walk 64 query runs over the key blocks; then write the scores of their query blocks."""
+    tiles, barriers, at, geometry, numbers = shared
     q_full, k_full, k_free = barriers
     q_powers, k_powers, values, sink_at, masses, scores = at
     tile, pairs, group, q_offset, k_len, k_blocks, first_block, pitch, whole, steps = geometry
     factor, cap_log2 = numbers
     COLUMNS: gl.constexpr = tiles[1].type.shape[1]
+    BOXES: gl.constexpr = tiles[1].type.shape[0] // STAGES
     GROUPS: gl.constexpr = BLOCK // STRIDE
     Q_GROUPS: gl.constexpr = BLOCK // Q_STRIDE
     FOURS: gl.constexpr = COLUMNS // (4 * GROUPS)
@@ -218,7 +216,6 @@ def _consume(
     mass_at = (pair * (pitch * Q_GROUPS) + slot % Q_GROUPS)[:, None, None]
     four = gl.arange(0, FOURS, layout=gl.SliceLayout(0, gl.SliceLayout(2, by_block)))[None, :, None]
     own = four * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_block)))[None, None, :]
-    flat: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, full))))
     turn: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, full))))
     even: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, full))))
     number = gl.arange(0, GROUPS // PAIR, layout=turn)[None, None, :, None, None] * PAIR
@@ -228,6 +225,8 @@ def _consume(
 
     rows = (diagonal, power, stored, mass_at)
     bounds = (k_len, k_blocks, pitch, whole)
+    columns = (own, number)
+    outputs = (k_powers, masses)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     logits = _multiply(part, 0, tiles, zeros, BOXES)
@@ -239,40 +238,12 @@ def _consume(
         mbarrier.wait(k_full.index(ring), step // STAGES & 1)
         logits = _multiply(part, ring, tiles, zeros, BOXES)
         largest, total = _digest(
-            done,
-            step - 1,
-            largest,
-            total,
-            rows,
-            bounds,
-            own,
-            number,
-            k_powers,
-            masses,
-            cap_log2,
-            GROUPS,
-            Q_GROUPS,
-            STRIDE,
-            TANH,
-        )
+            done, step - 1, largest, total, rows, bounds, columns, outputs, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH
+        )  # fmt: skip
     done = warpgroup_mma_wait(0, deps=(logits,))
     largest, total = _digest(
-        done,
-        steps - 1,
-        largest,
-        total,
-        rows,
-        bounds,
-        own,
-        number,
-        k_powers,
-        masses,
-        cap_log2,
-        GROUPS,
-        Q_GROUPS,
-        STRIDE,
-        TANH,
-    )
+        done, steps - 1, largest, total, rows, bounds, columns, outputs, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH
+    )  # fmt: skip
 
     peak = gl.max(gl.max(largest, 2), 1)
     total = gl.sum(gl.sum(total * gl.exp2(largest - peak[:, None, None]), 2), 1)
@@ -289,7 +260,7 @@ def _consume(
     VECTOR: gl.constexpr = min(Q_GROUPS, 4)
     CHUNK: gl.constexpr = 32
     wide: gl.constexpr = gl.BlockedLayout(
-        [1, 1, VECTOR], [1, 32 * VECTOR // Q_GROUPS if Q_GROUPS < 128 else 1, Q_GROUPS // VECTOR], [4, 1, 1], [2, 1, 0]
+        [1, 1, VECTOR], [1, 32 * VECTOR // Q_GROUPS, Q_GROUPS // VECTOR], [4, 1, 1], [2, 1, 0]
     )
     narrow: gl.constexpr = gl.SliceLayout(2, wide)
     whole_mass = gl.convert_layout(whole_mass.reshape([PAIRS, 1, Q_GROUPS]), wide)
@@ -311,12 +282,14 @@ def _consume(
 
 @gluon.jit
 def _digest(
-    logits, step, largest, total, rows, bounds, own, number, k_powers, masses, cap_log2,
+    logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
     GROUPS: gl.constexpr, Q_GROUPS: gl.constexpr, STRIDE: gl.constexpr, TANH: gl.constexpr,
 ):  # fmt: skip
     """Write the masses of a step's key blocks, and add them to the online log-sum-exp of the rows."""
     diagonal, power, stored, mass_at = rows
     k_len, k_blocks, pitch, whole = bounds
+    own, number = columns
+    k_powers, masses = outputs
     FOURS: gl.constexpr = largest.type.shape[1]
     PAIR: gl.constexpr = min(GROUPS, 2)
     block = step * (FOURS * 4) + own

@@ -27,8 +27,8 @@ NOTHING = tl.constexpr(-1e30)
     do_not_specialize_on_alignment=["sinks"],
 )
 def mass_kernel(
-    queries,  # descriptor of [B * Hkv * Qb * group * Q_GROUPS + B * Hkv * Kb4 * GROUPS, DEPTH]: the runs of q, then of k;
-    # Kb4 is Kb rounded up to fours
+    queries,  # descriptor of [B * Hkv * Qb * group * Q_GROUPS + B * Hkv * Kb * GROUPS, DEPTH]: the runs of q, then
+    # those of k; here Kb is rounded up to fours
     keys,  # another of the same
     table,  # float32: the power of each block of `queries`, then of `keys`, then the value term of each block of k
     sinks,  # [Hq], floating: a logit in the sum that shares are of; only where SINKS

@@ -1,0 +1,88 @@
+"""The launches that keep the best blocks of scored rows."""
+
+from __future__ import annotations
+
+import triton
+
+from stem_attn.backends.triton.choose_kernel import choose_kernel
+from stem_attn.backends.triton.launch import Launch
+from stem_attn.backends.triton.selection_kernels import top_kernel
+from stem_attn.backends.triton.selection_sizes import Sizes, Steps
+from stem_attn.backends.triton.share_kernel import share_kernel
+
+# Measured on an H100 (docs/log.md): 512 keys a warp select 5% slower, 128 take 1.7x as long.
+TOP_KEYS_PER_WARP = 1024
+# Keys of all heads that `share_kernel` looks at together: 16 a thread.
+SHARE_KEYS = 4096
+# Keys of all heads of a row that `choose_kernel` holds in registers: 64 a thread.
+CHOOSE_KEYS = 32768
+
+
+def pick_launches(sizes: Sizes, first: int, rows: int) -> Steps:
+    """Plan what heads keep of `rows` query blocks from `first` on."""
+    inside = sizes.config.forced_blocks == "inside"
+    names = ("scores", "keep", "indices", "counts", "keep_stride", "width")
+    alone = _take_top(sizes, first, rows, inside, shared=False), names
+    if not sizes.scope:
+        return [alone]
+    heads, columns = triton.next_power_of_2(sizes.rivals), triton.next_power_of_2(sizes.pitch)
+    if heads * columns <= CHOOSE_KEYS:
+        choose = _choose(sizes, first, rows, inside, heads, columns)
+        shared: Steps = [(choose, ("scores", "keep", "indices", "counts", "keep_stride", "least_at", "width"))]
+    else:
+        share = _share(sizes, first, rows, inside, heads), ("scores", "keep", "counts", "keep_stride", "least_at")
+        shared = [share, (_take_top(sizes, first, rows, True, shared=True), names)]
+    # How many blocks a head keeps alone depends on its scores where forced ones come on top.
+    return shared if inside else [alone, *shared]
+
+
+def _choose(sizes: Sizes, first: int, rows: int, inside: bool, heads: int, columns: int) -> Launch:
+    inner = min(columns, 128)
+    constants = {"HEADS": heads, "OUTER": columns // inner, "INNER": inner, "CUDA": sizes.cuda}
+    constants |= {"INSIDE": inside, "NORMALISE": not sizes.mass}
+    warps = min(max(heads * columns // 1024, 4), 16)
+    return Launch(choose_kernel, *_competition(sizes, first, rows), constants, num_warps=warps)
+
+
+def _share(sizes: Sizes, first: int, rows: int, inside: bool, heads: int) -> Launch:
+    chunk = max(min(SHARE_KEYS // heads, triton.next_power_of_2(sizes.pitch)), 16)
+    constants = {"HEADS": heads, "CHUNK": chunk, "INSIDE": inside, "NORMALISE": not sizes.mass}
+    return Launch(share_kernel, *_competition(sizes, first, rows), constants, num_warps=8)
+
+
+def _competition(sizes: Sizes, first: int, rows: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Return grid and numbers of kernels in which a program sees all heads that compete."""
+    grid, config = sizes.grid, sizes.config
+    numbers = (
+        first,
+        sizes.group,
+        sizes.kv_heads,
+        sizes.scope,
+        grid.q_blocks,
+        grid.first_block,
+        sizes.pitch,
+        config.sink_blocks,
+        config.local_blocks,
+    )
+    return (rows, sizes.all_heads // sizes.scope), numbers
+
+
+def _take_top(sizes: Sizes, first: int, rows: int, inside: bool, *, shared: bool) -> Launch:
+    grid, config = sizes.grid, sizes.config
+    columns = triton.next_power_of_2(sizes.pitch)
+    return Launch(
+        top_kernel,
+        (rows * sizes.group, sizes.all_heads),
+        (
+            first,
+            sizes.group,
+            grid.q_blocks,
+            grid.first_block,
+            sizes.pitch,
+            config.sink_blocks,
+            config.local_blocks,
+            sizes.kv_heads,
+        ),
+        {"COLUMNS": columns, "INSIDE": inside, "SHARED": shared},
+        num_warps=min(max(columns // TOP_KEYS_PER_WARP, 1), 16),
+    )

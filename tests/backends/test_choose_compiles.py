@@ -1,0 +1,40 @@
+"""The kernel that deals budgets out, for GPUs that are not here: the interpreter takes what the compiler refuses."""
+
+import sys
+from typing import Any
+
+import pytest
+
+from compiling import compile_for, run_alone
+
+pytest.importorskip("triton", minversion="3.6")
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+}
+TARGETS |= {"gfx942": ("hip", "gfx942", 64)}
+SHARED_BYTES = 48 << 10  # scores stay in registers: sums over heads alone move through shared memory
+
+
+def compile_kernel(target: tuple[str, Any, int], columns: int) -> Any:
+    """Compile for 32 heads."""
+    from stem_attn.backends.triton.choose_kernel import choose_kernel
+
+    constants = {"HEADS": 32, "OUTER": columns // 128, "INNER": 128, "INSIDE": True, "NORMALISE": columns == 256}
+    constants |= {"CUDA": target[0] == "cuda"}
+    types = {"scores": "*fp32"} | dict.fromkeys(("keep", "indices", "counts"), "*i32")
+    return compile_for(target, choose_kernel, types, constants, num_warps=columns // 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_holds_rows_in_registers(target: str) -> None:
+    run_alone(__file__, target)
+
+
+if __name__ == "__main__":
+    for columns in (256, 1024):
+        made = compile_kernel(TARGETS[sys.argv[1]], columns)
+        assert made.metadata.shared <= SHARED_BYTES, made.metadata.shared
