@@ -22,7 +22,7 @@ def compile_kernel(which: str, head_dim: int, spread: bool, stride: int, tanh: s
 
     depth = head_dim * 3 // 2 if spread else head_dim
     constants = {"BLOCK": 128, "STRIDE": stride, "Q_STRIDE": 2 * stride, "DEPTH": depth, "TANH": tanh}
-    constants |= {"VALUES": True, "SINKS": tanh != "none"}
+    constants |= {"VALUES": True, "SINKS": tanh != "none", "CHAINED": True}
     types = dict.fromkeys(("table", "sinks", "masses", "scores"), "*fp32")
     types |= dict.fromkeys(("factor", "cap_log2"), "fp32")
     if which == "hopper":

@@ -45,7 +45,7 @@ def compile_masses(target: tuple[str, Any, int], tanh: str) -> Any:
     rows, columns, warps, stages = choose_mass_tile(DIM * 3 // 2, 16, 8, 2)
     constants = {"BLOCK": 128, "STRIDE": 8, "Q_STRIDE": 16, "DEPTH": DIM * 3 // 2, "STEP": 32, "CHUNK": 4 * warps}
     constants |= {"ROWS": rows, "COLUMNS": columns, "VALUES": True, "SINKS": True, "TANH": tanh}
-    constants |= {"CUDA": target[0] == "cuda"}
+    constants |= {"CUDA": target[0] == "cuda", "CHAINED": False}
     types: dict[str, Any] = dict.fromkeys(("table", "masses", "scores"), "*fp32") | {"sinks": "*bf16"}
     types |= dict.fromkeys(("factor", "cap_log2"), "fp32")
     types |= {"queries": f"tensordesc<fp16[{rows}, 32]>", "keys": f"tensordesc<fp16[{columns}, 32]>"}

@@ -149,17 +149,17 @@ def test_masses_and_shared_budgets_equal_the_plain_selection(fields, q_len, k_le
 
 
 @pytest.mark.parametrize("fields", [MASS, {"value_term": "zscore"}, MASS | {"forced_blocks": "on_top"}])
-def test_rows_too_long_for_registers(fields, monkeypatch):
+def test_rows_of_many_lengths_and_some_too_long_for_registers(fields, monkeypatch):
     from stem_attn.backends.triton import pick_launches, selection
 
     config = make_config(**{**SHARED, "head_floor": 0.4, **fields})
     q, k, v = make_qkv(70, 170, heads=6, kv_heads=2)
     q = set_apart(q)
-    held = select(q, k, v, config)
-    monkeypatch.setattr(pick_launches, "CHOOSE_KEYS", 0)
-    selection._launches.cache_clear()
-    assert_equal(select(q, k, v, config), select_plainly(q, k, v, config))
-    assert_equal(held, select_plainly(q, k, v, config))
+    expected = select_plainly(q, k, v, config)
+    for name, value in (("FEWEST_COLUMNS", 4), ("CHOOSE_KEYS", 0)):  # a launch for 8 columns and one for 16; none
+        selection._launches.cache_clear()
+        monkeypatch.setattr(pick_launches, name, value)
+        assert_equal(select(q, k, v, config), expected)
     selection._launches.cache_clear()
 
 

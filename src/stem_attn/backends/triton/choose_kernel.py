@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from stem_attn.backends.triton.selection_kernels import HIGHEST, LOWEST, ordered
+from stem_attn.backends.triton.selection_kernels import HIGHEST, LOWEST, number, ordered
 from stem_attn.backends.triton.store_kernel import store_in_place
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "least_at", "width"]
+    do_not_specialize=[
+        "first_row",
+        "rows",
+        "skip",
+        "q_blocks",
+        "first_block",
+        "sink",
+        "local",
+        "keep_stride",
+        "least_at",
+        "width",
+    ]
 )
 def choose_kernel(
     scores,  # float32 [B * Hkv, rows * group, pitch], finite: of every query block the heads of a KV head
@@ -21,6 +33,8 @@ def choose_kernel(
     least_at,  # where the least numbers start in keep
     width,
     first_row,  # the first query block that scores holds
+    rows,  # how many it holds
+    skip,  # as many of them are another launch's
     group,  # query heads a KV head
     kv_heads,
     scope,  # KV heads whose query heads compete
@@ -30,14 +44,18 @@ def choose_kernel(
     sink,  # blocks
     local,  # blocks
     HEADS: tl.constexpr,  # a power of two, at least scope * group
-    OUTER: tl.constexpr,  # powers of two whose product is at least k_blocks
+    OUTER: tl.constexpr,  # powers of two whose product is more than any of these rows' last block
     INNER: tl.constexpr,
     INSIDE: tl.constexpr,  # forced blocks count among those that top-k takes
     NORMALISE: tl.constexpr,  # scores of different heads do not compare, their softmax does
     CUDA: tl.constexpr,
+    CHAINED: tl.constexpr,  # it may start before what made the scores has ended
 ):
     """Write what every head keeps of one query block: `share_kernel`, then `top_kernel` of each head."""
-    row = first_row + tl.program_id(0)
+    if CHAINED:
+        gdc_wait()
+    slot = skip + tl.program_id(0)
+    row = first_row + slot
     diagonal = first_block + row
     head = tl.arange(0, HEADS)
     live = head < scope * group
@@ -52,7 +70,7 @@ def choose_kernel(
         wanted = tl.sum(tl.load(counts + out_row, mask=live, other=0), 0)
 
     # The compiler gives heads to warps and the outer axis to threads: sums over a head need no other warp.
-    at = ((kv_head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * group + head % group) * pitch
+    at = ((kv_head * rows + slot).to(tl.int64) * group + head % group) * pitch
     column = (tl.arange(0, OUTER)[None, :, None] * INNER + tl.arange(0, INNER)[None, None, :]).to(tl.int32)
     score = _load(scores, at[:, None, None], column, live[:, None, None], diagonal)
     norm = tl.zeros([HEADS], tl.float32)
@@ -68,15 +86,24 @@ def choose_kernel(
     low = lowest
     high = tl.maximum(low, high)  # where every block is forced
 
-    # Bisect for the largest cutoff at which heads want all of it or more; stop where they want exactly that.
+    # Search for the largest cutoff at which heads want all of it or more; stop where they want exactly that. Three
+    # steps of four guess where it lies, as if scores were spread evenly; the fourth halves what is left.
     reached = (diagonal + 1) * scope * group
+    beyond = tl.sum(tl.where(live, least, 0), 0)
+    turn = 0
     while (low < high) & (reached != wanted):
+        first, last = number(low), number(high)
+        share = (reached - wanted).to(tl.float32) / (reached - beyond)
+        guess = ordered(first + (last - first) * share)
         middle = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
+        middle = tl.where(turn % 4 == 3, middle, tl.minimum(tl.maximum(guess, low + 1), high))
         above = tl.sum(tl.where(live, tl.maximum(_reaching(key, middle), least), 0), 0)
         enough = above >= wanted
         low = tl.where(enough, middle, low)
         reached = tl.where(enough, above, reached)
         high = tl.where(enough, high, middle - 1)
+        beyond = tl.where(enough, beyond, above)
+        turn += 1
     # What heads want too much, blocks equal to the cutoff, the last of them give up.
     hits = _reaching(key, low)
     count = tl.where(live, tl.maximum(_reaching(key, low + 1), least), 0)
@@ -107,16 +134,17 @@ def choose_kernel(
         again = _key(_load(scores, at[:, None], ahead, live[:, None], diagonal), norm[:, None])
         again = tl.where(((ahead < sink) | (ahead > diagonal - local)) & (again > LOWEST), HIGHEST, again)
         tie = again == cutoff[:, None]
-        number = tl.cumsum(tie.to(tl.int32), 1) + ties[:, None]
-        kept = (again > cutoff[:, None]) | (tie & (number <= spare[:, None]))
+        rank = tl.cumsum(tie.to(tl.int32), 1) + ties[:, None]
+        kept = (again > cutoff[:, None]) | (tie & (rank <= spare[:, None]))
         place = tl.cumsum(kept.to(tl.int32), 1) + filled[:, None] - 1
         ties += tl.sum(tie.to(tl.int32), 1)
         filled += tl.sum(kept.to(tl.int32), 1)
         store_in_place(indices + (at_index[:, None] + place), ahead + tl.zeros_like(place), kept, CUDA)
     tl.store(counts + out_row, count, mask=live)
     for first in tl.range(0, width, INNER):
-        slot = (first + tl.arange(0, INNER))[None, :]
-        tl.store(indices + at_index[:, None] + slot, -1, mask=live[:, None] & (slot >= count[:, None]) & (slot < width))
+        place = (first + tl.arange(0, INNER))[None, :]
+        rest = live[:, None] & (place >= count[:, None]) & (place < width)
+        tl.store(indices + at_index[:, None] + place, -1, mask=rest)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 from stem_attn.backends.triton.hopper_kernel import load_box, warpgroup_barrier
 from stem_attn.backends.triton.mass_kernels import LN2, LOG2_E, NOTHING
@@ -66,7 +66,11 @@ def hopper_mass_kernel(
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
     REGISTERS: gl.constexpr,  # a thread of a consumer
+    CHAINED: gl.constexpr,
 ):
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     GROUPS: gl.constexpr = BLOCK // STRIDE
     Q_GROUPS: gl.constexpr = BLOCK // Q_STRIDE
     BOXES: gl.constexpr = (DEPTH + STEP - 1) // STEP
@@ -224,25 +228,33 @@ def _consume(
     total = gl.zeros([HALF, FOURS, 4], gl.float32, by_block)
 
     rows = (diagonal, power, stored, mass_at)
-    bounds = (k_len, k_blocks, pitch, whole)
+    bounds = (k_len, k_blocks, pitch)
     columns = (own, number)
     outputs = (k_powers, masses)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
-    logits = _multiply(part, 0, tiles, zeros, BOXES)
-    for step in range(1, steps):
-        ring = step % STAGES
-        done = warpgroup_mma_wait(0, deps=(logits,))
-        warpgroup_barrier()
-        mbarrier.arrive(k_free.index((step - 1) % STAGES), count=1)
-        mbarrier.wait(k_full.index(ring), step // STAGES & 1)
-        logits = _multiply(part, ring, tiles, zeros, BOXES)
+    # The products of a step run while the last one's are digested.
+    logits = _wait(_multiply(part, 0, tiles, zeros, BOXES), 0, barriers, STAGES)
+    plain = gl.minimum(whole, steps - 1)
+    for step in range(1, plain + 1):
+        mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
+        coming = _multiply(part, step % STAGES, tiles, zeros, BOXES)
         largest, total = _digest(
-            done, step - 1, largest, total, rows, bounds, columns, outputs, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH
+            logits, step - 1, largest, total, rows, bounds, columns, outputs, cap_log2,
+            GROUPS, Q_GROUPS, STRIDE, False, TANH,
         )  # fmt: skip
-    done = warpgroup_mma_wait(0, deps=(logits,))
+        logits = _wait(coming, step, barriers, STAGES)
+    for step in range(plain + 1, steps):
+        mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
+        coming = _multiply(part, step % STAGES, tiles, zeros, BOXES)
+        largest, total = _digest(
+            logits, step - 1, largest, total, rows, bounds, columns, outputs, cap_log2,
+            GROUPS, Q_GROUPS, STRIDE, True, TANH,
+        )  # fmt: skip
+        logits = _wait(coming, step, barriers, STAGES)
     largest, total = _digest(
-        done, steps - 1, largest, total, rows, bounds, columns, outputs, cap_log2, GROUPS, Q_GROUPS, STRIDE, TANH
+        logits, steps - 1, largest, total, rows, bounds, columns, outputs, cap_log2,
+        GROUPS, Q_GROUPS, STRIDE, True, TANH,
     )  # fmt: skip
 
     peak = gl.max(gl.max(largest, 2), 1)
@@ -281,13 +293,23 @@ def _consume(
 
 
 @gluon.jit
+def _wait(logits, step, barriers, STAGES: gl.constexpr):
+    """Wait for a step's products, and give its slot of the ring back."""
+    _, _, k_free = barriers
+    logits = warpgroup_mma_wait(0, deps=(logits,))
+    warpgroup_barrier()
+    mbarrier.arrive(k_free.index(step % STAGES), count=1)
+    return logits
+
+
+@gluon.jit
 def _digest(
     logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
-    GROUPS: gl.constexpr, Q_GROUPS: gl.constexpr, STRIDE: gl.constexpr, TANH: gl.constexpr,
+    GROUPS: gl.constexpr, Q_GROUPS: gl.constexpr, STRIDE: gl.constexpr, MASKED: gl.constexpr, TANH: gl.constexpr,
 ):  # fmt: skip
     """Write the masses of a step's key blocks, and add them to the online log-sum-exp of the rows."""
     diagonal, power, stored, mass_at = rows
-    k_len, k_blocks, pitch, whole = bounds
+    k_len, k_blocks, pitch = bounds
     own, number = columns
     k_powers, masses = outputs
     FOURS: gl.constexpr = largest.type.shape[1]
@@ -295,20 +317,24 @@ def _digest(
     block = step * (FOURS * 4) + own
     weight = power * gl.load(k_powers + gl.minimum(block, k_blocks - 1))
     logits = logits.reshape([HALF, FOURS, GROUPS // PAIR, 4, PAIR])
-    if TANH != "none":
-        logits = tanh(logits * weight.expand_dims(2).expand_dims(4), TANH) * cap_log2[0]
-        weight = weight * 0.0 + 1.0
-    if step >= whole:
-        tokens = k_len - (block.expand_dims(2).expand_dims(4) * GROUPS + number) * STRIDE
-        seen = (block <= diagonal).expand_dims(2).expand_dims(4)
-        logits = logits * weight.expand_dims(2).expand_dims(4)
-        weight = weight * 0.0 + 1.0
-        logits += gl.log2(gl.minimum(gl.maximum(tokens, 1), STRIDE).to(gl.float32) / STRIDE)
-        logits = gl.where((tokens > 0) & seen, logits, NOTHING)
-    peak = gl.max(gl.max(logits, 4), 2) * weight
-    powers = gl.exp2(logits * weight.expand_dims(2).expand_dims(4) - peak.expand_dims(2).expand_dims(4))
-    mass = peak + libdevice.fast_log2f(gl.sum(gl.sum(powers, 4), 2))
+    if MASKED or TANH != "none":
+        logits *= weight.expand_dims(2).expand_dims(4)
+        if TANH != "none":
+            logits = tanh(logits, TANH) * cap_log2[0]
+        if MASKED:
+            tokens = k_len - (block.expand_dims(2).expand_dims(4) * GROUPS + number) * STRIDE
+            seen = (block <= diagonal).expand_dims(2).expand_dims(4)
+            logits += gl.log2(gl.minimum(gl.maximum(tokens, 1), STRIDE).to(gl.float32) / STRIDE)
+            logits = gl.where((tokens > 0) & seen, logits, NOTHING)
+        peak = gl.max(gl.max(logits, 4), 2)
+        logits -= peak.expand_dims(2).expand_dims(4)
+    else:
+        peak = gl.max(gl.max(logits, 4), 2) * weight
+        logits = logits * weight.expand_dims(2).expand_dims(4) - peak.expand_dims(2).expand_dims(4)
+    mass = peak + libdevice.fast_log2f(gl.sum(gl.sum(gl.exp2(logits), 4), 2))
     new = gl.maximum(largest, mass)
     total = total * gl.exp2(largest - new) + gl.exp2(mass - new)
-    store_in_place(masses + (mass_at + block * Q_GROUPS), mass, stored & (block < pitch), True)
+    if MASKED:
+        stored = stored & (block < pitch)
+    store_in_place(masses + (mass_at + block * Q_GROUPS), mass, stored, True)
     return new, total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Launch:
             self._compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
         else:
             self._compiled[self._grid](*tensors, *self._arguments)
+
+
+@cache
+def can_chain(device: torch.device) -> bool:
+    """Tell whether a kernel can be launched before its predecessor has ended: on NVIDIA's GPUs since Hopper."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 from stem_attn.backends.triton.selection_kernels import finite_score
 from stem_attn.backends.triton.tanh_kernel import tanh
@@ -58,11 +58,15 @@ def mass_kernel(
     SINKS: tl.constexpr,
     TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     CUDA: tl.constexpr,
+    CHAINED: tl.constexpr,  # it may start before its predecessor has ended, and its successor before it has
 ):
     """Walk ROWS query runs over the key blocks that they see; the longest walks start first.
 
     Writes the log of the largest share that a key block has of any run of a query block, plus its value term.
     """
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     GROUPS: tl.constexpr = BLOCK // STRIDE
     Q_GROUPS: tl.constexpr = BLOCK // Q_STRIDE
     FOURS: tl.constexpr = max(COLUMNS // (4 * GROUPS), 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 
 from stem_attn.backends.triton.choose_kernel import choose_kernel
@@ -14,8 +16,10 @@ from stem_attn.backends.triton.share_kernel import share_kernel
 TOP_KEYS_PER_WARP = 1024
 # Keys of all heads that `share_kernel` looks at together: 16 a thread.
 SHARE_KEYS = 4096
-# Keys of all heads of a row that `choose_kernel` holds in registers: 64 a thread.
+# Keys of all heads of a row that `choose_kernel` holds in registers: 16 a thread, or 32.
 CHOOSE_KEYS = 32768
+CHOOSE_KEYS_PER_WARP = 512
+FEWEST_COLUMNS = 256
 
 
 def pick_launches(sizes: Sizes, first: int, rows: int) -> Steps:
@@ -25,10 +29,10 @@ def pick_launches(sizes: Sizes, first: int, rows: int) -> Steps:
     alone = _take_top(sizes, first, rows, inside, shared=False), names
     if not sizes.scope:
         return [alone]
-    heads, columns = triton.next_power_of_2(sizes.rivals), triton.next_power_of_2(sizes.pitch)
-    if heads * columns <= CHOOSE_KEYS:
-        choose = _choose(sizes, first, rows, inside, heads, columns)
-        shared: Steps = [(choose, ("scores", "keep", "indices", "counts", "keep_stride", "least_at", "width"))]
+    heads = triton.next_power_of_2(sizes.rivals)
+    if heads * triton.next_power_of_2(sizes.pitch) <= CHOOSE_KEYS:
+        names = ("scores", "keep", "indices", "counts", "keep_stride", "least_at", "width")
+        shared: Steps = [(choose, names) for choose in _choose(sizes, first, rows, inside, heads)]
     else:
         share = _share(sizes, first, rows, inside, heads), ("scores", "keep", "counts", "keep_stride", "least_at")
         shared = [share, (_take_top(sizes, first, rows, True, shared=True), names)]
@@ -36,12 +40,24 @@ def pick_launches(sizes: Sizes, first: int, rows: int) -> Steps:
     return shared if inside else [alone, *shared]
 
 
-def _choose(sizes: Sizes, first: int, rows: int, inside: bool, heads: int, columns: int) -> Launch:
-    inner = min(columns, 128)
-    constants = {"HEADS": heads, "OUTER": columns // inner, "INNER": inner, "CUDA": sizes.cuda}
-    constants |= {"INSIDE": inside, "NORMALISE": not sizes.mass}
-    warps = min(max(heads * columns // 1024, 4), 16)
-    return Launch(choose_kernel, *_competition(sizes, first, rows), constants, num_warps=warps)
+def _choose(sizes: Sizes, first: int, rows: int, inside: bool, heads: int) -> Iterator[Launch]:
+    """Plan a launch for every power of two of blocks that rows see, from FEWEST_COLUMNS on."""
+    most = triton.next_power_of_2(sizes.pitch)
+    done = 0
+    while done < rows:
+        seen = sizes.grid.first_block + first + done + 1  # blocks, of the first row that is left
+        columns = min(max(triton.next_power_of_2(seen), FEWEST_COLUMNS), most)
+        here = min(rows - done, columns - seen + 1)
+        inner = min(columns, 128)
+        constants = {"HEADS": heads, "OUTER": columns // inner, "INNER": inner, "INSIDE": inside}
+        constants |= {"NORMALISE": not sizes.mass, "CUDA": sizes.cuda, "CHAINED": sizes.chained}
+        options = {"num_warps": min(max(heads * columns // CHOOSE_KEYS_PER_WARP, 4), 32)}
+        if sizes.cuda and options["num_warps"] == 16:
+            options["maxnreg"] = 64  # two programs a multiprocessor
+        grid, numbers = _competition(sizes, first, here)
+        numbers = (first, rows, done, *numbers[1:])
+        yield Launch(choose_kernel, grid, numbers, constants, **sizes.chain(options))
+        done += here
 
 
 def _share(sizes: Sizes, first: int, rows: int, inside: bool, heads: int) -> Launch:

@@ -55,6 +55,7 @@ def pool_launch(sizes: Sizes, strides: list[tuple[int, ...]], v_dim: int, page_s
         "TOKENS": min(max(sizes.slots, POOL_WARPS * 256 // dim_pad), grid.block_size),
         "PAGE": page_size,
         "ZSCORE": sizes.zscored,
+        "CHAINED": sizes.chained,
     }
     programs = sizes.q_rows + sizes.k_rows * (2 if sizes.valued else 1)
     return Launch(pool_kernel, (programs, 1), numbers, constants, num_warps=POOL_WARPS)

@@ -98,7 +98,8 @@ class MassScores:
         constants |= {"CHUNK": 4 * warps, "CUDA": sizes.cuda}  # 16 numbers a thread
         grid = triton.cdiv(rows * sizes.group * sizes.q_slots, side), sizes.all_heads
         numbers = _mass_numbers(sizes, self._logits, first, rows)
-        mass = Launch(mass_kernel, grid, numbers, constants, num_warps=warps, num_stages=stages)
+        options = {"num_warps": warps, "num_stages": stages}
+        mass = Launch(mass_kernel, grid, numbers, constants, **sizes.chain(options))
         return [(mass, _MASS_TENSORS)]
 
     def describe(self, pooled: Tensor) -> dict[str, Any]:
@@ -124,7 +125,8 @@ class HopperMassScores:
         constants |= {"CONSUMERS": tile.consumers, "COLUMNS": tile.columns, "STAGES": tile.stages}
         grid = triton.cdiv(rows * sizes.group * sizes.q_slots, 64 * tile.consumers), sizes.all_heads
         numbers = _mass_numbers(sizes, self._logits, first, rows)
-        mass = Launch(hopper_mass_kernel, grid, numbers, constants, num_warps=4, maxnreg=tile.launch_registers)
+        options = {"num_warps": 4, "maxnreg": tile.launch_registers}
+        mass = Launch(hopper_mass_kernel, grid, numbers, constants, **sizes.chain(options))
         return [(mass, _MASS_TENSORS)]
 
     def describe(self, pooled: Tensor) -> dict[str, Any]:
@@ -172,4 +174,5 @@ def _mass_constants(sizes: Sizes, logits: Logits) -> dict[str, Any]:
         "VALUES": sizes.valued,
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(sizes.dtype, sizes.device),
+        "CHAINED": sizes.chained,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from stem_attn.backends.triton.kernel_pages import token_offset
 from stem_attn.backends.triton.tanh_kernel import tanh
@@ -63,8 +64,11 @@ def pool_kernel(
     TOKENS: tl.constexpr,  # how many are loaded at once; a multiple of SLOTS: BLOCK / STRIDE where RUNS, else STRIDE
     PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
     ZSCORE: tl.constexpr,
+    CHAINED: tl.constexpr,  # the next kernel may start before this one has ended
 ):
     """Pool one block of q or k, or measure one block of v."""
+    if CHAINED:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     q_rows = batch_heads * q_blocks
     k_rows = batch_kv_heads * k_blocks
@@ -237,6 +241,12 @@ def ordered(score):
     """Map scores to integers in the same order; -0 equals 0."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & HIGHEST)
+
+
+@triton.jit
+def number(key):
+    """Map an integer of `ordered` back to its score."""
+    return (key ^ ((key >> 31) & HIGHEST)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from stem_attn.backends.triton.launch import Launch
+from stem_attn.backends.triton.launch import Launch, can_chain
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 
@@ -35,6 +35,7 @@ class Sizes:
         self.grid = grid = BlockGrid(q_shape[2], k_shape[2], config.block_size)
         self.device, self.dtype = device, dtype
         self.cuda = device.type == "cuda" and torch.version.hip is None
+        self.chained = self.cuda and can_chain(device)
         self.batch, self.heads, _, self.dim = q_shape
         self.config, self.kv_heads, self.group = config, k_shape[1], self.heads // k_shape[1]
         scopes = {"head": 0, "group": 1, "layer": self.kv_heads}
@@ -61,3 +62,7 @@ class Sizes:
         self.pooled_shape = self.q_rows + self.k_rows, self.slots * self.dim_out
         if self.mass:
             self.pooled_shape = self.q_rows * self.q_slots + self.all_heads * key_blocks * self.slots, self.dim_out
+
+    def chain(self, options: dict[str, int]) -> dict[str, int]:
+        """Let a kernel start before its predecessor has ended: it waits itself before it reads or writes anything."""
+        return options | {"launch_pdl": True} if self.chained else options
