@@ -22,7 +22,7 @@ from stem_attn import (
     stem_attention_paged,
     stem_attention_varlen,
 )
-from stem_attn.backends.triton import attention
+from stem_attn.backends.triton import attention, score_launches, selection
 
 PAGE = 16
 SPARSE = {"budget_ratio": 0.2, "budget_bias": 1, "dense_below": 0, "tail_blocks": 1}
@@ -86,8 +86,11 @@ def check_many(name: str, config: StemConfig) -> None:
 
 def main() -> None:
     """Run the kernels that this GPU gets, and the portable one."""
-    for kernel, fits in (("fastest", attention.hopper_fits), ("portable", lambda *_: False)):
-        with mock.patch.object(attention, "hopper_fits", fits):
+    fastest, portable = (attention.hopper_fits, score_launches.gluon_runs_on), (lambda *_: False,) * 2
+    for kernel, (fits, runs) in (("fastest", fastest), ("portable", portable)):
+        selection._launches.cache_clear()
+        attend, select = (attention, "hopper_fits", fits), (score_launches, "gluon_runs_on", runs)
+        with mock.patch.object(*attend), mock.patch.object(*select):
             for name, config in CONFIGS.items():
                 for block_size, *shape in SHAPES:
                     check_one(f"{kernel}, {name}", dataclasses.replace(config, block_size=block_size), *shape)

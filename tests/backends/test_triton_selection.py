@@ -148,6 +148,15 @@ def test_masses_and_shared_budgets_equal_the_plain_selection(fields, q_len, k_le
         assert q_len == 1 or not torch.equal(shares, sums)
 
 
+@pytest.mark.parametrize("fields", [MASS, {}])
+def test_a_negative_scale(fields):
+    config = make_config(**fields)
+    q, k, v = make_qkv(70, 170, dim=24)
+    scores = block_scores(q, k, v, config, -SCALE)
+    expected = select_top_blocks(scores, make_budget(q, k, config), BlockGrid(70, 170, 16), config, k.shape[1])
+    assert_equal(select(q, k, v, config, scale=-SCALE), expected)
+
+
 @pytest.mark.parametrize("fields", [MASS, {"value_term": "zscore"}, MASS | {"forced_blocks": "on_top"}])
 def test_rows_of_many_lengths_and_some_too_long_for_registers(fields, monkeypatch):
     from stem_attn.backends.triton import pick_launches, selection
