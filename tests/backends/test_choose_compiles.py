@@ -26,7 +26,7 @@ def compile_kernel(target: tuple[str, Any, int], columns: int) -> Any:
     constants = {"HEADS": 32, "OUTER": columns // 128, "INNER": 128, "INSIDE": True, "NORMALISE": columns == 256}
     constants |= {"CUDA": target[0] == "cuda", "CHAINED": target in (("cuda", 90, 32), ("cuda", 100, 32))}
     types = {"scores": "*fp32"} | dict.fromkeys(("keep", "indices", "counts"), "*i32")
-    return compile_for(target, choose_kernel, types, constants, num_warps=columns // 16 if columns == 256 else 32)
+    return compile_for(target, choose_kernel, types, constants, num_warps=32)
 
 
 @pytest.mark.parametrize("target", TARGETS)

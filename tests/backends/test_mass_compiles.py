@@ -31,7 +31,7 @@ def compile_kernel(which: str, head_dim: int, spread: bool, stride: int, tanh: s
         for name, rows in (("queries", 64), ("keys", tile.columns)):
             types[name] = f"tensordesc<fp16[{rows}, 64],{box_layout(rows)!r}>"
         constants |= {"CONSUMERS": tile.consumers, "COLUMNS": tile.columns, "STAGES": tile.stages}
-        constants |= {"REGISTERS": tile.registers}
+        constants |= {"REGISTERS": tile.registers, "HELD": tile.held, "PIPELINED": tile.pipelined}
         options = {"num_warps": 4, "maxnreg": tile.launch_registers}
         return compile_for_hopper(hopper_mass_kernel, types, constants, **options)
     rows, columns, warps, stages = choose_mass_tile(depth, 128 // stride, 64 // stride, torch.float16.itemsize)

@@ -66,6 +66,8 @@ def hopper_mass_kernel(
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
     REGISTERS: gl.constexpr,  # a thread of a consumer
+    HELD: gl.constexpr,  # query runs stay in registers
+    PIPELINED: gl.constexpr,  # a step's products run while the last one's are digested
     CHAINED: gl.constexpr,
 ):
     if CHAINED:
@@ -118,7 +120,7 @@ def hopper_mass_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
                 (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
             ],
             [1],
@@ -127,8 +129,8 @@ def hopper_mass_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
-                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
+                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
                 (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -137,9 +139,9 @@ def hopper_mass_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
-                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
-                (_consume, (2, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH)),
+                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
+                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
+                (_consume, (2, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
                 (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
@@ -168,14 +170,15 @@ def _produce(source, tiles, barriers, BOXES: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _multiply(part, slot, tiles, zeros, BOXES: gl.constexpr):
-    """Issue the product of a warpgroup's query runs and a tile of key runs."""
-    q_tiles, k_tiles = tiles
+def _multiply(queries, step, tiles, barriers, zeros, STAGES: gl.constexpr):
+    """Issue the products of a warpgroup's query runs and a step's key runs."""
+    BOXES: gl.constexpr = len(queries)
+    slot = step % STAGES
+    mbarrier.wait(barriers[1].index(slot), step // STAGES & 1)
     logits = zeros
     for box in gl.static_range(BOXES):
-        query = q_tiles.index(part * BOXES + box)
-        key = k_tiles.index(slot * BOXES + box).permute((1, 0))
-        logits = warpgroup_mma(query, key, logits, use_acc=box > 0, is_async=True)
+        key = tiles[1].index(slot * BOXES + box).permute((1, 0))
+        logits = warpgroup_mma(queries[box], key, logits, use_acc=box > 0, is_async=True)
     return logits
 
 
@@ -191,6 +194,8 @@ def _consume(
     VALUES: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
+    HELD: gl.constexpr,
+    PIPELINED: gl.constexpr,
 ):
     """Walk 64 query runs over the key blocks; then write the scores of their query blocks."""
     tiles, barriers, at, geometry, numbers = shared
@@ -232,30 +237,42 @@ def _consume(
     columns = (own, number)
     outputs = (k_powers, masses)
     mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    # The products of a step run while the last one's are digested.
-    logits = _wait(_multiply(part, 0, tiles, zeros, BOXES), 0, barriers, STAGES)
+    queries = ()
+    for box in gl.static_range(BOXES):
+        query = tiles[0].index(part * BOXES + box)
+        queries += ((query.load(gl.DotOperandLayout(0, product, 2)) if HELD else query),)  # type: ignore[assignment]
+
+    logits = _wait(_multiply(queries, 0, tiles, barriers, zeros, STAGES), 0, barriers, STAGES)
     plain = gl.minimum(whole, steps - 1)
-    for step in range(1, plain + 1):
-        mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
-        coming = _multiply(part, step % STAGES, tiles, zeros, BOXES)
+    if PIPELINED:  # two steps a turn, so that logits stay in their registers
+        plain = plain // 2 * 2
+        for step in range(0, plain, 2):
+            coming = _multiply(queries, step + 1, tiles, barriers, zeros, STAGES)
+            largest, total = _digest(
+                logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
+                GROUPS, Q_GROUPS, STRIDE, False, TANH,
+            )  # fmt: skip
+            coming = _wait(coming, step + 1, barriers, STAGES)
+            logits = _multiply(queries, step + 2, tiles, barriers, zeros, STAGES)
+            largest, total = _digest(
+                coming, step + 1, largest, total, rows, bounds, columns, outputs, cap_log2,
+                GROUPS, Q_GROUPS, STRIDE, False, TANH,
+            )  # fmt: skip
+            logits = _wait(logits, step + 2, barriers, STAGES)
+    else:
+        for step in range(plain):
+            largest, total = _digest(
+                logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
+                GROUPS, Q_GROUPS, STRIDE, False, TANH,
+            )  # fmt: skip
+            logits = _wait(_multiply(queries, step + 1, tiles, barriers, zeros, STAGES), step + 1, barriers, STAGES)
+    for step in range(plain, steps):
         largest, total = _digest(
-            logits, step - 1, largest, total, rows, bounds, columns, outputs, cap_log2,
-            GROUPS, Q_GROUPS, STRIDE, False, TANH,
-        )  # fmt: skip
-        logits = _wait(coming, step, barriers, STAGES)
-    for step in range(plain + 1, steps):
-        mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
-        coming = _multiply(part, step % STAGES, tiles, zeros, BOXES)
-        largest, total = _digest(
-            logits, step - 1, largest, total, rows, bounds, columns, outputs, cap_log2,
+            logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
             GROUPS, Q_GROUPS, STRIDE, True, TANH,
         )  # fmt: skip
-        logits = _wait(coming, step, barriers, STAGES)
-    largest, total = _digest(
-        logits, steps - 1, largest, total, rows, bounds, columns, outputs, cap_log2,
-        GROUPS, Q_GROUPS, STRIDE, True, TANH,
-    )  # fmt: skip
+        if step + 1 < steps:
+            logits = _wait(_multiply(queries, step + 1, tiles, barriers, zeros, STAGES), step + 1, barriers, STAGES)
 
     peak = gl.max(gl.max(largest, 2), 1)
     total = gl.sum(gl.sum(total * gl.exp2(largest - peak[:, None, None]), 2), 1)
@@ -324,7 +341,7 @@ def _digest(
         if MASKED:
             tokens = k_len - (block.expand_dims(2).expand_dims(4) * GROUPS + number) * STRIDE
             seen = (block <= diagonal).expand_dims(2).expand_dims(4)
-            logits += gl.log2(gl.minimum(gl.maximum(tokens, 1), STRIDE).to(gl.float32) / STRIDE)
+            logits += libdevice.fast_log2f(gl.minimum(gl.maximum(tokens, 1), STRIDE).to(gl.float32) / STRIDE)
             logits = gl.where((tokens > 0) & seen, logits, NOTHING)
         peak = gl.max(gl.max(logits, 4), 2)
         logits -= peak.expand_dims(2).expand_dims(4)

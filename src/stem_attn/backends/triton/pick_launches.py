@@ -16,9 +16,9 @@ from stem_attn.backends.triton.share_kernel import share_kernel
 TOP_KEYS_PER_WARP = 1024
 # Keys of all heads that `share_kernel` looks at together: 16 a thread.
 SHARE_KEYS = 4096
-# Keys of all heads of a row that `choose_kernel` holds in registers: 16 a thread, or 32.
+# Keys of all heads of a row that `choose_kernel` holds in registers: up to 32 a thread, 4 where few are enough.
 CHOOSE_KEYS = 32768
-CHOOSE_KEYS_PER_WARP = 512
+CHOOSE_KEYS_PER_WARP = 128
 FEWEST_COLUMNS = 256
 
 
@@ -52,8 +52,6 @@ def _choose(sizes: Sizes, first: int, rows: int, inside: bool, heads: int) -> It
         constants = {"HEADS": heads, "OUTER": columns // inner, "INNER": inner, "INSIDE": inside}
         constants |= {"NORMALISE": not sizes.mass, "CUDA": sizes.cuda, "CHAINED": sizes.chained}
         options = {"num_warps": min(max(heads * columns // CHOOSE_KEYS_PER_WARP, 4), 32)}
-        if sizes.cuda and options["num_warps"] == 16:
-            options["maxnreg"] = 64  # two programs a multiprocessor
         grid, numbers = _competition(sizes, first, here)
         numbers = (first, rows, done, *numbers[1:])
         yield Launch(choose_kernel, grid, numbers, constants, **sizes.chain(options))

@@ -121,7 +121,11 @@ class HopperMassScores:
         from stem_attn.backends.triton.hopper_mass_kernel import hopper_mass_kernel
 
         sizes, tile = self._sizes, self._tile
-        constants = _mass_constants(sizes, self._logits) | {"REGISTERS": tile.registers}
+        constants = _mass_constants(sizes, self._logits) | {
+            "REGISTERS": tile.registers,
+            "HELD": tile.held,
+            "PIPELINED": tile.pipelined,
+        }
         constants |= {"CONSUMERS": tile.consumers, "COLUMNS": tile.columns, "STAGES": tile.stages}
         grid = triton.cdiv(rows * sizes.group * sizes.q_slots, 64 * tile.consumers), sizes.all_heads
         numbers = _mass_numbers(sizes, self._logits, first, rows)

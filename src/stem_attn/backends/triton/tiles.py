@@ -85,11 +85,13 @@ class HopperMassTile:
     """Launch choices of the Hopper kernel of the mass score.
 
     Args:
-        consumers: Warpgroups that compute, of 64 query runs each.
+        consumers: Warpgroups that compute, of 64 query runs each; 1 to 3.
         columns: Key runs a step.
         stages: Steps that the ring of key runs holds.
-        registers: A thread of a consumer.
+        registers: A thread of a consumer but the first, which gets what is left.
         launch_registers: A thread at the start, of all warps, their number rounded up to fours.
+        held: Whether query runs stay in registers.
+        pipelined: Whether a step's products run while the last one's are digested.
     """
 
     consumers: int
@@ -97,18 +99,22 @@ class HopperMassTile:
     stages: int
     registers: int
     launch_registers: int
+    held: bool
+    pipelined: bool
 
 
 def choose_hopper_mass_tile(boxes: int, slots: int) -> HopperMassTile | None:
     """Pick the launch choices, from the boxes of 64 numbers that a run takes and the key runs of a block.
 
-    None: this kernel cannot take such runs. The rings share 227 KiB with the query runs.
+    None: this kernel cannot take such runs. The ring shares 227 KiB with the query runs.
     """
-    consumers, columns = 2, 64
-    stages = min(4, (224 // boxes - 8 * consumers) // (columns // 8))  # a box of 8 runs is 1 KiB
-    if stages < 2 or 4 * slots > columns:
+    consumers = 3 if boxes <= 3 else 2
+    stages = min(4, (224 // boxes - 8 * consumers) // 8)  # a box of 8 runs is 1 KiB
+    if stages < 2 or slots > 16:
         return None
-    return HopperMassTile(consumers, columns, stages, 216, 168)
+    if consumers == 2:
+        return HopperMassTile(2, 64, stages, 216, 168, held=False, pipelined=True)
+    return HopperMassTile(3, 64, stages, 152, 128, held=True, pipelined=True)
 
 
 def choose_score_tile(heads: int, rows: int, columns: int, item_bytes: int) -> tuple[int, int, int, int]:
