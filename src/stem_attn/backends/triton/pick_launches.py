@@ -31,8 +31,8 @@ def pick_launches(sizes: Sizes, first: int, rows: int) -> Steps:
         return [alone]
     heads = triton.next_power_of_2(sizes.rivals)
     if heads * triton.next_power_of_2(sizes.pitch) <= CHOOSE_KEYS:
-        names = ("scores", "keep", "indices", "counts", "keep_stride", "least_at", "width")
-        shared: Steps = [(choose, names) for choose in _choose(sizes, first, rows, inside, heads)]
+        all_names = ("scores", "keep", "indices", "counts", "keep_stride", "least_at", "width")
+        shared: Steps = [(choose, all_names) for choose in _choose(sizes, first, rows, inside, heads)]
     else:
         share = _share(sizes, first, rows, inside, heads), ("scores", "keep", "counts", "keep_stride", "least_at")
         shared = [share, (_take_top(sizes, first, rows, True, shared=True), names)]
