@@ -77,9 +77,9 @@ def hopper_mass_kernel(
     Q_GROUPS: gl.constexpr = BLOCK // Q_STRIDE
     BOXES: gl.constexpr = (DEPTH + STEP - 1) // STEP
     ROWS: gl.constexpr = HALF * CONSUMERS
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)
-    head = gl.program_id(1)
-    heads = gl.num_programs(1)
+    head = gl.program_id(0)
+    heads = gl.num_programs(0)
+    tile = gl.num_programs(1) - 1 - gl.program_id(1)  # the longest walks of all heads start first
     pairs = rows * group
     q_start = head * group * q_blocks + first_row * group
     all_q = heads * group * q_blocks

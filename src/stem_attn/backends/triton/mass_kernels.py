@@ -60,7 +60,7 @@ def mass_kernel(
     CUDA: tl.constexpr,
     CHAINED: tl.constexpr,  # it may start before its predecessor has ended, and its successor before it has
 ):
-    """Walk ROWS query runs over the key blocks that they see; the longest walks start first.
+    """Walk ROWS query runs over the key blocks that they see; the longest walks of all heads start first.
 
     Writes the log of the largest share that a key block has of any run of a query block, plus its value term.
     """
@@ -70,14 +70,15 @@ def mass_kernel(
     GROUPS: tl.constexpr = BLOCK // STRIDE
     Q_GROUPS: tl.constexpr = BLOCK // Q_STRIDE
     FOURS: tl.constexpr = max(COLUMNS // (4 * GROUPS), 1)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    heads = tl.num_programs(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
     pairs = rows * group  # of a query block and a head
     slot = tile * ROWS + tl.arange(0, ROWS)
     pair = tl.minimum(slot // Q_GROUPS, pairs - 1)
     diagonal = first_block + first_row + pair // group
     q_start = head * group * q_blocks + first_row * group
-    all_q = tl.num_programs(1) * group * q_blocks
+    all_q = heads * group * q_blocks
     fours = tl.cdiv(k_blocks, 4)
     k_start = all_q * Q_GROUPS + head * fours * (4 * GROUPS)
     power = tl.load(table + q_start + pair) * factor
@@ -124,7 +125,7 @@ def mass_kernel(
     own = tl.minimum(tile * PAIRS + tl.arange(0, PAIRS), pairs - 1)
     wanted = (tl.arange(0, PAIRS) + tile * PAIRS < pairs)[:, None]
     run_of = tl.arange(0, Q_GROUPS)[None, None, :]
-    values = table + tl.num_programs(1) * k_blocks + head * k_blocks
+    values = table + heads * k_blocks + head * k_blocks
     scores += head.to(tl.int64) * pairs * pitch
     tl.debug_barrier()  # other threads wrote
     for first in tl.range(0, tl.max(diagonal, 0) + 1, CHUNK):

@@ -96,7 +96,7 @@ class MassScores:
         constants = _mass_constants(sizes, self._logits)
         constants |= {"STEP": self._step, "ROWS": side, "COLUMNS": columns}
         constants |= {"CHUNK": 4 * warps, "CUDA": sizes.cuda}  # 16 numbers a thread
-        grid = triton.cdiv(rows * sizes.group * sizes.q_slots, side), sizes.all_heads
+        grid = sizes.all_heads, triton.cdiv(rows * sizes.group * sizes.q_slots, side)
         numbers = _mass_numbers(sizes, self._logits, first, rows)
         options = {"num_warps": warps, "num_stages": stages}
         mass = Launch(mass_kernel, grid, numbers, constants, **sizes.chain(options))
@@ -127,7 +127,7 @@ class HopperMassScores:
             "PIPELINED": tile.pipelined,
         }
         constants |= {"CONSUMERS": tile.consumers, "COLUMNS": tile.columns, "STAGES": tile.stages}
-        grid = triton.cdiv(rows * sizes.group * sizes.q_slots, 64 * tile.consumers), sizes.all_heads
+        grid = sizes.all_heads, triton.cdiv(rows * sizes.group * sizes.q_slots, 64 * tile.consumers)
         numbers = _mass_numbers(sizes, self._logits, first, rows)
         options = {"num_warps": 4, "maxnreg": tile.launch_registers}
         mass = Launch(hopper_mass_kernel, grid, numbers, constants, **sizes.chain(options))

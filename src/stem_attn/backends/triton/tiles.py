@@ -108,13 +108,12 @@ def choose_hopper_mass_tile(boxes: int, slots: int) -> HopperMassTile | None:
 
     None: this kernel cannot take such runs. The ring shares 227 KiB with the query runs.
     """
-    consumers = 3 if boxes <= 3 else 2
-    stages = min(4, (224 // boxes - 8 * consumers) // 8)  # a box of 8 runs is 1 KiB
-    if stages < 2 or slots > 16:
+    held = boxes <= 3  # 16 registers a thread each
+    columns = 128 if held else 64
+    stages = min(3, (224 // boxes - 16) // (columns // 8))  # a box of 8 runs is 1 KiB
+    if stages < 2 or 4 * slots > columns:
         return None
-    if consumers == 2:
-        return HopperMassTile(2, 64, stages, 216, 168, held=False, pipelined=True)
-    return HopperMassTile(3, 64, stages, 152, 128, held=True, pipelined=True)
+    return HopperMassTile(2, columns, stages, 232, 168, held, pipelined=True)
 
 
 def choose_score_tile(heads: int, rows: int, columns: int, item_bytes: int) -> tuple[int, int, int, int]:
