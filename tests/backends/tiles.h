@@ -122,3 +122,7 @@ inline void multiply(int sums, int a, int b) {
 #define _tile_stored emulated::store
 #define _tile_dpbf16ps emulated::multiply
 #define syscall(...) emulated::ask()
+
+// What a test does beside the kernel, on a thread of its own.
+extern "C" void write_tile_config(const void* from) { _tile_loadconfig(from); }
+extern "C" void read_tile_config(void* to) { _tile_storeconfig(to); }

@@ -162,8 +162,13 @@ struct Pairs {
     return bits<float>(first->code | (second ? uint32_t(second->code) << 16 : 0));
   }
   static inline Vec words(Vec first, Vec second) {
-    const __m512i low = _mm512_cvtepu16_epi32(bits<__m256i>(_mm512_cvtneps_pbh((__m512)first)));
-    const __m512i high = _mm512_cvtepu16_epi32(bits<__m256i>(_mm512_cvtneps_pbh((__m512)second)));
+    return join(bits<__m256i>(_mm512_cvtneps_pbh((__m512)first)), bits<__m256i>(_mm512_cvtneps_pbh((__m512)second)));
+  }
+  static inline Vec words(const Bfloat16* first, const Bfloat16* second) {
+    return join(_mm256_loadu_si256((const __m256i*)first), _mm256_loadu_si256((const __m256i*)second));
+  }
+  static inline Vec join(__m256i first, __m256i second) {
+    const __m512i low = _mm512_cvtepu16_epi32(first), high = _mm512_cvtepu16_epi32(second);
     return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
 };
@@ -364,7 +369,8 @@ class Worker {
     const int64_t whole = c_.dim / W::kNumbers;
     for (int64_t w = 0; w < whole; w += kStrip, to += apart) {
       const T* first = from + w * W::kNumbers * stride;
-      if (stride == 1 && whole - w >= kStrip) pack(first, first + 1, W::kNumbers, kStrip, to);
+      if (W::kTiles && stride == 1 && whole - w >= kStrip) std::memcpy(to, first, 4 * kStrip);
+      else if (stride == 1 && whole - w >= kStrip) pack(first, first + 1, W::kNumbers, kStrip, to);
       else pack(first, first + stride, W::kNumbers * stride, std::min<int64_t>(kStrip, whole - w), to);
     }
     if (whole < words_) {
@@ -388,7 +394,15 @@ class Worker {
       for (int64_t step = 0; step < steps; step += kStrip) {
         for (int64_t d = 0; d < c_.v_dim; d += kStrip) {
           Vec tile[kStrip];
-          for (int i = 0; i < kStrip; ++i) pack_step<kStrip>(from, keys, step + i, d, (float*)&tile[i]);
+          if (c_.v.stride[3] == 1 && (step + kStrip) * W::kNumbers <= keys && d + kStrip <= c_.v_dim) {
+            const T* first = from + step * W::kNumbers * c_.v.stride[2] + d;
+            for (Vec& row : tile) {
+              row = W::words(first, first + c_.v.stride[2]);
+              first += 2 * c_.v.stride[2];
+            }
+          } else {
+            for (int i = 0; i < kStrip; ++i) pack_step<kStrip>(from, keys, step + i, d, (float*)&tile[i]);
+          }
           W::transpose(tile);
           std::copy(tile, tile + kStrip, v_.vecs() + step / kStrip * v_rows_ + d);
         }
@@ -484,7 +498,7 @@ class Worker {
   // `peak` to them. Edge: some queries do not see some of the keys.
   template <bool Edge>
   void find_logits(int p, int64_t key, int64_t keys, Vec (&peak)[kVecs]) {
-    const float factor = c_.softcap ? c_.scale / c_.softcap : c_.scale * kLog2E;
+    const float cap = c_.softcap, factor = cap ? c_.scale / cap : c_.scale * kLog2E;
     const Vec* q = q_.vecs() + p * q_rows_ * kVecs;
     Vec* to = logits_.vecs();
     IntVec query[kVecs] = {};
@@ -495,7 +509,7 @@ class Worker {
       for (int m = 0; m < W::kRows; ++m) {
         for (int n = 0; n < kVecs; ++n, ++to) {
           Vec x = sums[m][n] * factor;
-          if (c_.softcap) x = tanh(x) * (c_.softcap * kLog2E);
+          if (cap) x = tanh(x) * (cap * kLog2E);
           if (Edge) {
             const IntVec age = query[n] - int32_t(key + j + m);
             x = age < 0 ? Vec{} - kInf : x;
