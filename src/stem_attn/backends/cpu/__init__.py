@@ -53,15 +53,4 @@ class CpuBackend(BlockedBackend):
                 on_worker(lambda: native.attend_blocks(call, q, k, v, selection, out, lse, threads), q.device)
                 return
             fallbacks.note("the CPU backend computes in plain torch, which is slower", f"cpu: {reason}")
-        gathered.attend_blocks(
-            q,
-            k,
-            v,
-            selection,
-            scale=call.scale,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            window=call.window,
-            out=out,
-            lse=lse,
-        )
+        gathered.attend_blocks(call, q, k, v, selection, out, lse)

@@ -162,14 +162,15 @@ struct Pairs {
     return bits<float>(first->code | (second ? uint32_t(second->code) << 16 : 0));
   }
   static inline Vec words(Vec first, Vec second) {
-    return join(bits<__m256i>(_mm512_cvtneps_pbh((__m512)first)), bits<__m256i>(_mm512_cvtneps_pbh((__m512)second)));
+    return alternate(bits<__m512i>(_mm512_cvtne2ps_pbh((__m512)second, (__m512)first)));
   }
   static inline Vec words(const Bfloat16* first, const Bfloat16* second) {
-    return join(_mm256_loadu_si256((const __m256i*)first), _mm256_loadu_si256((const __m256i*)second));
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
+    return alternate(_mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)second), 1));
   }
-  static inline Vec join(__m256i first, __m256i second) {
-    const __m512i low = _mm512_cvtepu16_epi32(first), high = _mm512_cvtepu16_epi32(second);
-    return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  static inline Vec alternate(__m512i halves) {
+    const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (Vec)_mm512_permutexvar_epi16((__m512i)(lane | (lane + kLanes) << 16), halves);
   }
 };
 #endif
