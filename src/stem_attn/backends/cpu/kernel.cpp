@@ -3,7 +3,7 @@
 // The queries of a row of blocks are cut into panels of two vectors: numbers of different queries lie side by side,
 // so no softmax adds up the parts of a vector. All that belongs to a panel is [dim or key][query]. Both products then
 // are the same: a number of the keys or values, broadcast, times the panel's vectors, summed up in registers. Or, for
-// bfloat16 on a CPU with tiles (AMX), a tile of the keys or values times a tile of the panel.
+// bfloat16 on a CPU with matrix units (AMX), a tile of the keys or values times a tile of the panel.
 
 #include <algorithm>
 #include <atomic>
@@ -229,10 +229,10 @@ struct Tiles : Pairs {
    public:
     Unit() {
       static constexpr Config kSquares;
-      _tile_storeconfig(&before_);
+      _tile_storeconfig(before_);
       _tile_loadconfig(&kSquares);
     }
-    ~Unit() { _tile_loadconfig(&before_); }
+    ~Unit() { _tile_loadconfig(before_); }
     Unit(const Unit&) = delete;
     Unit& operator=(const Unit&) = delete;
 
@@ -242,12 +242,12 @@ struct Tiles : Pairs {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
-    Config before_;
+    alignas(64) unsigned char before_[sizeof(Config)];  // not initialised: compilers might do that late
   };
 
-  // Asks the system once for the process.
+  // Ask the system, once for the process, to let it use the tiles.
   static bool allowed() {
-    static const bool is = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* the tiles */) == 0;
+    static const bool is = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
     return is;
   }
 
