@@ -180,7 +180,7 @@ def _mass_keys(k: Tensor, config: StemConfig) -> Tensor:
 
     What a run that the sequence does not fill up is weighted with is `_run_sizes`'.
     """
-    size, stride = config.block_size, config.stride
+    size, stride, k = config.block_size, config.stride, k.float()
     counts = _run_sizes(0, len(k), size, stride, k.device).clamp_(min=1)[..., None]
     means = _group_sums(k, 0, size, stride, within=True).div_(counts)
     if config.spread_weight:
