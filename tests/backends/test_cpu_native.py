@@ -18,7 +18,8 @@ from test_cpu_backend import DTYPES, check, random_selection
 from torch import Tensor
 
 from helpers import make_qkv
-from stem_attn import backends, block_sparse_attention, fallbacks
+from stem_attn import StemConfig, backends, block_sparse_attention, fallbacks
+from stem_attn.backends.base import Geometry
 from stem_attn.backends.cpu import build, native
 from stem_attn.blocks import BlockSelection
 from stem_attn.cache import CACHE_VARIABLE
@@ -183,6 +184,16 @@ def test_without_the_kernel_it_says_so_once_and_counts(monkeypatch, caplog):
         "the CPU backend computes in plain torch, which is slower (cpu: there is no compiler today)"
     ]
     assert backends.by_name("cpu").how() == "in plain torch, which is slower: there is no compiler today"
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("reason", [None, "there is no compiler today"])
+def test_sparse_is_no_gain_where_dense_uses_matrix_units_and_the_kernel_is_missing(monkeypatch, tiles, reason):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(native, "why_not", lambda: reason)
+    for dtype in DTYPES:
+        expected = 0.0 if tiles and reason and dtype == torch.bfloat16 else 0.5
+        assert backends.by_name("cpu").break_even(Geometry("cpu", dtype, 64, 8192), StemConfig()) == expected
 
 
 def test_the_switch_forbids_to_compile(monkeypatch):
