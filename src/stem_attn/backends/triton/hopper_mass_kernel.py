@@ -24,6 +24,7 @@ from stem_attn.backends.triton.store_kernel import store_in_place
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 HALF = gl.constexpr(64)  # query runs a warpgroup
+ROWS = gl.constexpr(128)  # those of a program
 STEP = gl.constexpr(64)  # numbers of 16 bits in a row of shared memory, 128 bytes
 
 
@@ -59,15 +60,11 @@ def hopper_mass_kernel(
     STRIDE: gl.constexpr,
     Q_STRIDE: gl.constexpr,
     DEPTH: gl.constexpr,
-    CONSUMERS: gl.constexpr,  # warpgroups, 1 to 3
     COLUMNS: gl.constexpr,  # key runs a step, at least four blocks
     STAGES: gl.constexpr,
     VALUES: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
-    REGISTERS: gl.constexpr,  # a thread of a consumer
-    HELD: gl.constexpr,  # query runs stay in registers
-    PIPELINED: gl.constexpr,  # a step's products run while the last one's are digested
     CHAINED: gl.constexpr,
 ):
     if CHAINED:
@@ -76,10 +73,9 @@ def hopper_mass_kernel(
     GROUPS: gl.constexpr = BLOCK // STRIDE
     Q_GROUPS: gl.constexpr = BLOCK // Q_STRIDE
     BOXES: gl.constexpr = (DEPTH + STEP - 1) // STEP
-    ROWS: gl.constexpr = HALF * CONSUMERS
-    head = gl.program_id(0)
-    heads = gl.num_programs(0)
-    tile = gl.num_programs(1) - 1 - gl.program_id(1)  # the longest walks of all heads start first
+    tile = gl.num_programs(0) - 1 - gl.program_id(0)
+    head = gl.program_id(1)
+    heads = gl.num_programs(1)
     pairs = rows * group
     q_start = head * group * q_blocks + first_row * group
     all_q = heads * group * q_blocks
@@ -91,7 +87,7 @@ def hopper_mass_kernel(
 
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, STEP], gl.float16)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, STEP], gl.float16)
-    q_tiles = gl.allocate_shared_memory(gl.float16, [CONSUMERS * BOXES, HALF, STEP], q_layout)
+    q_tiles = gl.allocate_shared_memory(gl.float16, [2 * BOXES, HALF, STEP], q_layout)
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES * BOXES, COLUMNS, STEP], k_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -99,7 +95,7 @@ def hopper_mass_kernel(
     mbarrier.init(q_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(k_free.index(i), count=2)
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles)
@@ -117,47 +113,26 @@ def hopper_mass_kernel(
     numbers = (factor, (cap_log2,) if TANH != "none" else ())
     shared = (tiles, barriers, at, geometry, numbers)
     source = (queries, keys, q_start * Q_GROUPS + tile * ROWS, k_start, steps)
-    if CONSUMERS == 1:
-        gl.warp_specialize(
-            [
-                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
-                (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    elif CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
-                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
-                (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
-                (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
-                (_consume, (2, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, ROWS, VALUES, SINKS, TANH, HELD, PIPELINED)),
-                (_produce, (source, tiles, barriers, BOXES, STAGES, CONSUMERS)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (0, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, VALUES, SINKS, TANH)),
+            (_consume, (1, shared, BLOCK, STRIDE, Q_STRIDE, STAGES, VALUES, SINKS, TANH)),
+            (_produce, (source, tiles, barriers, BOXES, STAGES)),
+        ],
+        [4, 1],
+        [216, 24],
+    )
 
 
 @gluon.jit
-def _produce(source, tiles, barriers, BOXES: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+def _produce(source, tiles, barriers, BOXES: gl.constexpr, STAGES: gl.constexpr):
     """Copy the query runs once, then the key runs in ascending order."""
     queries, keys, q_row, k_row, steps = source
     q_tiles, k_tiles = tiles
     q_full, k_full, k_free = barriers
     COLUMNS: gl.constexpr = k_tiles.type.shape[1]
-    mbarrier.expect(q_full.index(0), CONSUMERS * BOXES * queries.block_type.nbytes)
-    for part in gl.static_range(CONSUMERS):
+    mbarrier.expect(q_full.index(0), 2 * BOXES * queries.block_type.nbytes)
+    for part in gl.static_range(2):
         for box in gl.static_range(BOXES):
             load_box(queries, [q_row + part * HALF, box * STEP], q_full.index(0), q_tiles.index(part * BOXES + box))
     for step in range(steps):
@@ -190,16 +165,13 @@ def _consume(
     STRIDE: gl.constexpr,
     Q_STRIDE: gl.constexpr,
     STAGES: gl.constexpr,
-    ROWS: gl.constexpr,
     VALUES: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
-    HELD: gl.constexpr,
-    PIPELINED: gl.constexpr,
 ):
     """Walk 64 query runs over the key blocks; then write the scores of their query blocks."""
     tiles, barriers, at, geometry, numbers = shared
-    q_full, k_full, k_free = barriers
+    q_full, _, _ = barriers
     q_powers, k_powers, values, sink_at, masses, scores = at
     tile, pairs, group, q_offset, k_len, k_blocks, first_block, pitch, whole, steps = geometry
     factor, cap_log2 = numbers
@@ -239,33 +211,24 @@ def _consume(
     mbarrier.wait(q_full.index(0), 0)
     queries = ()
     for box in gl.static_range(BOXES):
-        query = tiles[0].index(part * BOXES + box)
-        queries += ((query.load(gl.DotOperandLayout(0, product, 2)) if HELD else query),)  # type: ignore[assignment]
+        queries += (tiles[0].index(part * BOXES + box).load(gl.DotOperandLayout(0, product, 2)),)  # type: ignore[assignment]
 
     logits = _wait(_multiply(queries, 0, tiles, barriers, zeros, STAGES), 0, barriers, STAGES)
-    plain = gl.minimum(whole, steps - 1)
-    if PIPELINED:  # two steps a turn, so that logits stay in their registers
-        plain = plain // 2 * 2
-        for step in range(0, plain, 2):
-            coming = _multiply(queries, step + 1, tiles, barriers, zeros, STAGES)
-            largest, total = _digest(
-                logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
-                GROUPS, Q_GROUPS, STRIDE, False, TANH,
-            )  # fmt: skip
-            coming = _wait(coming, step + 1, barriers, STAGES)
-            logits = _multiply(queries, step + 2, tiles, barriers, zeros, STAGES)
-            largest, total = _digest(
-                coming, step + 1, largest, total, rows, bounds, columns, outputs, cap_log2,
-                GROUPS, Q_GROUPS, STRIDE, False, TANH,
-            )  # fmt: skip
-            logits = _wait(logits, step + 2, barriers, STAGES)
-    else:
-        for step in range(plain):
-            largest, total = _digest(
-                logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
-                GROUPS, Q_GROUPS, STRIDE, False, TANH,
-            )  # fmt: skip
-            logits = _wait(_multiply(queries, step + 1, tiles, barriers, zeros, STAGES), step + 1, barriers, STAGES)
+    # A step's products run while the last one's are digested: two steps a turn, so that logits stay in their registers.
+    plain = gl.minimum(whole, steps - 1) // 2 * 2
+    for step in range(0, plain, 2):
+        coming = _multiply(queries, step + 1, tiles, barriers, zeros, STAGES)
+        largest, total = _digest(
+            logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,
+            GROUPS, Q_GROUPS, STRIDE, False, TANH,
+        )  # fmt: skip
+        coming = _wait(coming, step + 1, barriers, STAGES)
+        logits = _multiply(queries, step + 2, tiles, barriers, zeros, STAGES)
+        largest, total = _digest(
+            coming, step + 1, largest, total, rows, bounds, columns, outputs, cap_log2,
+            GROUPS, Q_GROUPS, STRIDE, False, TANH,
+        )  # fmt: skip
+        logits = _wait(logits, step + 2, barriers, STAGES)
     for step in range(plain, steps):
         largest, total = _digest(
             logits, step, largest, total, rows, bounds, columns, outputs, cap_log2,

@@ -60,7 +60,7 @@ def mass_kernel(
     CUDA: tl.constexpr,
     CHAINED: tl.constexpr,  # it may start before its predecessor has ended, and its successor before it has
 ):
-    """Walk ROWS query runs over the key blocks that they see; the longest walks of all heads start first.
+    """Walk ROWS query runs over the key blocks that they see; the longest walks start first.
 
     Writes the log of the largest share that a key block has of any run of a query block, plus its value term.
     """
@@ -70,9 +70,9 @@ def mass_kernel(
     GROUPS: tl.constexpr = BLOCK // STRIDE
     Q_GROUPS: tl.constexpr = BLOCK // Q_STRIDE
     FOURS: tl.constexpr = max(COLUMNS // (4 * GROUPS), 1)
-    head = tl.program_id(0)
-    heads = tl.num_programs(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
     pairs = rows * group  # of a query block and a head
     slot = tile * ROWS + tl.arange(0, ROWS)
     pair = tl.minimum(slot // Q_GROUPS, pairs - 1)

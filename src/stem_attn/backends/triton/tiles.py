@@ -85,35 +85,21 @@ class HopperMassTile:
     """Launch choices of the Hopper kernel of the mass score.
 
     Args:
-        consumers: Warpgroups that compute, of 64 query runs each; 1 to 3.
         columns: Key runs a step.
         stages: Steps that the ring of key runs holds.
-        registers: A thread of a consumer but the first, which gets what is left.
-        launch_registers: A thread at the start, of all warps, their number rounded up to fours.
-        held: Whether query runs stay in registers.
-        pipelined: Whether a step's products run while the last one's are digested.
     """
 
-    consumers: int
     columns: int
     stages: int
-    registers: int
-    launch_registers: int
-    held: bool
-    pipelined: bool
 
 
 def choose_hopper_mass_tile(boxes: int, slots: int) -> HopperMassTile | None:
     """Pick the launch choices, from the boxes of 64 numbers that a run takes and the key runs of a block.
 
-    None: this kernel cannot take such runs. The ring shares 227 KiB with the query runs.
+    None: the portable kernel takes what this one has not been measured on. Query runs take 16 registers a thread for a
+    box, beside 128 for two steps' logits.
     """
-    held = boxes <= 3  # 16 registers a thread each
-    columns = 128 if held else 64
-    stages = min(3, (224 // boxes - 16) // (columns // 8))  # a box of 8 runs is 1 KiB
-    if stages < 2 or 4 * slots > columns:
-        return None
-    return HopperMassTile(2, columns, stages, 232, 168, held, pipelined=True)
+    return HopperMassTile(128, 2) if boxes <= 3 and slots == 16 else None
 
 
 def choose_score_tile(heads: int, rows: int, columns: int, item_bytes: int) -> tuple[int, int, int, int]:
