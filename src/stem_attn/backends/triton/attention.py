@@ -235,7 +235,9 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int
         return False
     pads = padded(q.shape[3]), padded(v.shape[3])
     # Above head dim 128 rings of pairs would have room for two stages; not tried.
-    shaped = (block_size == 128 or (block_size == 64 and max(pads) <= 128)) and min(pads) >= 64 and q.element_size() == 2
+    shaped = (
+        (block_size == 128 or (block_size == 64 and max(pads) <= 128)) and min(pads) >= 64 and q.element_size() == 2
+    )
     if not shaped or not all(map(_describable, (q, k, v))):
         return False
     keys = choose_hopper_tile(block_size, *pads).keys

@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.hopper_rescale import rescale
 from stem_attn.backends.triton.launch_order import row_and_head
 from stem_attn.backends.triton.pair_kernel import HEADER as PAIR_HEADER
+from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 # Triton renamed the first in 3.7 and the others in 3.9.
@@ -126,7 +126,8 @@ def hopper_attention_kernel(
         )
         indices += HEADER
     else:
-        order = (gl.load(counts + batch * count_batch + head * count_head + row * count_row),)
+        count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
+        order = (count,)  # type: ignore[assignment]
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     first_token = offset // BLOCK * BLOCK + row * 2 * HALF - offset
