@@ -208,12 +208,23 @@ def test_offsets_beyond_32_bits(size: int) -> None:
 def test_many_blocks() -> None:
     """Long enough that the kernels' rings of tiles go round several times."""
     tokens = 4000 if GPU else 600
-    for dim in (64, 256) if GPU else (64,):
+    for size, dim in ((128, 64), (128, 256), (64, 64), (64, 128)) if GPU else ((128, 64),):
         q, k, v = on_device(*make_qkv(tokens, heads=2, kv_heads=1, dim=dim, dtype=torch.float16))
-        check(q, k, v, random_selection(tokens, tokens, 128, heads=2))
+        check(q, k, v, random_selection(tokens, tokens, size, heads=2))
 
 
-@pytest.mark.parametrize(("size", "long_tokens"), [(32, 1024), (128, 1024), (128, 1)] if GPU else [(64, 1024)])
+def test_maxima_that_rise_late() -> None:
+    """The maximum of a row lags behind its logits; here they rise from block to block, or go up and down."""
+    tokens = 1500 if GPU else 400
+    for size in (64, 128):
+        for dtype in DTYPES:
+            q, k, v = on_device(*make_qkv(tokens, heads=2, kv_heads=1, dim=64, dtype=dtype))
+            for weights in (torch.linspace(20, 0.1, tokens), 10 + 9 * torch.linspace(0, 9, tokens).sin()):
+                steep = (k * weights.to(k.device)[:, None]).to(dtype)
+                check(q, steep, v, random_selection(tokens, tokens, size, heads=2))
+
+
+@pytest.mark.parametrize(("size", "long_tokens"), [(32, 1024), (128, 1024), (128, 1), (64, 1)] if GPU else [(64, 1024)])
 def test_packed_sequences_stay_apart(size: int, long_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed sequences give what each alone gives, even beside a sequence of NaN."""
     from stem_attn.backends.triton import attention

@@ -291,8 +291,8 @@ def _pair_launch(layouts: Layouts, first_block: int, device: torch.device, align
     """Make the launch that calls of equal layouts share."""
     (batch, heads, rows, _), pairs = layouts[0][0], layouts[2][0][2]
     strides = (*layouts[0][1][:3], *layouts[1][1], *layouts[2][1][:3])
-    constants = {"START": HEADER, "CHUNK": 256}
-    return Launch(pair_kernel, (pairs * heads, batch), (*strides, rows, pairs, first_block), constants, num_warps=2)
+    constants = {"START": HEADER, "CHUNK": 128}
+    return Launch(pair_kernel, (pairs * heads, batch), (*strides, rows, pairs, first_block), constants, num_warps=1)
 
 
 @lru_cache(maxsize=1024)

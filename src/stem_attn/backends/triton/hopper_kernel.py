@@ -195,8 +195,8 @@ def _produce(
     mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
     for half in gl.static_range(2):
         load_box(q, [source[0], head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+    ends = _ends(order, KEYS, BLOCK)
     first = _first_key(indices, order, 0, KEYS, BLOCK)
-    _decline(k_free, order, 0, 0, BLOCK)
     _copy(k, k_tiles, k_full, 0, kv_head, first, _outer(source, first, KEYS, PAGE), PAGE)
     steps = _tiles(order, KEYS, BLOCK)
     for step in range(1, steps + 1):
@@ -206,12 +206,12 @@ def _produce(
             outer = _outer(source, first, KEYS, PAGE)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
-            _decline(k_free, order, step, slot, BLOCK)
+            _decline(k_free, ends, step, slot, BLOCK)
             _copy(k, k_tiles, k_full, slot, kv_head, first, outer, PAGE)
         outer = _outer(source, last_first, KEYS, PAGE)
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
-        _decline(v_free, order, step - 1, slot, BLOCK)
+        _decline(v_free, ends, step - 1, slot, BLOCK)
         _copy(v, v_tiles, v_full, slot, kv_head, last_first, outer, PAGE)
 
 
@@ -225,12 +225,29 @@ def _tiles(order, KEYS: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _decline(free, order, tile, slot, BLOCK: gl.constexpr):
-    """Free a pair's tile in the name of the consumer that it is not for."""
+def _ends(order, KEYS: gl.constexpr, BLOCK: gl.constexpr):
+    """Return after which tile each consumer is done."""
+    first = _tile(order, 0, _steps(order, 0, KEYS, BLOCK) - 1, BLOCK) + 1
+    second = _tile(order, 1, _steps(order, 1, KEYS, BLOCK) - 1, BLOCK) + 1
+    return first, second
+
+
+@gluon.jit
+def _decline(free, ends, tile, slot, BLOCK: gl.constexpr):
+    """Free a pair's tile in the name of a consumer that is done."""
     if BLOCK == HALF:
-        shared_from = order[0] + order[1]
-        alone = (tile < shared_from) | (tile >= shared_from + order[2])
-        mbarrier.arrive(free.index(slot), count=1, pred=alone)
+        mbarrier.arrive(free.index(slot), count=1, pred=(tile >= ends[0]) | (tile >= ends[1]))
+
+
+@gluon.jit
+def _pass(full, free, last, tile, BLOCK: gl.constexpr):
+    """Free the tile of a pair between two of a consumer's: it has to be there first, as a barrier counts by phases."""
+    STAGES: gl.constexpr = full.type.shape[0]
+    if BLOCK > HALF:
+        pass
+    elif tile - last > 1:  # never more than one is for the other consumer alone
+        mbarrier.wait(full.index((last + 1) % STAGES), (last + 1) // STAGES & 1)
+        mbarrier.arrive(free.index((last + 1) % STAGES), count=1)
 
 
 @gluon.jit
@@ -256,7 +273,7 @@ def _tile(order, half, step, BLOCK: gl.constexpr):
             alone, before, others = order[0], 0, order[3]
         later = step - alone
         by_turns = later - order[2]
-        passed = gl.where(by_turns >= 0, gl.minimum(by_turns + half, others), 0)
+        passed = gl.where(by_turns >= 0, gl.minimum(by_turns + 1 - half, others), 0)
         return gl.where(later < 0, before, order[0] + order[1] + later + passed)
 
 
@@ -371,7 +388,10 @@ def _consume(
     # that this tile is: only then can a maximum be infinite.
     tile = _tile(order, half, 0, BLOCK)
     slot = tile % STAGES
+    _pass(k_full, k_free, -1, tile, BLOCK)
     mbarrier.wait(q_full.index(0), 0)
+    if q_tiles.type.shape[2] <= 128:  # otherwise there are too few registers
+        query = query.load(gl.DotOperandLayout(0, score_layout, 2))
     mbarrier.wait(k_full.index(slot), 0)
     score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
@@ -402,17 +422,18 @@ def _consume(
 
     decay = peak * 0.0 + 1.0
     steps = _steps(order, half, KEYS, BLOCK)
-    ahead = _tile(order, half, 1, BLOCK)
-    mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=steps > 1)
+    _pass(v_full, v_free, -1, tile, BLOCK)
+    last = tile
+    if steps > 1:
+        tile = _tile(order, half, 1, BLOCK)
+        _pass(k_full, k_free, last, tile, BLOCK)
+        mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)
     for step in range(1, steps):
-        last = slot
-        last_phase = tile // STAGES & 1
-        tile = ahead
         slot = tile % STAGES
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         acc = rescale(acc, gl.convert_layout(decay, out_rows))
-        mbarrier.wait(v_full.index(last), last_phase)
-        acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
+        mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
+        acc = warpgroup_mma(operand, v_tiles.index(last % STAGES), acc, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
@@ -433,17 +454,26 @@ def _consume(
         peak = new_peak
         # The assembler moves the wait for the value product up, before the exponentials, if nothing that branches
         # stands between. So the wait for the next keys is here.
-        ahead = _tile(order, half, step + 1, BLOCK)
-        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=step + 1 < steps)
+        ahead = tile
+        if step + 1 < steps:
+            ahead = _tile(order, half, step + 1, BLOCK)
+            _pass(k_full, k_free, tile, ahead, BLOCK)
+            mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1)
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
         warpgroup_barrier()
-        mbarrier.arrive(v_free.index(last), count=1)
+        mbarrier.arrive(v_free.index(last % STAGES), count=1)
+        _pass(v_full, v_free, last, tile, BLOCK)
+        last = tile
+        tile = ahead
         operand = gl.convert_layout(weight.to(dtype), weight_layout)
 
     acc = rescale(acc, gl.convert_layout(decay, out_rows))
-    mbarrier.wait(v_full.index(slot), tile // STAGES & 1)
-    acc = warpgroup_mma(operand, v_tiles.index(slot), acc, is_async=True)
+    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
+    acc = warpgroup_mma(operand, v_tiles.index(last % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
+    if BLOCK == HALF:  # the other consumer may go on
+        warpgroup_barrier()
+        mbarrier.arrive(v_free.index(last % STAGES), count=1)
 
     if SINKS:  # only now: weights that were small beside a sink's would lose digits in 16 bits
         sink = gl.load(sink_at[0]).to(gl.float32) * LOG2_E

@@ -51,8 +51,9 @@ def pair_kernel(
     """Write how many blocks are of each kind, then the blocks, each kind from the last to the first.
 
     The second row's own block, which the first cannot see; the first row's own where the second does not keep it; those
-    that both keep; and those that one keeps, in turns from the first row's on, the rest of the longer list last. A last
-    row without a second is paired with itself.
+    that both keep; and those that one keeps, in turns from the second row's on, the rest of the longer list last. So
+    between two blocks of a row there is at most one of the other row alone. A last row without a second is paired with
+    itself.
     """
     pair = tl.program_id(0) % pairs
     head = (tl.program_id(0) // pairs).to(tl.int64)
@@ -85,8 +86,8 @@ def pair_kernel(
     tl.store(out, diagonal + 1, mask=second_alone > 0)
     tl.store(out + second_alone, diagonal, mask=first_alone > 0)
     out += second_alone + first_alone
-    _write(out, indices, count, others, other_count, diagonal, both, of_first, of_second, 0, True, CHUNK)
-    _write(out, others, other_count, indices, count, diagonal, both, of_second, of_first, 1, False, CHUNK)
+    _write(out, indices, count, others, other_count, diagonal, both, of_first, of_second, 1, True, CHUNK)
+    _write(out, others, other_count, indices, count, diagonal, both, of_second, of_first, 0, False, CHUNK)
 
 
 @triton.jit
@@ -118,7 +119,9 @@ def _holds(blocks, at, count):
     """Tell which blocks an ascending list holds, by bisection."""
     low = blocks * 0
     high = low + count
-    for _ in tl.range(0, 17):  # lists of fewer than 2^16
+    left = count
+    while left > 0:
+        left //= 2
         middle = (low + high) // 2
         below = (low < high) & (tl.load(at + tl.minimum(middle, count - 1)) < blocks)
         high = tl.where(below | (low >= high), high, middle)
