@@ -78,14 +78,8 @@ def alone(part: tuple[Tensor, Tensor, Tensor], **arguments) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES if GPU else DTYPES[1:])
 @pytest.mark.parametrize(("page_size", "layout"), [(16, LAYOUTS[0]), (32, LAYOUTS[1]), (128, LAYOUTS[2])])
-def test_exactly_the_unpaged_result(
-    page_size: int, layout: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exactly_the_unpaged_result(page_size: int, layout: str, dtype: torch.dtype, backend: str) -> None:
     """The same blocks and the same arithmetic, so not a bit differs; pages larger and smaller than a block."""
-    if backend == "triton":  # short sequences run packed on the portable kernel; alone, they would run on Hopper's
-        from stem_attn.backends.triton import attention
-
-        monkeypatch.setattr(attention, "hopper_fits", lambda *_: False)
     size, scale = (64, 8) if GPU else (32, 1)  # the interpreter is slow
     config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1, tail_blocks=0)
     lengths = [(45 * scale, 230 * scale), (40 * scale, 150 * scale), (9, 9)]

@@ -18,7 +18,6 @@ from stem_attn.backends.triton.attention_kernel import attention_kernel
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.launch_order import LEAD_ROWS
 from stem_attn.backends.triton.logits import Logits, sinks_of
-from stem_attn.backends.triton.pair_kernel import HEADER, pair_kernel
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
@@ -234,11 +233,9 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int
     if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
         return False
     pads = padded(q.shape[3]), padded(v.shape[3])
-    # Above head dim 128 rings of pairs would have room for two stages; not tried.
-    shaped = (
-        (block_size == 128 or (block_size == 64 and max(pads) <= 128)) and min(pads) >= 64 and q.element_size() == 2
-    )
-    if not shaped or not all(map(_describable, (q, k, v))):
+    # At head dim 64 blocks of 64 have not been measured; above 128 two programs would not share a multiprocessor.
+    sized = (block_size == 128 and min(pads) >= 64) or (block_size == 64 and pads == (128, 128))
+    if not sized or q.element_size() != 2 or not all(map(_describable, (q, k, v))):
         return False
     keys = choose_hopper_tile(block_size, *pads).keys
     return (page_size % keys == 0 or (keys % page_size == 0 and page_size >= 8)) and _gluon_known()
@@ -259,40 +256,15 @@ def launch_hopper(x: Operands) -> None:
 
     q, k, v, lse = x.q, x.k, x.v, x.lse
     sinks = sinks_of(x.call, x.counts)
-    lists, counts = x.indices, x.counts
-    if x.call.block_size == 64:
-        lists = pair_rows(x)
-        counts = lists[..., 0]  # not read: it says how many pairs there are
-    tensors = (x.out, lse if lse is not None else x.out, lists, counts)
-    key = _layouts(q, k, v, x.out, lists, counts), q.dtype, q.device, _alignment(*tensors)
+    tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts)
+    key = _layouts(q, k, v, x.out, x.indices, x.counts), q.dtype, q.device, _alignment(*tensors)
     tile = choose_hopper_tile(x.call.block_size, padded(q.shape[3]), padded(v.shape[3]))
-    plan, boxes = _hopper_launch(*key, x.logits, x.call.window, lse is not None, x.k_len, x.page_size, tile)
+    flags = x.call.window, lse is not None, x.k_len, x.page_size, x.call.block_size
+    plan, boxes = _hopper_launch(*key, x.logits, *flags, tile)
     inputs = (
         GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip((q, k, v), boxes, strict=True)
     )
     _run(plan, q.device, *inputs, *tensors, x.counts if x.block_table is None else x.block_table[0], sinks)
-
-
-def pair_rows(x: Operands) -> Tensor:
-    """Join the lists of rows 2 p and 2 p + 1; int32 [B, Hq, P, HEADER + slots], see `pair_kernel`."""
-    batch, heads, rows, slots = x.indices.shape
-    first_block = (x.k_len - x.q.shape[2]) // x.call.block_size
-    width = HEADER + min(2 * slots, first_block + rows)
-    lists = torch.empty((batch, heads, -(-rows // 2), width), dtype=torch.int32, device=x.q.device)
-    tensors = (x.indices, x.counts, lists)
-    plan = _pair_launch(_layouts(*tensors), first_block, x.q.device, _alignment(*tensors))
-    with on_device(x.q.device):
-        plan(*tensors)
-    return lists
-
-
-@lru_cache(maxsize=1024)
-def _pair_launch(layouts: Layouts, first_block: int, device: torch.device, alignment: tuple[bool, ...]) -> Launch:
-    """Make the launch that calls of equal layouts share."""
-    (batch, heads, rows, _), pairs = layouts[0][0], layouts[2][0][2]
-    strides = (*layouts[0][1][:3], *layouts[1][1], *layouts[2][1][:3])
-    constants = {"START": HEADER, "CHUNK": 128}
-    return Launch(pair_kernel, (pairs * heads, batch), (*strides, rows, pairs, first_block), constants, num_warps=1)
 
 
 @lru_cache(maxsize=1024)
@@ -306,6 +278,7 @@ def _hopper_launch(
     lse: bool,
     k_len: int,
     page_size: int,
+    block_size: int,
     tile: HopperTile,
 ) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
     """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
@@ -323,11 +296,12 @@ def _hopper_launch(
         "LSE": lse,
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
-        "BLOCK": tile.block,
+        "BLOCK": block_size,
     }
     strides = (layouts[3][1], *layouts[4][1][:3], *layouts[5][1])
-    # 384 threads share 64 Ki registers; the kernel deals them out anew.
-    plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, num_warps=4, maxnreg=168)
+    # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
+    options = {"num_warps": 4, "maxnreg": tile.registers}
+    plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, **options)
     boxes = ((64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v)))
     return plan, [(box, box_layout(box)) for box in boxes]
 

@@ -1,11 +1,9 @@
 """The attention kernel for Hopper, in Gluon: one warp loads, two warpgroups compute.
 
-One program computes 128 queries of one head: a block, or a pair of neighbouring blocks of 64. A producer warp copies
-key and value tiles into two rings in shared memory; each of two consumer warpgroups takes 64 of the queries. A consumer
-issues the scores of the next tile before the value product of the last one, which runs while it exponentiates.
-
-A pair's rows keep different blocks. Its list (`pair_kernel`) says which are for both, so that they are copied once, and
-lets the consumers take turns with the others, so that neither idles.
+One program computes one query block of one head. A producer warp walks the row's list and copies key and value tiles
+into two rings in shared memory; each consumer warpgroup takes 64 of the queries. Two of them share a block of 128; a
+block of 64 has one, and two programs share a multiprocessor. A consumer issues the scores of the next tile before the
+value product of the last one, which runs while it exponentiates.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stem_attn.backends.triton.launch_order import row_and_head
-from stem_attn.backends.triton.pair_kernel import HEADER as PAIR_HEADER
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
@@ -37,7 +34,6 @@ Weights are then at most 256, sums in float32 lose nothing, and the accumulators
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # queries a warpgroup
-HEADER = gl.constexpr(PAIR_HEADER)
 CHUNK = gl.constexpr(64)  # numbers of 16 bits in a row of shared memory, 128 bytes
 
 
@@ -79,8 +75,8 @@ def hopper_attention_kernel(
     v,  # descriptor of [B, Hkv, Tk, DV], likewise
     out,  # [B, Hq, Tq, DV]
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
-    indices,  # int32 [B, Hq, R, S], last stride 1; of pairs, where blocks have 64 tokens: R pairs, from `pair_kernel`
-    counts,  # int32 [B, Hq, R]; not read for pairs
+    indices,  # int32 [B, Hq, R, S], last stride 1
+    counts,  # int32 [B, Hq, R]
     block_table,  # int32 [pages of the sequence]; unused unless paged, and then B = 1
     sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
     out_strides,  # (batch, head, token) in elements, as all strides here
@@ -90,8 +86,8 @@ def hopper_attention_kernel(
     count_batch,
     count_head,
     count_row,
-    rows,  # or pairs
-    lead,  # of them, those that start first
+    rows,
+    lead,  # rows that start first
     group,  # query heads a KV head
     q_len,
     k_len,
@@ -109,28 +105,17 @@ def hopper_attention_kernel(
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     BLOCK: gl.constexpr,  # tokens a block: 64 or 128
 ):
-    PAIRED: gl.constexpr = BLOCK == HALF
+    CONSUMERS: gl.constexpr = BLOCK // HALF
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)
     batch = gl.program_id(1)
     kv_head = head // group
     indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
     indices += row.to(gl.int64) * index_row
-    if PAIRED:
-        order = (
-            gl.load(indices),
-            gl.load(indices + 1),
-            gl.load(indices + 2),
-            gl.load(indices + 3),
-            gl.load(indices + 4),
-        )
-        indices += HEADER
-    else:
-        count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
-        order = (count,)  # type: ignore[assignment]
+    count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
-    first_token = offset // BLOCK * BLOCK + row * 2 * HALF - offset
+    first_token = (offset // BLOCK + row) * BLOCK - offset
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
     lse += (batch.to(gl.int64) * heads + head) * q_len
 
@@ -138,7 +123,7 @@ def hopper_attention_kernel(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], k.dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], v.dtype)
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D_PAD], q_layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, HALF, D_PAD], q_layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D_PAD], k_layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, DV_PAD], v_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -150,27 +135,38 @@ def hopper_attention_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, k_full, k_free, v_full, v_free)
-    blocks = (indices, order, first_token)
+    blocks = (indices, count, first_token)
     # Without what is not read: it would be carried over to the warpgroups all the same.
     geometry = (offset, q_len, scale_log2, window, (tanh_factor,) if TANH != "none" else ())
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
     values = (tiles, barriers, blocks, geometry, outputs)
     source = (batch, block_table, k_len)
-    gl.warp_specialize(
-        [
-            (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
-            (_consume, (1, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
-            (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
-        ],
-        [4, 1],
-        [232, 40] if PAGE > 0 and PAGE < KEYS else [240, 24],  # the producer holds the numbers of a tile's pages
-    )
+    producer_registers: gl.constexpr = 40 if PAGE > 0 and PAGE < KEYS else 24  # it holds the numbers of a tile's pages
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_consume, (1, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
+            ],
+            [4, 1],
+            [232 if producer_registers > 24 else 240, producer_registers],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
+            ],
+            [1],
+            [producer_registers],
+        )
 
 
 @gluon.jit
@@ -190,91 +186,26 @@ def _produce(
     q, k, v = descriptors
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
-    indices, order, first_token = blocks
+    indices, count, first_token = blocks
     KEYS: gl.constexpr = k_tiles.type.shape[1]
-    mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
-    for half in gl.static_range(2):
+    mbarrier.expect(q_full.index(0), BLOCK // HALF * q.block_type.nbytes)
+    for half in gl.static_range(BLOCK // HALF):
         load_box(q, [source[0], head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
-    ends = _ends(order, KEYS, BLOCK)
-    first = _first_key(indices, order, 0, KEYS, BLOCK)
+    first = _first_key(indices, count, 0, KEYS, BLOCK)
     _copy(k, k_tiles, k_full, 0, kv_head, first, _outer(source, first, KEYS, PAGE), PAGE)
-    steps = _tiles(order, KEYS, BLOCK)
+    steps = count * (BLOCK // KEYS)
     for step in range(1, steps + 1):
         last_first = first
         if step < steps:
-            first = _first_key(indices, order, step, KEYS, BLOCK)
+            first = _first_key(indices, count, step, KEYS, BLOCK)
             outer = _outer(source, first, KEYS, PAGE)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
-            _decline(k_free, ends, step, slot, BLOCK)
             _copy(k, k_tiles, k_full, slot, kv_head, first, outer, PAGE)
         outer = _outer(source, last_first, KEYS, PAGE)
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
-        _decline(v_free, ends, step - 1, slot, BLOCK)
         _copy(v, v_tiles, v_full, slot, kv_head, last_first, outer, PAGE)
-
-
-@gluon.jit
-def _tiles(order, KEYS: gl.constexpr, BLOCK: gl.constexpr):
-    """Return how many tiles there are to copy."""
-    if BLOCK == HALF:
-        return order[0] + order[1] + order[2] + order[3] + order[4]
-    else:
-        return order[0] * (BLOCK // KEYS)
-
-
-@gluon.jit
-def _ends(order, KEYS: gl.constexpr, BLOCK: gl.constexpr):
-    """Return after which tile each consumer is done."""
-    first = _tile(order, 0, _steps(order, 0, KEYS, BLOCK) - 1, BLOCK) + 1
-    second = _tile(order, 1, _steps(order, 1, KEYS, BLOCK) - 1, BLOCK) + 1
-    return first, second
-
-
-@gluon.jit
-def _decline(free, ends, tile, slot, BLOCK: gl.constexpr):
-    """Free a pair's tile in the name of a consumer that is done."""
-    if BLOCK == HALF:
-        mbarrier.arrive(free.index(slot), count=1, pred=(tile >= ends[0]) | (tile >= ends[1]))
-
-
-@gluon.jit
-def _pass(full, free, last, tile, BLOCK: gl.constexpr):
-    """Free the tile of a pair between two of a consumer's: it has to be there first, as a barrier counts by phases."""
-    STAGES: gl.constexpr = full.type.shape[0]
-    if BLOCK > HALF:
-        pass
-    elif tile - last > 1:  # never more than one is for the other consumer alone
-        mbarrier.wait(full.index((last + 1) % STAGES), (last + 1) // STAGES & 1)
-        mbarrier.arrive(free.index((last + 1) % STAGES), count=1)
-
-
-@gluon.jit
-def _steps(order, half, KEYS: gl.constexpr, BLOCK: gl.constexpr):
-    """Return how many tiles a consumer takes."""
-    if BLOCK > HALF:
-        return order[0] * (BLOCK // KEYS)
-    elif half == 0:
-        return order[1] + order[2] + order[3]
-    else:
-        return order[0] + order[2] + order[4]
-
-
-@gluon.jit
-def _tile(order, half, step, BLOCK: gl.constexpr):
-    """Return which of the copied tiles is the one that a consumer takes at a step."""
-    if BLOCK > HALF:
-        return step
-    else:
-        if half == 0:
-            alone, before, others = order[1], order[0], order[4]
-        else:
-            alone, before, others = order[0], 0, order[3]
-        later = step - alone
-        by_turns = later - order[2]
-        passed = gl.where(by_turns >= 0, gl.minimum(by_turns + 1 - half, others), 0)
-        return gl.where(later < 0, before, order[0] + order[1] + later + passed)
 
 
 @gluon.jit
@@ -315,13 +246,10 @@ def _copy(descriptor, tiles, full, slot, kv_head, first, outer, PAGE: gl.constex
 
 
 @gluon.jit
-def _first_key(indices, order, tile, KEYS: gl.constexpr, BLOCK: gl.constexpr):
-    """Return a tile's first key: a row's blocks last to first, a block's tiles first to last, or as pairs have them."""
-    if BLOCK == HALF:
-        return gl.load(indices + tile) * BLOCK
-    else:
-        PER_BLOCK: gl.constexpr = BLOCK // KEYS
-        return gl.load(indices + order[0] - 1 - tile // PER_BLOCK) * BLOCK + tile % PER_BLOCK * KEYS
+def _first_key(indices, count, step, KEYS: gl.constexpr, BLOCK: gl.constexpr):
+    """Return the first key of a step's tile: the row's blocks last to first, a block's tiles first to last."""
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
+    return gl.load(indices + count - 1 - step // PER_BLOCK) * BLOCK + step % PER_BLOCK * KEYS
 
 
 @gluon.jit
@@ -362,7 +290,7 @@ def _consume(
     tiles, barriers, blocks, geometry, outputs = values
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
-    indices, order, first_token = blocks
+    indices, count, first_token = blocks
     offset, q_len, scale_log2, window, tanh_factor = geometry
     out, out_stride, lse, sink_at = outputs
     KEYS: gl.constexpr = v_tiles.type.shape[1]
@@ -375,33 +303,27 @@ def _consume(
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
 
-    row = gl.arange(0, HALF, layout=score_rows)
-    token = first_token + half * HALF + row
-    if BLOCK > HALF:
-        row += half * HALF  # in the block
-    oldest = token + offset - window  # the last position that a query's window leaves out
+    row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
+    oldest = row + first_token + offset - window  # the last position that a query's window leaves out
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
     no_score = gl.zeros([HALF, KEYS], gl.float32, score_layout)
     query = q_tiles.index(half)
 
     # The diagonal block's first tile. Every query sees a key in it, unless a window leaves out the part of the block
     # that this tile is: only then can a maximum be infinite.
-    tile = _tile(order, half, 0, BLOCK)
-    slot = tile % STAGES
-    _pass(k_full, k_free, -1, tile, BLOCK)
     mbarrier.wait(q_full.index(0), 0)
-    if q_tiles.type.shape[2] <= 128:  # otherwise there are too few registers
+    if query.type.shape[1] <= 128:  # with more there are too few registers
         query = query.load(gl.DotOperandLayout(0, score_layout, 2))
-    mbarrier.wait(k_full.index(slot), 0)
-    score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
+    mbarrier.wait(k_full.index(0), 0)
+    score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
     warpgroup_barrier()
-    mbarrier.arrive(k_free.index(slot), count=1)
+    mbarrier.arrive(k_free.index(0), count=1)
     if TANH != "none":
         score = tanh(score * tanh_factor[0], TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     if WINDOW:
-        key = _first_key(indices, order, tile, KEYS, BLOCK) + column
+        key = _first_key(indices, count, 0, KEYS, BLOCK) + column
         score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
     peak = gl.max(score, 1) * scale_log2
     weight = gl.exp2(score * scale_log2 - _finite(peak, WINDOW and PER_BLOCK > 1)[:, None])
@@ -412,28 +334,24 @@ def _consume(
     if PAGED:
         # The last page may hold anything past the end, even NaN, which a weight of zero does not hide. All
         # warpgroups write the same zeros.
-        held = q_len + offset - _first_key(indices, order, tile, KEYS, BLOCK)
+        held = q_len - first_token
         if held < BLOCK:
             for i in gl.static_range(PER_BLOCK):
-                mbarrier.wait(v_full.index(slot + i), 0)
-                _clear_tail(v_tiles.index(slot + i), held - i * KEYS)
+                mbarrier.wait(v_full.index(i), 0)
+                _clear_tail(v_tiles.index(i), held - i * KEYS)
             fence_async_shared()
             warpgroup_barrier()
 
-    decay = peak * 0.0 + 1.0
-    steps = _steps(order, half, KEYS, BLOCK)
-    _pass(v_full, v_free, -1, tile, BLOCK)
-    last = tile
-    if steps > 1:
-        tile = _tile(order, half, 1, BLOCK)
-        _pass(k_full, k_free, last, tile, BLOCK)
-        mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)
+    decay = gl.full([HALF], 1.0, gl.float32, score_rows)
+    steps = count * PER_BLOCK
+    mbarrier.wait(k_full.index(1), 0, pred=steps > 1)
     for step in range(1, steps):
-        slot = tile % STAGES
+        slot = step % STAGES
+        last = (step - 1) % STAGES
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         acc = rescale(acc, gl.convert_layout(decay, out_rows))
-        mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
-        acc = warpgroup_mma(operand, v_tiles.index(last % STAGES), acc, is_async=True)
+        mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
+        acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
@@ -443,7 +361,7 @@ def _consume(
             start = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
             score = gl.where(column[None, :] + start <= row[:, None], score, float("-inf"))
         if WINDOW:
-            key = _first_key(indices, order, tile, KEYS, BLOCK) + column
+            key = _first_key(indices, count, step, KEYS, BLOCK) + column
             score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
         tile_peak = gl.max(score, 1) * scale_log2
         new_peak = gl.where(tile_peak > peak + SLACK, tile_peak, peak)
@@ -454,26 +372,18 @@ def _consume(
         peak = new_peak
         # The assembler moves the wait for the value product up, before the exponentials, if nothing that branches
         # stands between. So the wait for the next keys is here.
-        ahead = tile
-        if step + 1 < steps:
-            ahead = _tile(order, half, step + 1, BLOCK)
-            _pass(k_full, k_free, tile, ahead, BLOCK)
-            mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1)
+        ahead = step + 1
+        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < steps)
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
         warpgroup_barrier()
-        mbarrier.arrive(v_free.index(last % STAGES), count=1)
-        _pass(v_full, v_free, last, tile, BLOCK)
-        last = tile
-        tile = ahead
+        mbarrier.arrive(v_free.index(last), count=1)
         operand = gl.convert_layout(weight.to(dtype), weight_layout)
 
+    last = (steps - 1) % STAGES
     acc = rescale(acc, gl.convert_layout(decay, out_rows))
-    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
-    acc = warpgroup_mma(operand, v_tiles.index(last % STAGES), acc, is_async=True)
+    mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
+    acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    if BLOCK == HALF:  # the other consumer may go on
-        warpgroup_barrier()
-        mbarrier.arrive(v_free.index(last % STAGES), count=1)
 
     if SINKS:  # only now: weights that were small beside a sink's would lose digits in 16 bits
         sink = gl.load(sink_at[0]).to(gl.float32) * LOG2_E
@@ -489,4 +399,5 @@ def _consume(
     out_at = out + out_token.to(gl.int64)[:, None] * out_stride + dims[None, :]
     gl.store(out_at, acc.to(dtype), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
+        token = row + first_token
         gl.store(lse + token, (peak + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))
