@@ -1,4 +1,4 @@
-"""The attention kernel for Hopper, in Gluon: one warp loads, two warpgroups compute.
+"""The attention kernel for Hopper, in Gluon: one warp loads, one or two warpgroups compute.
 
 One program computes one query block of one head. A producer warp walks the row's list and copies key and value tiles
 into two rings in shared memory; each consumer warpgroup takes 64 of the queries. Two of them share a block of 128; a
