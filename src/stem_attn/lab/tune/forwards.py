@@ -13,11 +13,25 @@ from torch import Tensor
 from stem_attn.api import block_sparse_attention, stem_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.config import StemConfig
+from stem_attn.lab.answers import Prefilled, decode, force, read_prompt
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.intercept import Attend, intercept
 from stem_attn.lab.logits import compare_positions, keep_hidden
 from stem_attn.lab.progress import OnStep
 from stem_attn.policy import PrefillPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What sparse prefills make of dense attention's answers, means over prompts.
+
+    Args:
+        drift_nats: What the answer's log-probability a token loses.
+        agreement: Share of the prompts whose answer is the same.
+    """
+
+    drift_nats: float
+    agreement: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +43,26 @@ class Outcome:
         kl_nats: KL(dense || sparse) of the next token, mean over positions.
         top1_agreement: Share of the positions where both predict the same token.
         densities: By layer.
+        answers: Where prompts are answered.
     """
 
     density: float
     kl_nats: float
     top1_agreement: float
     densities: dict[int, float]
+    answers: Answers | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Dense attention's answer to a prompt, and its own mean log-probability a token."""
+
+    ids: list[int]
+    log_probability: float
 
 
 class Prompts:
-    """Prompts with the dense model's hidden states.
+    """Prompts with the dense model's hidden states, and its answers where they are asked for.
 
     Args:
         model: A transformers causal language model.
@@ -46,11 +70,13 @@ class Prompts:
         config: Its block size holds for every run.
         policy: Its `dense_layers` stay dense.
         logit_stride: Compare the predictions of every so many positions.
+        answer_tokens: Most tokens of the dense model's answer to each prompt; 0: prompts are not answered.
         curve: Configs whose attention error is measured in every layer, on the dense forward's q, k, v.
         on_step: Told what each forward is for.
 
     Attributes:
         count: How many there are.
+        answered: Whether every prompt has an answer.
         layer_count: Layers of the model.
         layers: Indices of the full attention layers that are not among `dense_layers`.
         errors: By layer, squared relative attention errors of `curve`, means over prompts: |O_s - O|^2 / |O|^2.
@@ -68,6 +94,7 @@ class Prompts:
         policy: PrefillPolicy,
         *,
         logit_stride: int,
+        answer_tokens: int,
         curve: Sequence[StemConfig],
         on_step: OnStep,
     ) -> None:
@@ -75,6 +102,7 @@ class Prompts:
         self._ids = [one.to(model.device) for one in ids]
         self.count = len(ids)
         self._stride, self._on_step = logit_stride, on_step
+        self.answered = answer_tokens > 0
         self._grid = BlockGrid(ids[0].shape[1], ids[0].shape[1], config.block_size)
         self.layer_count = model.config.get_text_config().num_hidden_layers
         measured: dict[int, list[Tensor]] = {}  # by layer, a tensor a prompt
@@ -88,10 +116,15 @@ class Prompts:
                 measured.setdefault(layer, []).append(torch.stack([*lost, power]) / power)
             return exact
 
-        self._hidden = []
+        self._hidden, self._answers = [], []
         for number, one in enumerate(self._ids):
             on_step(f"dense forward {number + 1}/{len(self._ids)}")
-            self._hidden.append(self._forward(one, observe))
+            hidden, read = self._forward(one, observe)
+            self._hidden.append(hidden)
+            if read is not None:
+                (answer,) = decode(model, read, answer_tokens)
+                (forced,) = force(model, read, answer)
+                self._answers.append(_Answer(answer, forced.log_probability))
         self.layers = sorted(measured)
         if not self.layers:
             raise InputError("no layer of this model is full causal attention, or all are in dense_layers")
@@ -117,23 +150,42 @@ class Prompts:
             kept[layer].append(selection.counts.double().mean((0, 1)).sum() / self._grid.causal_blocks)
             return out
 
-        kl, top1 = [], []
-        for ids, dense in zip(self._ids[:prompts], self._hidden[:prompts], strict=True):
+        kl, top1, drift, same = [], [], [], []
+        for number, ids in enumerate(self._ids[:prompts]):
             self._on_step(step)
-            numbers = compare_positions(self._model, dense, self._forward(ids, attend), ids, stride=self._stride)
+            hidden, read = self._forward(ids, attend)
+            numbers = compare_positions(self._model, self._hidden[number], hidden, ids, stride=self._stride)
             kl.append(numbers.mean_kl_nats)
             top1.append(numbers.top1_agreement)
+            if read is not None:
+                (forced,) = force(self._model, read, self._answers[number].ids)
+                drift.append(self._answers[number].log_probability - forced.log_probability)
+                same.append(float(forced.own))
         densities = {
             layer: float(torch.stack(found).mean()) if layer in configs else 1.0 for layer, found in kept.items()
         }
-        return Outcome(fmean(densities.values()), fmean(kl), fmean(top1), densities)
+        answers = Answers(fmean(drift), fmean(same)) if self.answered else None
+        return Outcome(fmean(densities.values()), fmean(kl), fmean(top1), densities, answers)
+
+    def keeping_everything(self) -> Outcome:
+        """Return what dense attention gives, without a forward."""
+        exact = Answers(0.0, 1.0) if self.answered else None
+        return Outcome(1.0, 0.0, 1.0, dict.fromkeys(self.layers, 1.0), exact)
 
     def _dense_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         everything = BlockSelection.everything(batch=1, heads=q.shape[1], grid=self._grid, device=q.device)
         return block_sparse_attention(q, k, v, everything, scale=scale)
 
-    def _forward(self, ids: Tensor, attend: Attend) -> Any:
-        """Return the last hidden states of a forward with a function in the place of full attention."""
+    def _forward(self, ids: Tensor, attend: Attend) -> tuple[Any, Prefilled | None]:
+        """Run the model with a function in the place of full attention.
+
+        Returns:
+            The last hidden states; and what an answer follows, where prompts are answered.
+        """
+        read = None
         with intercept(self._model, attend), keep_hidden(self._model) as hidden:
-            self._model(ids, use_cache=False, logits_to_keep=1)
-        return hidden[0]
+            if self.answered:
+                read = read_prompt(self._model, ids)
+            else:
+                self._model(ids, use_cache=False, logits_to_keep=1)
+        return hidden[0], read
