@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stem_attn.api import block_sparse_attention, stem_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.budget import budget_of
 from stem_attn.config import StemConfig
 from stem_attn.lab.answers import Prefilled, decode, force, read_prompt
 from stem_attn.lab.errors import InputError
@@ -171,6 +172,10 @@ class Prompts:
         """Return what dense attention gives, without a forward."""
         exact = Answers(0.0, 1.0) if self.answered else None
         return Outcome(1.0, 0.0, 1.0, dict.fromkeys(self.layers, 1.0), exact)
+
+    def budget(self, config: StemConfig) -> Tensor:
+        """Return the blocks that every query block may keep with a config."""
+        return budget_of(config, (self._grid.k_len,)).blocks
 
     def _dense_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         everything = BlockSelection.everything(batch=1, heads=q.shape[1], grid=self._grid, device=q.device)

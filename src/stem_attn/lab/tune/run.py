@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from stem_attn.config import StemConfig
 from stem_attn.lab.equal_density import mix, share_above
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.progress import OnStep
-from stem_attn.lab.tune.forwards import Prompts
+from stem_attn.lab.tune.forwards import Outcome, Prompts
 from stem_attn.lab.tune.found import Bracket, Trial, Tuned, numbers
 from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
 from stem_attn.lab.tune.recall import ANSWER_TOKENS
@@ -36,7 +37,7 @@ from stem_attn.policy import PrefillPolicy
 _CURVE_LEVELS = 7  # levels at which attention errors are known; of the last, which keeps everything, without measuring
 _MOST_GROUPS = 8  # of layers whose sensitivities are told apart
 _BISECTIONS = 6
-_CLOSE = 1.02  # densities within this ratio are not bisected further
+_CLOSE = 1.04  # densities within this ratio are not bisected further
 _TINY = 1e-30
 # (power of the layers' sensitivities, share of the way from the uniform budget to the allocation).
 _RECIPES = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.5, 0.5), (0.0, 1.0), (0.0, 0.5))
@@ -103,7 +104,7 @@ def most_forwards(config: StemConfig, tokens: int, layers: int, prompts: int, he
         held_out: To check on.
     """
     budgets = len(levels(config, tokens))
-    uniform = 1 + math.ceil(math.log2(max(budgets - 1, 1)))
+    uniform = math.ceil(math.log2(max(budgets, 1)))
     on_all = 1 + uniform + 1 + _BISECTIONS + 1  # a dense one first, and the answer as it is written last
     return prompts * on_all + len(neighbours(range(layers))) + len(_RECIPES) + held_out * (1 + 4)
 
@@ -128,7 +129,7 @@ class _Search:
             sensitivity = self.sensitivity(level)
             by_layer, recipe = self.by_layer(uniform, curves, list(sensitivity.values()), level)
         config, policy = with_layer_budgets(self.config, self.policy, by_layer.reaches.scales, self.prompts.layer_count)
-        written = self.prompts.run(_by_layer(config, policy, self.layers), "as written")
+        written = self.as_written(config, policy, by_layer.reaches)
         scales = [step.scale for step in self.steps]
         errors = {
             layer: float(curve[scales.index(by_layer.reaches.scales[layer])]) ** 0.5
@@ -136,19 +137,25 @@ class _Search:
         }
         return Tuned(config, policy, written, uniform, by_layer, recipe, sensitivity, errors, self.trials)
 
+    def as_written(self, config: StemConfig, policy: PrefillPolicy, found: Trial) -> Outcome:
+        """Return what the rounded numbers of an answer give; that of the answer where they keep the same blocks."""
+        configs = _by_layer(config, policy, self.layers)
+        kept = scaled(self.config, found.scales)
+        if all(torch.equal(self.prompts.budget(configs[i]), self.prompts.budget(kept[i])) for i in self.layers):
+            return found.outcome
+        return self.prompts.run(configs, "as written")
+
     def least_uniform(self) -> tuple[Bracket, int]:
         """Bisect one level for all layers."""
 
         def at(level: int) -> Trial:
             return self.attempt("uniform", [level] * len(self.layers))
 
-        low, high = 0, len(self.steps) - 1
+        low, high = -1, len(self.steps) - 1  # fails, as far as known, and reaches
         dense = dict.fromkeys(self.layers, self.steps[high].scale)
-        exact = self.prompts.keeping_everything()
-        fails, reaches = at(low), Trial("uniform", dense, self.prompts.count, exact)
+        reaches = Trial("uniform", dense, self.prompts.count, self.prompts.keeping_everything())
         self.trials.append(reaches)
-        if self.target.met(fails.outcome):
-            return Bracket(None, fails), low
+        fails = None
         while high - low > 1:
             middle = (low + high) // 2
             tried = at(middle)
@@ -267,13 +274,16 @@ def check(model: Any, ids: Sequence[Tensor], tuned: Tuned, *, logit_stride: int,
         model, ids, config, policy, logit_stride=logit_stride, answer_tokens=tokens, curve=[], on_step=on_step
     )
     own = prompts.run(_by_layer(tuned.config, tuned.policy, prompts.layers), "held out, tuned")
-    uniform = prompts.run(scaled(config, tuned.uniform.reaches.scales), "held out, uniform")
+
+    @cache
+    def at(scale: float) -> Outcome:
+        """Return what the same budget in every layer gives."""
+        return prompts.run(scaled(config, dict.fromkeys(prompts.layers, scale)), "held out, uniform")
+
+    uniform = at(next(iter(tuned.uniform.reaches.scales.values())))
     steps = levels(config, ids[0].shape[1])
     above = next((i for i, step in enumerate(steps) if step.density >= own.density), len(steps) - 1)
-    pair = [steps[max(above - 1, 0)], steps[above]]
-    low, high = (
-        prompts.run(scaled(config, dict.fromkeys(prompts.layers, step.scale)), "held out, uniform") for step in pair
-    )
+    low, high = at(steps[max(above - 1, 0)].scale), at(steps[above].scale)
     weight = share_above(low.density, high.density, own.density)
     below, over = numbers(low), numbers(high)
     equal = {name: mix(below[name], over[name], weight) for name in below if name != "density"}
