@@ -169,12 +169,14 @@ def test_no_more_forwards_are_made_than_told():
     assert most / 2 < len(steps) <= most
     assert steps.count("sensitivity") == 2  # one a layer, of the first prompt
     assert {trial.prompts for trial in found.trials if trial.stage in ("uniform", "tuned")} == {2}
+    tuned = [trial for trial in found.trials if trial.stage == "tuned"]
+    assert steps.count("tuned") == 2 * len(tuned) - 1  # the first of them has run on the first prompt before
 
 
 def test_deep_models_have_groups_of_neighbours():
     assert neighbours(range(3)) == [range(1), range(1, 2), range(2, 3)]
     groups = neighbours(list(range(32)))
-    assert [len(group) for group in groups] == [4] * 8
+    assert [len(group) for group in groups] == [6, 6, 6, 6, 6, 2]
     assert [layer for group in groups for layer in group] == list(range(32))
 
 

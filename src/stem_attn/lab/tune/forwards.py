@@ -104,6 +104,7 @@ class Prompts:
         self.count = len(ids)
         self._stride, self._on_step = logit_stride, on_step
         self.answered = answer_tokens > 0
+        self._known: dict[tuple[int, frozenset[tuple[int, StemConfig]]], Outcome] = {}  # by prompt and configs
         self._grid = BlockGrid(ids[0].shape[1], ids[0].shape[1], config.block_size)
         self.layer_count = model.config.get_text_config().num_hidden_layers
         measured: dict[int, list[Tensor]] = {}  # by layer, a tensor a prompt
@@ -133,7 +134,6 @@ class Prompts:
             layer: torch.stack(found).double().mean(0)[:-1].tolist() for layer, found in sorted(measured.items())
         }
 
-    @torch.inference_mode()
     def run(self, configs: Mapping[int, StemConfig], step: str, prompts: int | None = None) -> Outcome:
         """Run the model on prompts, each layer with its config; layers without one are dense.
 
@@ -142,31 +142,36 @@ class Prompts:
             step: What the forwards are for, to tell.
             prompts: How many, the first ones; None: all.
         """
-        kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        one_each: list[Outcome] = []
+        for number in range(self.count if prompts is None else prompts):
+            key = number, frozenset(configs.items())
+            if key not in self._known:
+                self._on_step(step)
+                self._known[key] = self._run_one(number, configs)
+            one_each.append(self._known[key])
+        return _mean(one_each)
+
+    @torch.inference_mode()
+    def _run_one(self, number: int, configs: Mapping[int, StemConfig]) -> Outcome:
+        """Run the model on one prompt."""
+        kept: dict[int, Tensor] = {}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             if layer not in configs:
                 return self._dense_attention(q, k, v, scale)
             out, selection = stem_attention(q, k, v, config=configs[layer], scale=scale, return_selection=True)
-            kept[layer].append(selection.counts.double().mean((0, 1)).sum() / self._grid.causal_blocks)
+            kept[layer] = selection.counts.double().mean((0, 1)).sum() / self._grid.causal_blocks
             return out
 
-        kl, top1, drift, same = [], [], [], []
-        for number, ids in enumerate(self._ids[:prompts]):
-            self._on_step(step)
-            hidden, read = self._forward(ids, attend)
-            numbers = compare_positions(self._model, self._hidden[number], hidden, ids, stride=self._stride)
-            kl.append(numbers.mean_kl_nats)
-            top1.append(numbers.top1_agreement)
-            if read is not None:
-                (forced,) = force(self._model, read, self._answers[number].ids)
-                drift.append(self._answers[number].log_probability - forced.log_probability)
-                same.append(float(forced.own))
-        densities = {
-            layer: float(torch.stack(found).mean()) if layer in configs else 1.0 for layer, found in kept.items()
-        }
-        answers = Answers(fmean(drift), fmean(same)) if self.answered else None
-        return Outcome(fmean(densities.values()), fmean(kl), fmean(top1), densities, answers)
+        ids, answers = self._ids[number], None
+        hidden, read = self._forward(ids, attend)
+        numbers = compare_positions(self._model, self._hidden[number], hidden, ids, stride=self._stride)
+        if read is not None:
+            dense = self._answers[number]
+            (forced,) = force(self._model, read, dense.ids)
+            answers = Answers(dense.log_probability - forced.log_probability, float(forced.own))
+        densities = {layer: float(kept[layer]) if layer in kept else 1.0 for layer in self.layers}
+        return Outcome(fmean(densities.values()), numbers.mean_kl_nats, numbers.top1_agreement, densities, answers)
 
     def keeping_everything(self) -> Outcome:
         """Return what dense attention gives, without a forward."""
@@ -194,3 +199,15 @@ class Prompts:
             else:
                 self._model(ids, use_cache=False, logits_to_keep=1)
         return hidden[0], read
+
+
+def _mean(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the mean over prompts."""
+    answers = [one.answers for one in outcomes if one.answers is not None]
+    return Outcome(
+        fmean(one.density for one in outcomes),
+        fmean(one.kl_nats for one in outcomes),
+        fmean(one.top1_agreement for one in outcomes),
+        {layer: fmean(one.densities[layer] for one in outcomes) for layer in outcomes[0].densities},
+        Answers(fmean(one.drift_nats for one in answers), fmean(one.agreement for one in answers)) if answers else None,
+    )

@@ -35,7 +35,7 @@ from stem_attn.lab.tune.target import Target
 from stem_attn.policy import PrefillPolicy
 
 _CURVE_LEVELS = 7  # levels at which attention errors are known; of the last, which keeps everything, without measuring
-_MOST_GROUPS = 8  # of layers whose sensitivities are told apart
+_MOST_GROUPS = 6  # of layers whose sensitivities are told apart
 _BISECTIONS = 6
 _CLOSE = 1.04  # densities within this ratio are not bisected further
 _TINY = 1e-30
