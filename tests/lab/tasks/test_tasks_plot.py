@@ -40,4 +40,4 @@ def test_a_picture_has_a_column_a_family(families):
     image = draw({"settings": {"methods": METHODS}, "means": [*dense, *rows], "model": "some", "seed": 1})
     assert image.startswith(b"\x89PNG")
     width = int.from_bytes(image[16:20], "big")
-    assert width == pytest.approx(4.6 * max(len(families), 1) * 130, abs=2)
+    assert width == pytest.approx(4.6 * max(len(families), 1) * 110, abs=2)

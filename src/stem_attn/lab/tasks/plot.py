@@ -55,7 +55,7 @@ def draw(found: Record) -> bytes:
         axes[0, column].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{found['model']}, seed {found['seed']}; bars: 95% intervals", fontsize=10)
     image = io.BytesIO()
-    figure.savefig(image, dpi=130, format="png")
+    figure.savefig(image, dpi=110, format="png")
     pyplot.close(figure)
     return image.getvalue()
 
