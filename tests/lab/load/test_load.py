@@ -55,7 +55,7 @@ class StandIn(BaseHTTPRequestHandler):
 def urls():
     """A slow stand-in, and a faster one that cuts long prompts' answers."""
     slow = type("Slow", (StandIn,), {})
-    fast = type("Fast", (StandIn,), {"seconds_a_token": 5e-6, "cut_from": 900})
+    fast = type("Fast", (StandIn,), {"seconds_a_token": 5e-6, "cut_from": 500})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (slow, fast)]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, tmp_path, capsys):
     arguments = ["--dense", urls[0], "--stem", urls[1], "--model", folder, "--lengths", "100,1000", "--tokens", "2,5"]
-    arguments += ["--requests", "12", "--percents", "20,40", "--burst", "4", "--short", "6", "--short-seconds", "0.2"]
+    arguments += ["--seconds", "0.1", "--percents", "20,40", "--burst", "4", "--short", "6", "--short-seconds", "0.2"]
     assert cli.run(["load", *arguments, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "load.json").read_text())
     assert found["command"] == "load"
@@ -82,7 +82,7 @@ def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, t
     assert [rate["share"] for rate in rates] == [0.2, 0.4]
     for rate in rates:
         assert rate["requests_a_second"] == rate["share"] * unloaded["requests_a_second"]["dense"]
-        assert rate["dense"]["requests"] == rate["stem"]["requests"] == 12
+        assert rate["dense"]["requests"] == rate["stem"]["requests"] == max(1, round(0.1 * rate["requests_a_second"]))
         assert rate["dense"]["lost"] == []
         assert 0 < rate["stem"]["first_token_seconds"]["p50"] < rate["dense"]["first_token_seconds"]["p50"]
     lost = [reason for rate in rates for reason in rate["stem"]["lost"]]

@@ -23,14 +23,14 @@ def load(
         str, typer.Option(help="Tokens of the shortest and the longest prompt.", rich_help_panel=PROMPT)
     ] = "4096,30000",
     tokens: Annotated[str, typer.Option(help="Likewise of the answers.", rich_help_panel=PROMPT)] = "32,64",
-    requests: Annotated[int, typer.Option(min=1, help="Of each rate.", rich_help_panel=PROMPT)] = 150,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each rate.", rich_help_panel=PROMPT)] = 30.0,
     percents: Annotated[
         str,
         typer.Option(
             help="Rates, in percent of what the dense server gets through when all come at once.",
             rich_help_panel=PROMPT,
         ),
-    ] = "60,70,80,90,100,110",
+    ] = "45,52,58,64,70,76,82,88",
     burst: Annotated[int, typer.Option(min=1, help="How many come at once to find that.", rich_help_panel=PROMPT)] = 24,
     short: Annotated[
         int, typer.Option(min=0, help="Short prompts at the end, whose tokens are compared.", rich_help_panel=PROMPT)
@@ -49,7 +49,7 @@ def load(
         "model": Path(model).name,
         "lengths": _range("--lengths", lengths),
         "tokens": _range("--tokens", tokens),
-        "requests": requests,
+        "seconds": seconds,
         "shares": [percent / 100 for percent in whole_numbers("--percents", percents)],
         "burst": burst,
         "short": short,

@@ -76,7 +76,8 @@ def compare_servers(
     on_record({"kind": "unloaded", "first_token_seconds": alone, "requests_a_second": capacity, "limit": limit})
     for share in settings["shares"]:
         rate = share * capacity["dense"]
-        answers = both(servers, prompts.requests(settings["requests"], rate, lengths, tokens))
+        count = max(1, round(rate * settings["seconds"]))
+        answers = both(servers, prompts.requests(count, rate, lengths, tokens))
         found = {name: told(given, limit) for name, given in answers.items()}
         on_record({"kind": "rate", "requests_a_second": rate, "share": share, **found})
         if all(one["within_limit"] < WITHIN / 2 for one in found.values()):
