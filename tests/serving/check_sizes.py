@@ -36,7 +36,7 @@ OPTIONS = {
     "no_enable_prefix_caching": True,
 }
 OPTIONS |= (
-    {"dtype": "bfloat16", "gpu_memory_utilization": 0.35, "kv_cache_memory_bytes": 4 * 2**30, "max_model_len": 9216}
+    {"dtype": "bfloat16", "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**31, "max_model_len": 9216}
     if GPU
     else {"enforce_eager": True, "max_model_len": 2048}
 )
@@ -119,7 +119,7 @@ def measure(model, size, out):
         assert all(one["density"] == 1 and one["sparse_tokens"] for one in counts), counts
         found["dense_judged"], found["stem_judged"] = judged(plain, texts), judged(stem, texts)
         found["counts"] = stem.stats()
-    (out / f"{size}.json").write_text(json.dumps(found))
+        (out / f"{size}.json").write_text(json.dumps(found))
 
 
 def compare(out):
