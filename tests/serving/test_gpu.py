@@ -133,3 +133,14 @@ def test_an_fp8_cache_loses_what_it_loses_in_flash_attention(folder, dense, reco
         )
     record_property("log-probabilities with an fp8 cache off those with bfloat16", lost)
     assert lost["STEM"] <= 2 * lost["FLASH_ATTN"]
+
+
+def test_after_sleep_answers_are_those_of_before(folder):
+    with engine(folder, SPARSE, enable_sleep_mode=True, **OPTIONS) as llm:
+        set_chunk(llm, 5 * BLOCK)
+        before = [answers(llm, [ids])[0] for ids in PROMPTS]
+        llm.sleep(level=1)
+        llm.wake_up()
+        llm.reset_prefix_cache()
+        assert [answers(llm, [ids])[0][0] for ids in PROMPTS] == [tokens for tokens, _ in before]
+        assert stats(llm)["density"] < 0.6

@@ -37,8 +37,9 @@ class StemImpl:
     cache_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bfloat16", "float16", "float32")  # that `attend` reads
     settings: Settings  # the server's; a request may have others
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
-    logits_soft_cap: float  # the parent's; 0: none
-    sinks: Tensor | None  # the parent's too, [Hq]; their values come after the layer is made
+    kv_cache_dtype: str  # the parent's, as the next two are
+    logits_soft_cap: float  # 0: none
+    sinks: Tensor | None  # [Hq]; their values come after the layer is made
     name: str  # vLLM's of the layer, and how many layers the model has; the builder sets both
     layers: int
 
