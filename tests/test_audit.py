@@ -77,7 +77,7 @@ def test_with_every_query_it_is_the_truth(q_len, k_len, options):
 def test_tiles_of_one_kv_head_change_nothing(monkeypatch):
     call, selection, out = sparse(*make_qkv(100, 130, batch=2))
     whole = audit(call, [selection], out, rows=50, seed=3).values
-    monkeypatch.setattr("stem_attn.audit._TILE_NUMBERS", 1)
+    monkeypatch.setattr("stem_attn.exact_rows._TILE_NUMBERS", 1)
     assert torch.allclose(audit(call, [selection], out, rows=50, seed=3).values, whole)
 
 
@@ -102,7 +102,7 @@ def test_a_window_hides_old_keys():
 )
 @pytest.mark.usefixtures("every_query")
 def test_a_softcap_and_sinks_are_part_of_what_is_exact(asked, tile, monkeypatch):
-    monkeypatch.setattr("stem_attn.audit._TILE_NUMBERS", tile)
+    monkeypatch.setattr("stem_attn.exact_rows._TILE_NUMBERS", tile)
     q, k, v = make_qkv(129, 200)
     how = {name: torch.tensor(x) if name == "sinks" else x for name, x in asked.items()}
     out, selection = stem_attention(3 * q, k, v, config=SMALL, return_selection=True, **how)

@@ -15,6 +15,7 @@ LAYERS = [
     {"blocks", "checks", "workers"},
     {"scoring", "budget", "selection", "residual", "reference", "layout", "method"},
     {"call"},
+    {"exact_rows"},
     {"backends", "audit"},
     {"run", "policy"},
     {"traced"},

@@ -1,26 +1,27 @@
 """How true a sparse prefill was: a few sampled query rows are attended exactly and compared with what came out.
 
 Every head has sampled rows of its own, two in each of equal stretches of the call's queries. The two of a cell differ
-by chance alone, so their difference tells the error of the estimate. Memory is rows x keys, in tiles.
+by chance alone, so their difference tells the error of the estimate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
+from stem_attn.exact_rows import compare_rows
 from stem_attn.layout import Part
 
 _QUERIES_A_CELL = 128  # at least, so that no more than one query of 64 is sampled and short chunks cost little
-_TILE_NUMBERS = 2**24  # of float32 in the largest tensor of a tile, 64 MiB
 _LEAST_FREEDOM = 2.0
+
+CompareRows = Callable[[Call, Part, BlockSelection, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,15 @@ def rows_to_show(lost: float) -> int:
     return math.ceil(_t_quantile(_LEAST_FREEDOM) / lost)
 
 
-def audit(call: Call, selections: Sequence[BlockSelection], out: Tensor, *, rows: int, seed: int) -> AuditSums:
+def audit(
+    call: Call,
+    selections: Sequence[BlockSelection],
+    out: Tensor,
+    *,
+    rows: int,
+    seed: int,
+    compare: CompareRows = compare_rows,
+) -> AuditSums:
     """Attend exactly with some query rows, and compare with what was kept and what came out.
 
     Nothing is asked back from the device, and no global random state is touched.
@@ -105,18 +114,27 @@ def audit(call: Call, selections: Sequence[BlockSelection], out: Tensor, *, rows
         rows: Rows of single heads to sample of every sequence, shared evenly by the heads. A head has at least two, and
             beyond that no more than one for 64 queries.
         seed: Decides which rows; calls whose sums are added should differ in it.
+        compare: Attends exactly with the sampled rows; a backend's `compare_rows`.
 
     Returns:
         The sums over all parts.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     parts = zip(call.parts, selections, strict=True)
-    first, *others = (_audit_part(call, part, kept, out[:, :, part.tokens], rows, generator) for part, kept in parts)
+    first, *others = (
+        _audit_part(call, part, kept, out[:, :, part.tokens], rows, generator, compare) for part, kept in parts
+    )
     return sum(others, first)
 
 
 def _audit_part(
-    call: Call, part: Part, selection: BlockSelection, out: Tensor, rows: int, generator: torch.Generator
+    call: Call,
+    part: Part,
+    selection: BlockSelection,
+    out: Tensor,
+    rows: int,
+    generator: torch.Generator,
+    compare: CompareRows,
 ) -> AuditSums:
     batch, heads = part.q.shape[:2]
     strata = max(min(-(-rows // (2 * heads)), part.q_len // _QUERIES_A_CELL), 1)
@@ -127,74 +145,13 @@ def _audit_part(
     device = part.q.device
     places, weights = (x.to(device, non_blocking=True) for x in (places.flatten(2), sizes.double()))
     # [3, B, Hq, strata, 2]: kept share, lost and whole power of every sampled row.
-    found = _look(call, part, selection, out, places).double().view(3, batch, heads, strata, 2)
+    found = compare(call, part, selection, out, places).double().view(3, batch, heads, strata, 2)
     recall, lost, power = (found.mean(4) * weights).flatten(1).sum(1)
     split = (found[..., 0] - found[..., 1]) * (weights / 2)
     spread = torch.stack((split[0], split[1] - lost / power * split[2])).square().nan_to_num(0.0).flatten(1)
     variance, squares = spread.sum(1), spread.square().sum(1)
     values = torch.stack((recall, variance[0], squares[0], lost, power, variance[1], squares[1]))
     return AuditSums(batch * heads * part.q_len, batch * heads * strata * 2, values)
-
-
-def _look(call: Call, part: Part, selection: BlockSelection, out: Tensor, places: Tensor) -> Tensor:
-    """Compare sampled rows, int64 [B, Hq, R] of the part's queries: float32 or wider [3, B, Hq, R]."""
-    keys, values = part.gather()
-    batch, kv_heads, k_len, dim = keys.shape
-    group, grid = part.q.shape[1] // kv_heads, call.grid(part)
-    dtype = torch.promote_types(part.q.dtype, torch.float32)
-    found = torch.empty(3, *places.shape, dtype=dtype, device=places.device)
-    numbers = k_len * max(group * places.shape[2], dim)
-    step = max(_TILE_NUMBERS // numbers, 1)
-    for b in range(batch):
-        for first in range(0, kv_heads, step):
-            kv, q = slice(first, first + step), slice(first * group, (first + step) * group)
-            at = places[b, q]
-            query, given = (torch.take_along_dim(x[b, q], at[..., None], 1).to(dtype) for x in (part.q, out))
-            share, exact = _exact_rows(call, q, query, keys[b, kv].to(dtype), values[b, kv].to(dtype), at + grid.offset)
-            by_block = F.pad(share, (0, grid.k_blocks * grid.block_size - k_len))
-            by_block = by_block.view(*at.shape, grid.k_blocks, grid.block_size).sum(3)
-            row = (at + grid.offset) // grid.block_size - grid.first_block
-            kept = torch.take_along_dim(selection.indices[b, q], row[..., None], 1).long()
-            recall = by_block.gather(2, kept.clamp(min=0)).where(kept >= 0, 0).sum(2)
-            if call.sinks is not None:
-                whole = by_block.sum(2)
-                recall = (recall / whole).where(whole != 0, 1)
-            found[0, b, q] = recall
-            found[1, b, q] = (given - exact).square().sum(2)
-            found[2, b, q] = exact.square().sum(2)
-    return found
-
-
-def _exact_rows(call: Call, which: slice, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend exactly, as the call's properties say. This alone knows what they mean.
-
-    Args:
-        call: The call.
-        which: Which of the call's query heads these are.
-        q: [Hq, R, D].
-        k: [Hkv, Tk, D].
-        v: [Hkv, Tk, Dv].
-        places: int64 [Hq, R]; positions of the queries among the keys.
-
-    Returns:
-        Probabilities [Hq, R, Tk] and outputs [Hq, R, Dv].
-    """
-    heads, rows, _ = q.shape
-    together = len(k), heads // len(k) * rows
-    logits = (q.reshape(*together, -1) * call.scale) @ k.mT
-    if call.softcap is not None:
-        logits = logits.div_(call.softcap).tanh_().mul_(call.softcap)
-    place, key = places.view(*together, 1), torch.arange(k.shape[1], device=k.device)
-    hidden = key > place
-    if call.window is not None:
-        hidden |= key <= place - call.window
-    logits.masked_fill_(hidden, -torch.inf)
-    if call.sinks is not None:
-        sinks = call.sinks[which].to(logits.dtype).repeat_interleave(rows).view(*together, 1)
-        share = torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
-    else:
-        share = torch.softmax(logits, -1)
-    return share.view(heads, rows, -1), (share @ v).view(heads, rows, -1)
 
 
 def _half_width(variance: float, squares: float, whole: float, rows: int) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stem_attn import backends
+from stem_attn.audit import AuditSums
+from stem_attn.audit import audit as audit_rows
 from stem_attn.backends.base import Backend
 from stem_attn.blocks import BlockSelection
 from stem_attn.budget import budget_of
@@ -63,6 +65,14 @@ def attend(
     lse = call.new_lse() if return_lse else None
     chosen.attend(call, selections, out, lse)
     return out, lse
+
+
+def audit(
+    call: Call, selections: Sequence[BlockSelection], out: Tensor, backend: str, *, rows: int, seed: int
+) -> AuditSums:
+    """Attend exactly with some query rows, and compare; see `stem_attn.audit.audit`."""
+    compare = backends.for_call(backend, call).compare_rows
+    return audit_rows(call, selections, out, rows=rows, seed=seed, compare=compare)
 
 
 def _select(call: Call, choice: StemConfig | Method, attender: Backend) -> list[BlockSelection]:

@@ -14,6 +14,7 @@ from stem_attn.blocks import BlockSelection
 from stem_attn.budget import Budget
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
+from stem_attn.exact_rows import compare_rows
 from stem_attn.layout import Part
 from stem_attn.residual import add_means
 from stem_attn.scoring import row_scores
@@ -106,6 +107,24 @@ class Backend(ABC):
             out: [B, Hq, T, Dv] in q's dtype, any strides but the last, which is 1; written.
             lse: float32 [B, Hq, T], contiguous, for the natural log-sum-exp of the logits; written. None: not wanted.
         """
+
+    def compare_rows(self, call: Call, part: Part, selection: BlockSelection, out: Tensor, places: Tensor) -> Tensor:
+        """Attend exactly with some rows, for an audit; in plain torch unless a backend overrides it.
+
+        Nothing is asked back from the device.
+
+        Args:
+            call: The call.
+            part: One of its parts.
+            selection: The part's kept blocks.
+            out: [B, Hq, Tq, Dv], what came out of the part; last stride 1.
+            places: int64 [B, Hq, R]; which of the part's queries.
+
+        Returns:
+            Float32 or wider [3, B, Hq, R]: of every row the share of its exact attention that falls on kept blocks
+            (what a sink takes is no part of it), and `|out - exact|^2` and `|exact|^2` of its output.
+        """
+        return compare_rows(call, part, selection, out, places)
 
 
 class BlockedBackend(Backend):

@@ -82,6 +82,11 @@ class TritonBackend(Backend):
 
         attend(call, selections, out, lse)
 
+    def compare_rows(self, call: Call, part: Part, selection: BlockSelection, out: Tensor, places: Tensor) -> Tensor:
+        from stem_attn.backends.triton.exact_rows import compare_rows
+
+        return compare_rows(call, part, selection, out, places)
+
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from stem_attn.api import block_sparse_attention, stem_attention
-from stem_attn.audit import AuditSums, audit
+from stem_attn.audit import AuditSums
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.checks import resolve_scale
 from stem_attn.config import StemConfig
 from stem_attn.integrations.hf.state import State
 from stem_attn.layout import Layout
+from stem_attn.run import audit
 
 
 class SparseCall:
@@ -58,7 +59,7 @@ class SparseCall:
             asked = {**how, "scale": resolve_scale(how["scale"], q.shape[3])}
             call = Call(Layout.dense(q, k, v, lens), state.block_size, **asked)
             seed = state.counters.next_audit_seed()
-            sums = audit(call, [selection], out, rows=state.policy.audit_rows, seed=seed)
+            sums = audit(call, [selection], out, state.backend, rows=state.policy.audit_rows, seed=seed)
             self._audit = sums if self._audit is None else self._audit + sums
         return out
 

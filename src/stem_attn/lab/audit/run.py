@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from stem_attn.api import stem_attention
-from stem_attn.audit import audit
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
 from stem_attn.integrations import hf
@@ -25,6 +24,7 @@ from stem_attn.lab.timing import Times
 from stem_attn.layout import Layout
 from stem_attn.methods import Stem
 from stem_attn.policy import PrefillPolicy
+from stem_attn.run import audit
 
 OnStep = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def check_layers(
         truth = dense.measure(Choice(Stem(own), selection))
         call = Call(Layout.dense(q, k, v), own.block_size, dense.scale)
         audits = [
-            audit(call, [selection], out, rows=policy.audit_rows, seed=layer * draws + draw).read()
+            audit(call, [selection], out, "auto", rows=policy.audit_rows, seed=layer * draws + draw).read()
             for draw in range(draws)
         ]
         record: Record = {"layer": layer, "density": truth.density, "rows": audits[0].rows}
