@@ -1,5 +1,7 @@
 """Other families, and engines with options of their own: hybrids, speculation, preemption, tensor parallelism."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from engines import (
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((700, 33, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS))
+CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
 
 
 def test_qwen3(folders):
@@ -119,3 +122,13 @@ def test_half_precisions(folders, dtype):
         )
         ours, parents = (relative_error(x.out[0].double(), exact) for x in (kept, dense))
         assert ours < 2 * parents
+
+
+@pytest.mark.skipif("avx512f" not in CPU_FLAGS, reason="vLLM has fp8 caches on CPUs with AVX-512 only")
+def test_an_fp8_cache_on_a_cpu_is_the_parents_and_counted(folders):
+    with engine(folders("llama"), SPARSE, kv_cache_dtype="fp8") as llm:
+        ours = answer(llm, PROMPTS)
+        assert stats(llm)["sparse_tokens"] == 0
+        assert stats(llm)["dense_tokens"] == {"fp8 KV cache": (PROMPT_TOKENS + len(PROMPTS) * 7) * 2}
+    with engine(folders("llama"), kv_cache_dtype="fp8") as llm:
+        assert answer(llm, PROMPTS) == ours
