@@ -19,7 +19,7 @@ from engines import (
     stats,
     trace,
 )
-from tiny_families import WINDOW, greedy, prompt
+from tiny_families import WINDOW, greedy, prompt, save_lora
 
 from stem_attn import stem_attention
 
@@ -30,15 +30,33 @@ PROMPT_TOKENS = sum(map(len, PROMPTS))
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
 
 
-def test_qwen3(folders):
-    with engine(folders("qwen3"), KEEP_ALL) as llm:
-        assert answer(llm, PROMPTS) == greedy(folders("qwen3"), PROMPTS, 8)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_qwen3(folders, family):
+    with engine(folders(family), KEEP_ALL) as llm:
+        assert answer(llm, PROMPTS) == greedy(folders(family), PROMPTS, 8)
         assert stats(llm)["sparse_tokens"] == PROMPT_TOKENS * 2
         reconfigure(llm, SPARSE)
         seen = trace(llm, PROMPTS[0])
         expected = stem_attention(seen.q[0], seen.k[0], seen.v[0], config=config_of(SPARSE))
         assert relative_error(seen.out[0], expected) < 1e-5
         assert stats(llm)["density"] < 0.6
+
+
+def test_lora(folders, tmp_path):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter = LoRARequest("adapter", 1, save_lora(tmp_path))
+    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    asked = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    with engine(folders("llama"), KEEP_ALL, enable_lora=True, max_lora_rank=8) as llm:
+        plain, found = answer(llm, PROMPTS), []
+        for stem in (KEEP_ALL, DENSE):
+            reconfigure(llm, stem)
+            outs = llm.generate(asked, wanted, use_tqdm=False, lora_request=adapter)
+            found.append([list(out.outputs[0].token_ids) for out in outs])
+            assert (stats(llm)["sparse_tokens"] == PROMPT_TOKENS * 2) == (stem is KEEP_ALL)
+    assert found[0] == found[1] != plain
 
 
 def test_gemma3_sliding_layers_stay_with_the_parent(folders):
