@@ -82,10 +82,10 @@ def test_one_number_harms_only_what_it_must(where, number):
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize("mode", ["mixed", "fused"])
+@pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
-def test_one_number_in_bfloat16_as_any_cpu_computes_it(monkeypatch, mode, where):
-    monkeypatch.setattr(gathered, "mode_of", lambda dtype, device: mode)
+def test_one_number_in_bfloat16_as_any_cpu_computes_it(monkeypatch, products, where):
+    monkeypatch.setattr(gathered, "multiplies_bfloat16", lambda dtype, device: products)
     one_nan_in(torch.bfloat16, where)
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
-from stem_attn.workers import run_jobs, team_size
+from stem_attn.workers import cores_each, run_jobs, team_size
 
-# Logits of a tile, all heads together: what a core's cache holds, or a call's launches are worth on other devices.
+# Logits of a tile, all heads together: what the cache of each core at work on it holds, or a call's launches are worth
+# on other devices.
 _CPU_TILE_LOGITS = 2**20
 _TILE_LOGITS = 2**24
 _LOG2_E = math.log2(math.e)
@@ -107,7 +108,7 @@ def row_scores(
     by_sample = [torch.stack(keys[i * kv_heads : (i + 1) * kv_heads]) for i in range(batch)]
     runs = 1 if config.score == "linear" else config.block_size**2 // (config.query_stride * config.stride)
     logits = q.shape[1] * runs * grid.k_blocks  # of a row
-    step = max(1, (_CPU_TILE_LOGITS if q.device.type == "cpu" else _TILE_LOGITS) // logits)
+    step = max(1, (_CPU_TILE_LOGITS * cores_each() if q.device.type == "cpu" else _TILE_LOGITS) // logits)
     step = min(step, -(-batch * grid.q_blocks // team_size()))  # a tile for every thread
 
     def start() -> Callable[[int, int, int], Tensor]:
@@ -179,7 +180,7 @@ def _mass_keys(k: Tensor, config: StemConfig) -> Tensor:
 
     What a run that the sequence does not fill up is weighted with is `_run_sizes`'.
     """
-    size, stride = config.block_size, config.stride
+    size, stride, k = config.block_size, config.stride, k.float()
     counts = _run_sizes(0, len(k), size, stride, k.device).clamp_(min=1)[..., None]
     means = _group_sums(k, 0, size, stride, within=True).div_(counts)
     if config.spread_weight:

@@ -157,13 +157,13 @@ def test_everything_kept_is_dense_attention(dtype, length):
     check(q, k, v, selection)  # against float64: the mask is the plain causal one
 
 
-@pytest.mark.parametrize("mode", ["plain", "mixed", "fused"])
+@pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize(("q_len", "k_len", "v_dim"), [(111, 111, 32), (150, 333, 32), (333, 333, 24)])
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
-def test_bfloat16_as_any_cpu_computes_it(monkeypatch, mode, q_len, k_len, v_dim, window):
+def test_bfloat16_as_any_cpu_computes_it(monkeypatch, products, q_len, k_len, v_dim, window):
     """What CPUs with bfloat16 instructions run; it is right, if slow, on any."""
-    monkeypatch.setattr(gathered, "mode_of", lambda dtype, device: mode)
+    monkeypatch.setattr(gathered, "multiplies_bfloat16", lambda dtype, device: products)
     q, k, v = make_qkv(q_len, k_len, batch=2, v_dim=v_dim, dtype=torch.bfloat16)
     selection = random_selection(q_len, k_len, 32, batch=2, per_head=True)
     out = block_sparse_attention(q, k, v, selection, window=window, backend="cpu")

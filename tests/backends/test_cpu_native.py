@@ -18,7 +18,8 @@ from test_cpu_backend import DTYPES, check, random_selection
 from torch import Tensor
 
 from helpers import make_qkv
-from stem_attn import backends, block_sparse_attention, fallbacks
+from stem_attn import StemConfig, backends, block_sparse_attention, fallbacks
+from stem_attn.backends.base import Geometry
 from stem_attn.backends.cpu import build, native
 from stem_attn.blocks import BlockSelection
 from stem_attn.cache import CACHE_VARIABLE
@@ -185,6 +186,16 @@ def test_without_the_kernel_it_says_so_once_and_counts(monkeypatch, caplog):
     assert backends.by_name("cpu").how() == "in plain torch, which is slower: there is no compiler today"
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("reason", [None, "there is no compiler today"])
+def test_sparse_is_no_gain_where_dense_uses_matrix_units_and_the_kernel_is_missing(monkeypatch, tiles, reason):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(native, "why_not", lambda: reason)
+    for dtype in DTYPES:
+        expected = 0.0 if tiles and reason and dtype == torch.bfloat16 else 0.5
+        assert backends.by_name("cpu").break_even(Geometry("cpu", dtype, 64, 8192), StemConfig()) == expected
+
+
 def test_the_switch_forbids_to_compile(monkeypatch):
     monkeypatch.setattr(native, "_kernel", lambda: pytest.fail("it compiles"))
     monkeypatch.setenv(native.SWITCH, "0")
@@ -203,21 +214,32 @@ def test_what_the_kernel_does_not_take_is_no_fallback(monkeypatch):
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["", "-mno-avx512f", "-mno-avx"])
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+EMULATED_TILES = f"-D__AMX_TILE__ -D__AMX_BF16__ -include '{Path(__file__).with_name('tiles.h')}'"
+NO_TILES = "-mno-amx-bf16" if "amx_bf16" in CPU else ""
+
+
+@pytest.fixture(params=dict.fromkeys(["", NO_TILES, EMULATED_TILES, "-mno-avx512f", "-mno-avx"]))
 def kernel(request, tmp_path, monkeypatch) -> None:
-    """The kernel as it is compiled for this CPU, and for older ones."""
-    if COMPILER is None or (request.param and platform.machine() not in ("x86_64", "AMD64")):
+    """The kernel as it is compiled for this CPU, for one with tiles, and for older ones."""
+    use_kernel(request.param, tmp_path, monkeypatch)
+
+
+def use_kernel(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    if COMPILER is None or (flags and platform.machine() not in ("x86_64", "AMD64")):
         pytest.skip("needs a C++ compiler for x86")
-    if request.param:
-        monkeypatch.setenv("CXX", str(tool(tmp_path, f'exec {COMPILER} "$@" {request.param}')))
+    if flags.startswith(EMULATED_TILES) and "avx512_bf16" not in CPU:
+        pytest.skip("needs a CPU that multiplies pairs of bfloat16")
+    if flags:
+        monkeypatch.setenv("CXX", str(tool(tmp_path, f'exec {COMPILER} "$@" {flags}')))
         monkeypatch.setenv(CACHE_VARIABLE, str(Path(torch.__file__).parent / "no such folder" / "x"))
-    key = request.param
-    if key not in _KERNELS:
+    if flags not in _KERNELS:
         native._kernel.cache_clear()
-        _KERNELS[key] = native._kernel()
+        _KERNELS[flags] = native._kernel()
     monkeypatch.delenv(native.SWITCH, raising=False)
-    monkeypatch.setattr(native, "_kernel", lambda: _KERNELS[key])
+    monkeypatch.setattr(native, "_kernel", lambda: _KERNELS[flags])
     assert native.why_not() is None
+    return _KERNELS[flags][0]
 
 
 _KERNELS: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
@@ -232,6 +254,7 @@ _KERNELS: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
         (333, 400, 7, 5, 48),
         (130, 131, 33, 80, 16),
         (700, 700, 128, 128, 128),
+        (250, 250, 96, 48, 64),
         (500, 777, 72, 16, 300),  # blocks larger than what is computed at a time
     ],
 )
@@ -251,6 +274,19 @@ def test_large_logits_and_scales_of_any_sign(kernel, dtype):
     q, k, v = make_qkv(400, dim=64, dtype=dtype)
     for scale in (-0.5, 2.0):
         check(q, k, v, random_selection(400, 400, 64), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [20, 40])
+def test_keys_that_are_no_numbers_leave_nothing_in_the_memory_of_a_thread(kernel, dtype, dim):
+    q, k, v = make_qkv(75, dim=dim, dtype=dtype)  # dims and keys fill up neither vectors nor tiles
+    selection = random_selection(75, 75, 32)
+    expected, out = torch.empty_like(q), torch.empty_like(q)
+    native.attend_blocks(Call(Layout.dense(q, k, v), 32, 0.2), q, k, v, selection, expected, None, threads=1)
+    k[:, 0] = v[:, 0] = torch.nan
+    native.attend_blocks(Call(Layout.dense(q, k, v), 32, 0.2), q, k, v, selection, out, None, threads=1)
+    assert out[:, :2].isnan().all()
+    assert torch.equal(out[:, 2:], expected[:, 2:])
 
 
 def test_half_precisions_are_rounded_as_torch_rounds_them(kernel):
@@ -297,6 +333,38 @@ def test_no_bit_depends_on_threads_batch_or_company(kernel, dtype):
         here = slice(i, i + 1)
         one = BlockSelection.made(selection.indices[here], selection.counts[here], selection.grid)
         assert torch.equal(block_sparse_attention(q[here], k[here], v[here], one, backend="cpu"), expected[here])
+
+
+def attend_here(dim: int = 64) -> tuple[Tensor, Tensor]:
+    """Compute in bfloat16 on this thread and another."""
+    q, k, v = make_qkv(300, dim=dim, dtype=torch.bfloat16)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    selection = random_selection(300, 300, 64)
+    native.attend_blocks(Call(Layout.dense(q, k, v), 64, 0.125), q, k, v, selection, out, lse, threads=2)
+    return out, lse
+
+
+def test_a_thread_keeps_its_own_configuration_of_the_tiles(tmp_path, monkeypatch):
+    """Other libraries set the tiles up too, and need not do it anew."""
+    library = use_kernel(EMULATED_TILES, tmp_path, monkeypatch)
+    attend_here()  # the system has been asked
+    mine = bytes([1, 0, *[0] * 14, *[32, 0] * 8, *[0] * 16, *[7] * 8, *[0] * 8])
+    for config in (bytes(64), mine):
+        found = ctypes.create_string_buffer(64)
+        library.write_tile_config(config)
+        attend_here()
+        library.read_tile_config(found)
+        assert found.raw == config
+
+
+def test_a_system_that_refuses_the_tiles_gets_the_vectors(tmp_path, monkeypatch):
+    with monkeypatch.context() as own:
+        use_kernel(f"{EMULATED_TILES} -DEMULATED_REFUSAL", tmp_path, own)
+        out, lse = attend_here()
+    use_kernel(NO_TILES, tmp_path, monkeypatch)
+    expected, expected_lse = attend_here()
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
 
 
 def test_no_thread_is_left_and_the_lock_is_free_meanwhile(kernel):

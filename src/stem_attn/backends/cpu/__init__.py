@@ -31,10 +31,9 @@ class CpuBackend(BlockedBackend):
         # Zen 4, float32, 8192 tokens, head dim 64 (docs/log.md), plain torch: attention is 3.1 times as fast as SDPA at
         # density .28, so d costs 1.2 d, and the selection a tenth of it; what is left is a margin for other machines.
         # Compiled, d costs 0.9 d or less: the margin is wider, and what is dense does not depend on a compiler.
-        # A Xeon with AMX, bfloat16, 16 threads, plain torch: as fast as SDPA at .28, and the selection takes half of
-        # SDPA's time.
-        on_tiles = geometry.dtype == torch.bfloat16 and gathered.mode_of(geometry.dtype, torch.device("cpu")) == "fused"
-        return 0.15 if on_tiles and torch.get_num_threads() > 4 else 0.5
+        # A Xeon with AMX, 16 threads, density .28, plain torch: the whole takes twice SDPA's time in bfloat16.
+        in_tiles = geometry.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        return 0.0 if in_tiles and native.why_not() else 0.5
 
     def attend_part(
         self,
@@ -53,15 +52,4 @@ class CpuBackend(BlockedBackend):
                 on_worker(lambda: native.attend_blocks(call, q, k, v, selection, out, lse, threads), q.device)
                 return
             fallbacks.note("the CPU backend computes in plain torch, which is slower", f"cpu: {reason}")
-        gathered.attend_blocks(
-            q,
-            k,
-            v,
-            selection,
-            scale=call.scale,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            window=call.window,
-            out=out,
-            lse=lse,
-        )
+        gathered.attend_blocks(call, q, k, v, selection, out, lse)

@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stem_attn.blocks import BlockSelection
+from stem_attn.call import Call
 from stem_attn.workers import cores_each, on_worker, run_jobs
 
 # Logits of a job, if it holds more than one task: more of them leave the cache, fewer make more calls. Only one thread
 # at a time may call, so jobs grow with the threads beyond eight.
 _JOB_LOGITS = 2**19
 _LOG2_E = math.log2(math.e)
-_Mode = Literal["plain", "mixed", "fused"]
 
 
 class _Job(NamedTuple):
@@ -48,71 +47,32 @@ class _Jobs(NamedTuple):
 
 
 def attend_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    window: int | None,
-    out: Tensor,
-    lse: Tensor | None,
+    call: Call, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, out: Tensor, lse: Tensor | None
 ) -> None:
     """Attend over the kept blocks.
 
     Half precisions are computed in float32. Where the CPU multiplies bfloat16 natively, the softmax's weights are
-    rounded to bfloat16 for their product with the values, as SDPA does; where it has tiles for that (AMX), SDPA does
-    all of it, unless there is a softcap or sinks, or the log-sum-exp is wanted.
+    rounded to bfloat16 for their product with the values, as SDPA does.
 
     Args:
+        call: What attention is asked for; its tensors are not read.
         q: [B, Hq, Tq, D], the last Tq of Tk tokens; any strides.
         k: [B, Hkv, Tk, D].
         v: [B, Hkv, Tk, Dv].
         selection: The kept blocks.
-        scale: Factor of the logits.
-        softcap: What their magnitude stays below, or None.
-        sinks: [Hq], one more logit a head, or None.
-        window: Tokens of a causal sliding window, or None.
         out: [B, Hq, Tq, Dv] in q's dtype, any strides; written.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of the logits; written. None: not wanted.
     """
-    device = q.device
-    mode = mode_of(q.dtype, device)
-    if mode != "fused" or softcap is not None or sinks is not None or lse is not None:
-        mode = "mixed" if mode == "fused" else mode
-        on_worker(lambda: _attend(q, k, v, selection, scale, softcap, sinks, window, out, lse, mode), device)
-        return
-
-    def one_by_one() -> None:
-        # SDPA adds its mask, and NaN outlives a sum: a sequence with such keys is computed without it.
-        for i in range(len(q)):
-            here = slice(i, i + 1)
-            one = BlockSelection.made(selection.indices[here], selection.counts[here], selection.grid)
-            own_mode: _Mode = "fused" if bool(k[i].isfinite().all()) else "mixed"
-            _attend(q[here], k[here], v[here], one, scale, None, None, window, out[here], None, own_mode)
-
-    on_worker(one_by_one, device)
+    on_worker(lambda: _attend(call, q, k, v, selection, out, lse), q.device)
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    window: int | None,
-    out: Tensor,
-    lse: Tensor | None,
-    mode: _Mode,
+    call: Call, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, out: Tensor, lse: Tensor | None
 ) -> None:
+    scale, softcap, sinks, window = call.scale, call.softcap, call.sinks, call.window
     size = selection.block_size
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    compute = torch.bfloat16 if mode == "fused" else wide
-    weigh = wide if mode == "plain" else torch.bfloat16
+    weigh = torch.bfloat16 if multiplies_bfloat16(q.dtype, q.device) else wide
     device = q.device
     keys, values = _to_blocks(k, size), _to_blocks(v, size)
     plan = _make_jobs(selection, k.shape[1])
@@ -120,14 +80,14 @@ def _attend(
     most_rows = max(n * rows for n, rows, _ in shapes)
     most_blocks = max(n * width for n, _, width in shapes)
     most_logits = max(n * rows * width for n, rows, width in shapes) * size
-    future = torch.full((size, size), -math.inf, dtype=compute, device=device).triu_(1)
+    future = torch.full((size, size), -math.inf, dtype=wide, device=device).triu_(1)
     sink_logits = None if sinks is None else (sinks.to(wide) * _LOG2_E)[plan.heads, None, None]  # of every task
 
     def start() -> Callable[[int], None]:
-        query_room = torch.empty(most_rows, q.shape[3], dtype=compute, device=device)
-        gather_keys, gather_values = _gatherer(keys, most_blocks, compute), _gatherer(values, most_blocks, weigh)
-        logit_room = torch.empty(most_logits, dtype=compute, device=device)
-        weight_room = logit_room if weigh == compute else torch.empty(most_logits, dtype=weigh, device=device)
+        query_room = torch.empty(most_rows, q.shape[3], dtype=wide, device=device)
+        gather_keys, gather_values = _gatherer(keys, most_blocks, wide), _gatherer(values, most_blocks, weigh)
+        logit_room = torch.empty(most_logits, dtype=wide, device=device)
+        weight_room = logit_room if weigh == wide else torch.empty(most_logits, dtype=weigh, device=device)
         result_room = torch.empty(most_rows, v.shape[3], dtype=weigh, device=device)
 
         @cache
@@ -159,38 +119,28 @@ def _attend(
             q_rows, out_rows, lse_rows = by_row(job.sample, job.span, rows)
             for part, place in zip(queries.unbind(), places, strict=True):
                 part.copy_(q_rows[place])
-            if mode == "fused":
-                # Without logits, tasks have one mask in common unless there is a window.
-                logits = logits[: 1 if window is None else n].zero_()
-                last = logits[:, :, -size:]
-            else:
-                # In powers of two, which are cheaper than those of e.
-                factor = scale * _LOG2_E if softcap is None else scale / softcap
-                torch.baddbmm(logits, queries, job_keys.mT, beta=0, alpha=factor, out=logits)
-                if softcap is not None:
-                    logits.tanh_().mul_(softcap * _LOG2_E)
+            # In powers of two, which are cheaper than those of e.
+            factor = scale * _LOG2_E if softcap is None else scale / softcap
+            torch.baddbmm(logits, queries, job_keys.mT, beta=0, alpha=factor, out=logits)
+            if softcap is not None:
+                logits.tanh_().mul_(softcap * _LOG2_E)
             # First to zero, for NaN would outlive a sum; the two together take a sixth of masked_fill_'s time.
             last.tril_(job.place).add_(future[job.place : job.place + rows])
             if window is not None:
                 ages = plan.diagonals[job.tasks, None] - chosen.view(n, width)
                 _hide_left_of_window(logits, ages, job.place, size, window)
-            if mode == "fused":
-                result = F.scaled_dot_product_attention(
-                    queries[None], job_keys[None], job_values[None], attn_mask=logits[None], scale=scale
-                )[0]
+            peak = logits.amax(-1, keepdim=True)
+            if sink_logits is not None:
+                peak = peak.maximum(sink_logits[job.tasks])
+            total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
+            if sink_logits is not None:
+                total += (sink_logits[job.tasks] - peak).exp2_()
+            if weigh == wide:
+                torch.bmm(logits, job_values, out=result)
+                result.div_(total)
             else:
-                peak = logits.amax(-1, keepdim=True)
-                if sink_logits is not None:
-                    peak = peak.maximum(sink_logits[job.tasks])
-                total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
-                if sink_logits is not None:
-                    total += (sink_logits[job.tasks] - peak).exp2_()
-                if mode == "mixed":
-                    torch.mul(logits, total.reciprocal(), out=weights)
-                    torch.bmm(weights, job_values, out=result)
-                else:
-                    torch.bmm(logits, job_values, out=result)
-                    result.div_(total)
+                torch.mul(logits, total.reciprocal(), out=weights)
+                torch.bmm(weights, job_values, out=result)
             for part, place in zip(result.unbind(), places, strict=True):
                 out_rows[place].copy_(part)
             if lse is not None:
@@ -208,13 +158,11 @@ def _rows(job: _Job, size: int) -> int:
     return min(job.span[1] - job.span[0], size)
 
 
-def mode_of(dtype: torch.dtype, device: torch.device) -> _Mode:
-    """Choose how to compute: what is fastest and no less exact than dense SDPA."""
+def multiplies_bfloat16(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the product with the values is one of bfloat16: it is fastest, and no less exact than SDPA."""
     if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "plain"
-    if torch.cpu._is_amx_tile_supported():
-        return "fused"
-    return "mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _make_jobs(selection: BlockSelection, kv_heads: int) -> _Jobs:
