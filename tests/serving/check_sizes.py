@@ -6,7 +6,8 @@
 A size is `one`, or `tp`, `pp` or `dp` (tensor, pipeline, data parallel) and a number of devices. For each, a dense
 server and one with Stem stand side by side and answer the same requests, all at once: prompts of 500 to 9000 tokens of
 public text, with everything kept, and sparsely. A file a size. Without sizes, the files are compared: a line each, and
-exit code 1 where a token differs by more than rounding. No test of pytest: it takes two servers a size.
+exit code 1 where a token differs by more than rounding. The model's tokenizer must know the text: where all tokens are
+alike, any choice of blocks is right. No test of pytest: it takes two servers a size.
 """
 
 import argparse
@@ -117,6 +118,7 @@ def measure(model, size, out):
         }
         counts = stem.stats()
         assert all(one["density"] == 1 and one["sparse_tokens"] for one in counts), counts
+        stem.request("/collective_rpc", {"method": "stem_reset_stats"})
         found["dense_judged"], found["stem_judged"] = judged(plain, texts), judged(stem, texts)
         found["counts"] = stem.stats()
         (out / f"{size}.json").write_text(json.dumps(found))
