@@ -111,6 +111,9 @@ def test_odd_lengths_and_prefixes(q_len: int, k_len: int, dtype: torch.dtype) ->
     q, k, v = on_device(*make_qkv(q_len, k_len, batch=batch, heads=heads, kv_heads=heads // 2, dim=64, dtype=dtype))
     for size in (64, 128):
         check(q, k, v, random_selection(q_len, k_len, size, batch=batch, heads=heads))
+    if GPU:  # on Hopper with its own kernel
+        q, k, v = on_device(*make_qkv(q_len, k_len, batch=2, heads=4, kv_heads=2, dim=128, dtype=dtype))
+        check(q, k, v, random_selection(q_len, k_len, 64, batch=2, heads=4))
 
 
 @pytest.mark.skipif(GPU, reason="a GPU that has descriptors uses them in the other tests")
@@ -150,7 +153,7 @@ def test_float32() -> None:
 @pytest.mark.parametrize("window", [1, 50, 128, 1000])
 def test_sliding_window(window: int) -> None:
     """Inside edge blocks too, and where a kept block lies wholly outside of it."""
-    for size, dim in ((64, 64), (128, 64), (128, 256)) if GPU else ((64, 64),):
+    for size, dim in ((64, 64), (64, 128), (128, 64), (128, 256)) if GPU else ((64, 64),):
         q, k, v = on_device(*make_qkv(150, 270, heads=2, kv_heads=1, dim=dim, dtype=torch.float16))
         check(q, k, v, random_selection(150, 270, size, heads=2), window=window)
 
@@ -208,9 +211,20 @@ def test_offsets_beyond_32_bits(size: int) -> None:
 def test_many_blocks() -> None:
     """Long enough that the kernels' rings of tiles go round several times."""
     tokens = 4000 if GPU else 600
-    for dim in (64, 256) if GPU else (64,):
+    for size, dim in ((128, 64), (128, 256), (64, 128)) if GPU else ((128, 64),):
         q, k, v = on_device(*make_qkv(tokens, heads=2, kv_heads=1, dim=dim, dtype=torch.float16))
-        check(q, k, v, random_selection(tokens, tokens, 128, heads=2))
+        check(q, k, v, random_selection(tokens, tokens, size, heads=2))
+
+
+def test_maxima_that_rise_late() -> None:
+    """The maximum of a row lags behind its logits; here they rise from block to block, or go up and down."""
+    tokens = 1500 if GPU else 400
+    for size in (64, 128):
+        for dtype in DTYPES:
+            q, k, v = on_device(*make_qkv(tokens, heads=2, kv_heads=1, dim=128, dtype=dtype))
+            for weights in (torch.linspace(20, 0.1, tokens), 10 + 9 * torch.linspace(0, 9, tokens).sin()):
+                steep = (k * weights.to(k.device)[:, None]).to(dtype)
+                check(q, steep, v, random_selection(tokens, tokens, size, heads=2))
 
 
 @pytest.mark.parametrize(("size", "long_tokens"), [(32, 1024), (128, 1024), (128, 1)] if GPU else [(64, 1024)])

@@ -98,7 +98,9 @@ def test_the_report_tells_densities_apart_and_refuses_other_settings_under_one_n
     for file, more in zip(files, ([], ["--density", "0.5"], ["--block-size", "32"]), strict=True):
         assert command(folder, *common, *more, "--out", str(file), name="tasks") == 0
     record = tmp_path / "report.json"
-    assert cli.run(["eval", "report", *map(str, files[:2]), "--json", str(record)]) == 0
+    plot = tmp_path / "report.png"
+    assert cli.run(["eval", "report", *map(str, files[:2]), "--json", str(record), "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
     found = json.loads(record.read_text())
     names = ["dense", "xattention+tail with its own budget", "xattention+tail at 0.5"]
     assert [cell["method"] for cell in found["cells"]] == names

@@ -7,11 +7,11 @@ import pytest
 
 import tiny_model
 from stem_attn.config import field_names
+from stem_attn.lab.answers import decode, read_prompt
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
 from stem_attn.lab.named_methods import NamedMethod, parse_methods
 from stem_attn.lab.tasks import run
-from stem_attn.lab.tasks.generate import decode, read_prompt
 from stem_attn.lab.tasks.run import Settings, chat_frame, evaluate, fingerprint
 from stem_attn.lab.tasks.samples import Frame
 from stem_attn.lab.tasks.store import Store

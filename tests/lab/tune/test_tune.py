@@ -11,12 +11,16 @@ import tiny_model
 from stem_attn import StemConfig, cli
 from stem_attn.integrations import hf
 from stem_attn.integrations.vllm import settings
+from stem_attn.lab.answers import read_prompt
 from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.named_methods import parse_methods
 from stem_attn.lab.tasks.sparse import running
+from stem_attn.lab.tune.found import numbers
 from stem_attn.lab.tune.levels import levels
-from stem_attn.lab.tune.run import check, most_forwards, neighbours, parse_target, tune, with_layer_budgets
+from stem_attn.lab.tune.recall import ANSWER_TOKENS, PASSAGE_TOKENS, ask_for_the_rest
+from stem_attn.lab.tune.run import check, most_forwards, neighbours, tune, with_layer_budgets
+from stem_attn.lab.tune.target import parse_target
 from stem_attn.policy import PrefillPolicy, make_settings, read_settings
 
 LENGTH = 384
@@ -37,9 +41,12 @@ def search(model, target, ids):
     return tune(model, ids, CONFIG, POLICY, parse_target(target), logit_stride=1, on_step=silent)
 
 
-@pytest.mark.parametrize("text", ["kl", "kl=x", "kl=0", "kl=inf", "top1=0", "top1=1.5", "ppl=3"])
+WRONG = ["kl", "kl=x", "kl=0", "kl=inf", "top1=0", "top1=1.5", "drift=0", "drift=nan", "agreement=2", "ppl=3"]
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_targets_that_make_no_sense(text):
-    with pytest.raises(InputError, match="--target takes kl=NATS above 0 or top1=SHARE"):
+    with pytest.raises(InputError, match="--target takes kl=NATS or drift=NATS above 0, or top1=SHARE or agreement"):
         parse_target(text)
 
 
@@ -65,6 +72,54 @@ def test_the_target_is_reached_and_the_file_gives_what_was_measured(target):
     assert hf.stats(model).density == pytest.approx(found.outcome.density)
     assert sum(kl) / 2 == pytest.approx(found.outcome.kl_nats, rel=1e-3)
     assert sum(agree) / 2 == pytest.approx(found.outcome.top1_agreement, abs=0.01)
+
+
+@pytest.mark.parametrize("target", ["drift=0.01", "agreement=0.5"])
+def test_a_target_of_answers_is_reached_and_what_was_measured_is_true(target):
+    model, ids = tiny_model.model(), [ask_for_the_rest(one, seed) for seed, one in enumerate(prompts(2))]
+    found = search(model, target, ids)
+    assert parse_target(target).met(found.outcome)
+    assert 0 < found.outcome.density < 1
+    answers = [answer(model, one) for one in ids]
+    lost, same = [], []
+    with torch.no_grad():
+        for one, written in zip(ids, answers, strict=True):
+            whole = torch.cat([one, torch.tensor([written])], 1)
+            dense = model(whole).logits[0, LENGTH - 1 : -1].double().log_softmax(-1)
+            hf.enable(model, found.config, policy=found.policy)
+            read = read_prompt(model, one)
+            hf.disable(model)
+            rest = model(whole[:, LENGTH:-1], past_key_values=read.cache).logits[0].double()
+            sparse = torch.cat([read.logits.double(), rest]).log_softmax(-1)
+            picked = [side.gather(-1, torch.tensor(written)[:, None]).mean() for side in (dense, sparse)]
+            lost.append(float(picked[0] - picked[1]))
+            same.append(sparse.argmax(-1).tolist() == written)
+    assert sum(lost) / 2 == pytest.approx(found.outcome.answers.drift_nats, abs=1e-4)
+    assert sum(same) / 2 == found.outcome.answers.agreement
+
+
+def answer(model, ids):
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+def test_prompts_are_answered_only_where_the_target_asks():
+    model, ids = tiny_model.model(), prompts(1)
+    assert search(model, "kl=0.05", ids).outcome.answers is None
+    assert "drift_nats" not in numbers(search(model, "kl=0.05", ids).outcome)
+
+
+def test_a_prompt_asks_for_the_rest_of_one_of_its_passages():
+    ids = torch.arange(LENGTH)[None]
+    asked = [ask_for_the_rest(ids, seed) for seed in range(20)]
+    firsts = [int(one[0, -PASSAGE_TOKENS]) for one in asked]
+    for one, first in zip(asked, firsts, strict=True):
+        assert torch.equal(one[:, :-PASSAGE_TOKENS], ids[:, :-PASSAGE_TOKENS])
+        assert one[0, -PASSAGE_TOKENS:].tolist() == list(range(first, first + PASSAGE_TOKENS))
+    assert len(set(firsts)) > 10
+    assert max(firsts) + PASSAGE_TOKENS + ANSWER_TOKENS < LENGTH - PASSAGE_TOKENS
+    with pytest.raises(InputError, match="--length 80 is too short for prompts that ask for a passage"):
+        ask_for_the_rest(ids[:, :80], 0)
 
 
 @pytest.mark.parametrize("sensitive", [0, 1])
@@ -114,12 +169,14 @@ def test_no_more_forwards_are_made_than_told():
     assert most / 2 < len(steps) <= most
     assert steps.count("sensitivity") == 2  # one a layer, of the first prompt
     assert {trial.prompts for trial in found.trials if trial.stage in ("uniform", "tuned")} == {2}
+    tuned = [trial for trial in found.trials if trial.stage == "tuned"]
+    assert steps.count("tuned") == 2 * len(tuned) - 1  # the first of them has run on the first prompt before
 
 
 def test_deep_models_have_groups_of_neighbours():
     assert neighbours(range(3)) == [range(1), range(1, 2), range(2, 3)]
     groups = neighbours(list(range(32)))
-    assert [len(group) for group in groups] == [4] * 8
+    assert [len(group) for group in groups] == [6, 6, 6, 6, 6, 2]
     assert [layer for group in groups for layer in group] == list(range(32))
 
 
@@ -169,6 +226,18 @@ def test_command_writes_a_config_and_a_record(folder, tmp_path, capsys):
     assert re.fullmatch(r"tune: one takes [\d.]+ s, all at most \d+ s", said[1])
 
 
+def test_command_reaches_a_target_of_answers(folder, tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    arguments = ["tune", "--model", folder, "--out", str(out), "--target", "drift=0.01", "--held-out", "1", *BASIC]
+    assert cli.run(arguments) == 0
+    record = json.loads((tmp_path / "tuned.tune.json").read_text())
+    assert record["tuned"]["drift_nats"] <= 0.01
+    assert set(record["held_out"]["uniform_at_equal_density"]) == set(record["tuned"])
+    printed = capsys.readouterr().out
+    assert "drift, nats" in printed
+    assert "same answers" in printed
+
+
 def test_command_says_so_where_only_dense_reaches_the_target(folder, tmp_path, capsys):
     out = tmp_path / "tuned.json"
     arguments = ["tune", "--model", folder, "--out", str(out), "--target", "kl=1e-13", "--held-out", "0", *BASIC]
@@ -181,6 +250,7 @@ def test_command_says_so_where_only_dense_reaches_the_target(folder, tmp_path, c
     ("arguments", "message"),
     [
         (["--target", "kl=none"], "--target takes kl=NATS"),
+        (["--target", "drift=1", "--length", "80"], "--length 80 is too short for prompts that ask for a passage"),
         (["--set", "min_seq_len=4096"], "below this config's min_seq_len of 4096"),
         (["--config", "nowhere.json"], "cannot read settings file nowhere.json: No such file"),
         (["--out", "nowhere/tuned.json"], "cannot write nowhere/tuned.json"),

@@ -233,10 +233,11 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int
     if q.device.type != "cuda" or torch.version.hip is not None or _capability(q.device) != (9, 0):
         return False
     pads = padded(q.shape[3]), padded(v.shape[3])
-    shaped = block_size == 128 and min(pads) >= 64 and q.element_size() == 2
-    if not shaped or not all(map(_describable, (q, k, v))):
+    # At head dim 64 blocks of 64 have not been measured; above 128 two programs would not share a multiprocessor.
+    sized = (block_size == 128 and min(pads) >= 64) or (block_size == 64 and pads == (128, 128))
+    if not sized or q.element_size() != 2 or not all(map(_describable, (q, k, v))):
         return False
-    keys = choose_hopper_tile(*pads).keys
+    keys = choose_hopper_tile(block_size, *pads).keys
     return (page_size % keys == 0 or (keys % page_size == 0 and page_size >= 8)) and _gluon_known()
 
 
@@ -257,8 +258,9 @@ def launch_hopper(x: Operands) -> None:
     sinks = sinks_of(x.call, x.counts)
     tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts)
     key = _layouts(q, k, v, x.out, x.indices, x.counts), q.dtype, q.device, _alignment(*tensors)
-    tile = choose_hopper_tile(padded(q.shape[3]), padded(v.shape[3]))
-    plan, boxes = _hopper_launch(*key, x.logits, x.call.window, lse is not None, x.k_len, x.page_size, tile)
+    tile = choose_hopper_tile(x.call.block_size, padded(q.shape[3]), padded(v.shape[3]))
+    flags = x.call.window, lse is not None, x.k_len, x.page_size, x.call.block_size
+    plan, boxes = _hopper_launch(*key, x.logits, *flags, tile)
     inputs = (
         GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip((q, k, v), boxes, strict=True)
     )
@@ -276,6 +278,7 @@ def _hopper_launch(
     lse: bool,
     k_len: int,
     page_size: int,
+    block_size: int,
     tile: HopperTile,
 ) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
     """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
@@ -293,10 +296,12 @@ def _hopper_launch(
         "LSE": lse,
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
+        "BLOCK": block_size,
     }
     strides = (layouts[3][1], *layouts[4][1][:3], *layouts[5][1])
-    # 384 threads share 64 Ki registers; the kernel deals them out anew.
-    plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, num_warps=4, maxnreg=168)
+    # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
+    options = {"num_warps": 4, "maxnreg": tile.registers}
+    plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, **options)
     boxes = ((64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v)))
     return plan, [(box, box_layout(box)) for box in boxes]
 

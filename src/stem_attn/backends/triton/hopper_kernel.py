@@ -1,9 +1,9 @@
-"""The attention kernel for Hopper, in Gluon: one warp loads, two warpgroups compute.
+"""The attention kernel for Hopper, in Gluon: one warp loads, one or two warpgroups compute.
 
-One program computes one 128-token query block of one head. A producer warp walks the row's list and copies key and
-value tiles into two rings in shared memory; each of two consumer warpgroups takes 64 of the queries. A consumer
-issues the scores of the next tile before the value product of the last one, and the two do not wait for each other,
-so that the tensor cores work while one of them exponentiates.
+One program computes one query block of one head. A producer warp walks the row's list and copies key and value tiles
+into two rings in shared memory; each consumer warpgroup takes 64 of the queries. Two of them share a block of 128; a
+block of 64 has one, and two programs share a multiprocessor. A consumer issues the scores of the next tile before the
+value product of the last one, which runs while it exponentiates.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 # Triton renamed the first in 3.7 and the others in 3.9.
 warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+SLACK = gl.constexpr(8.0)
+"""How far, as a power of two, scores may rise above the maximum that weights are relative to before it moves.
+
+Weights are then at most 256, sums in float32 lose nothing, and the accumulators of most tiles need no new scale.
+"""
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # queries a warpgroup
-BLOCK = gl.constexpr(128)
-
-
 CHUNK = gl.constexpr(64)  # numbers of 16 bits in a row of shared memory, 128 bytes
 
 
@@ -100,7 +103,9 @@ def hopper_attention_kernel(
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
+    BLOCK: gl.constexpr,  # tokens a block: 64 or 128
 ):
+    CONSUMERS: gl.constexpr = BLOCK // HALF
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)
     batch = gl.program_id(1)
@@ -118,7 +123,7 @@ def hopper_attention_kernel(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], k.dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], v.dtype)
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D_PAD], q_layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, HALF, D_PAD], q_layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D_PAD], k_layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, DV_PAD], v_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -130,8 +135,8 @@ def hopper_attention_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles)
@@ -140,35 +145,59 @@ def hopper_attention_kernel(
     # Without what is not read: it would be carried over to the warpgroups all the same.
     geometry = (offset, q_len, scale_log2, window, (tanh_factor,) if TANH != "none" else ())
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
-    gl.warp_specialize(
-        [
-            (_consume, (0, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH)),
-            (_consume, (1, tiles, barriers, blocks, geometry, outputs, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH)),
-            (_produce, ((q, k, v), tiles, barriers, blocks, (batch, block_table, k_len), head, kv_head, STAGES, PAGE)),
-        ],
-        [4, 1],
-        [232, 40] if PAGE > 0 and PAGE < KEYS else [240, 24],  # the producer holds the numbers of a tile's pages
-    )
+    values = (tiles, barriers, blocks, geometry, outputs)
+    source = (batch, block_table, k_len)
+    producer_registers: gl.constexpr = 40 if PAGE > 0 and PAGE < KEYS else 24  # it holds the numbers of a tile's pages
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_consume, (1, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
+            ],
+            [4, 1],
+            [232 if producer_registers > 24 else 240, producer_registers],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
+            ],
+            [1],
+            [producer_registers],
+        )
 
 
 @gluon.jit
-def _produce(descriptors, tiles, barriers, blocks, source, head, kv_head, STAGES: gl.constexpr, PAGE: gl.constexpr):
+def _produce(
+    descriptors,
+    tiles,
+    barriers,
+    blocks,
+    source,
+    head,
+    kv_head,
+    STAGES: gl.constexpr,
+    PAGE: gl.constexpr,
+    BLOCK: gl.constexpr,
+):
     """Copy Q once, then K one tile ahead of V, in the order in which the consumers need them."""
     q, k, v = descriptors
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
     KEYS: gl.constexpr = k_tiles.type.shape[1]
-    mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
-    for half in gl.static_range(2):
+    mbarrier.expect(q_full.index(0), BLOCK // HALF * q.block_type.nbytes)
+    for half in gl.static_range(BLOCK // HALF):
         load_box(q, [source[0], head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
-    first = _first_key(indices, count, 0, KEYS)
+    first = _first_key(indices, count, 0, KEYS, BLOCK)
     _copy(k, k_tiles, k_full, 0, kv_head, first, _outer(source, first, KEYS, PAGE), PAGE)
     steps = count * (BLOCK // KEYS)
     for step in range(1, steps + 1):
         last_first = first
         if step < steps:
-            first = _first_key(indices, count, step, KEYS)
+            first = _first_key(indices, count, step, KEYS, BLOCK)
             outer = _outer(source, first, KEYS, PAGE)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
@@ -217,7 +246,7 @@ def _copy(descriptor, tiles, full, slot, kv_head, first, outer, PAGE: gl.constex
 
 
 @gluon.jit
-def _first_key(indices, count, step, KEYS: gl.constexpr):
+def _first_key(indices, count, step, KEYS: gl.constexpr, BLOCK: gl.constexpr):
     """Return the first key of a step's tile: the row's blocks last to first, a block's tiles first to last."""
     PER_BLOCK: gl.constexpr = BLOCK // KEYS
     return gl.load(indices + count - 1 - step // PER_BLOCK) * BLOCK + step % PER_BLOCK * KEYS
@@ -247,11 +276,7 @@ def _finite(peak, CHECK: gl.constexpr):
 @gluon.jit
 def _consume(
     half,
-    tiles,
-    barriers,
-    blocks,
-    geometry,
-    outputs,
+    values,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     PAGED: gl.constexpr,
@@ -259,8 +284,10 @@ def _consume(
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
+    BLOCK: gl.constexpr,
 ):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
+    tiles, barriers, blocks, geometry, outputs = values
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
@@ -285,6 +312,8 @@ def _consume(
     # The diagonal block's first tile. Every query sees a key in it, unless a window leaves out the part of the block
     # that this tile is: only then can a maximum be infinite.
     mbarrier.wait(q_full.index(0), 0)
+    if query.type.shape[1] <= 128:  # with more there are too few registers
+        query = query.load(gl.DotOperandLayout(0, score_layout, 2))
     mbarrier.wait(k_full.index(0), 0)
     score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
@@ -294,7 +323,7 @@ def _consume(
         score = tanh(score * tanh_factor[0], TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     if WINDOW:
-        key = _first_key(indices, count, 0, KEYS) + column
+        key = _first_key(indices, count, 0, KEYS, BLOCK) + column
         score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
     peak = gl.max(score, 1) * scale_log2
     weight = gl.exp2(score * scale_log2 - _finite(peak, WINDOW and PER_BLOCK > 1)[:, None])
@@ -303,7 +332,7 @@ def _consume(
     acc = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
 
     if PAGED:
-        # The last page may hold anything past the end, even NaN, which a weight of zero does not hide. Both
+        # The last page may hold anything past the end, even NaN, which a weight of zero does not hide. All
         # warpgroups write the same zeros.
         held = q_len - first_token
         if held < BLOCK:
@@ -313,12 +342,14 @@ def _consume(
             fence_async_shared()
             warpgroup_barrier()
 
+    decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     steps = count * PER_BLOCK
+    mbarrier.wait(k_full.index(1), 0, pred=steps > 1)
     for step in range(1, steps):
         slot = step % STAGES
         last = (step - 1) % STAGES
-        mbarrier.wait(k_full.index(slot), step // STAGES & 1)
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
+        acc = rescale(acc, gl.convert_layout(decay, out_rows))
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
         acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
@@ -327,24 +358,29 @@ def _consume(
         if TANH != "none":
             score = tanh(score * tanh_factor[0], TANH)
         if PER_BLOCK > 1:  # the rest of the diagonal block
-            ahead = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
-            score = gl.where(column[None, :] + ahead <= row[:, None], score, float("-inf"))
+            start = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
+            score = gl.where(column[None, :] + start <= row[:, None], score, float("-inf"))
         if WINDOW:
-            key = _first_key(indices, count, step, KEYS) + column
+            key = _first_key(indices, count, step, KEYS, BLOCK) + column
             score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
-        new_peak = gl.maximum(peak, gl.max(score, 1) * scale_log2)
+        tile_peak = gl.max(score, 1) * scale_log2
+        new_peak = gl.where(tile_peak > peak + SLACK, tile_peak, peak)
         base = _finite(new_peak, WINDOW and PER_BLOCK > 1)
         weight = gl.exp2(score * scale_log2 - base[:, None])
         decay = gl.exp2(peak - base)
         total = total * decay + gl.sum(weight, 1)
         peak = new_peak
+        # The assembler moves the wait for the value product up, before the exponentials, if nothing that branches
+        # stands between. So the wait for the next keys is here.
+        ahead = step + 1
+        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < steps)
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
-        acc = acc * gl.convert_layout(decay, out_rows)[:, None]
         operand = gl.convert_layout(weight.to(dtype), weight_layout)
 
     last = (steps - 1) % STAGES
+    acc = rescale(acc, gl.convert_layout(decay, out_rows))
     mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
     acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))

@@ -50,21 +50,25 @@ class HopperTile:
     """Launch choices of the Hopper kernel.
 
     Args:
-        keys: Key tokens a step; divides the block of 128.
+        keys: Key tokens a step; divides the block.
         stages: Tiles that each of the key and value rings holds.
+        registers: A thread, as they are dealt out at first.
     """
 
     keys: int
     stages: int
+    registers: int
 
 
-def choose_hopper_tile(head_dim: int, v_head_dim: int) -> HopperTile:
-    """Pick the launch choices, from the head dims padded to powers of two, 64 to 256.
+def choose_hopper_tile(block_size: int, head_dim: int, v_head_dim: int) -> HopperTile:
+    """Pick the launch choices, from the head dims padded to powers of two, 64 to 256; blocks of 64 have 128.
 
     The accumulators take `v_head_dim / 2` registers a thread and the scores `keys / 2`; the rings and the queries
-    share 227 KiB.
+    share 227 KiB. Of blocks of 64 two programs of 256 threads share a multiprocessor, of others one of 384 has it.
     """
-    return HopperTile(128 if max(head_dim, v_head_dim) <= 128 else 64, 2)
+    if block_size == 64:
+        return HopperTile(64, 3, 128)
+    return HopperTile(128 if max(head_dim, v_head_dim) <= 128 else 64, 2, 168)
 
 
 def choose_mass_tile(depth: int, slots: int, item_bytes: int) -> tuple[int, int, int, int]:

@@ -73,6 +73,25 @@ class Stats:
         return plots.draw_calls(calls, title=f"{self.method}: {self.calls} attention calls, {density}", axes=axes)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """Hold what a selection kept, added up before anything waits for the device.
+
+    Args:
+        blocks: int64 [] on the selection's device.
+        causal: Blocks that dense attention would compute.
+    """
+
+    blocks: Tensor
+    causal: int
+
+    @classmethod
+    def of(cls, selection: BlockSelection) -> Kept:
+        """Return a selection's."""
+        batch, heads, _ = selection.counts.shape
+        return cls(selection.counts.sum(), batch * heads * selection.grid.causal_blocks)
+
+
 class Counters:
     """Count the calls of one model."""
 
@@ -105,14 +124,12 @@ class Counters:
         with self._lock:
             self._zero()
 
-    def selection(self, selection: BlockSelection) -> None:
+    def kept(self, kept: Kept) -> None:
         """Note the density of one sparse call, or of one batch row of it."""
-        kept = selection.counts.sum()
-        device = str(kept.device)
-        batch, heads, _ = selection.counts.shape
+        device = str(kept.blocks.device)
         with self._lock:
-            self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept
-            self._causal_blocks += batch * heads * selection.grid.causal_blocks
+            self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept.blocks
+            self._causal_blocks += kept.causal
 
     def next_audit_seed(self) -> int:
         """Return another seed on every call, and the same ones again after a reset."""

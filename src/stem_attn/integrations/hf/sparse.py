@@ -8,10 +8,10 @@ from torch import Tensor
 
 from stem_attn.api import block_sparse_attention, stem_attention
 from stem_attn.audit import AuditSums
-from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.checks import resolve_scale
 from stem_attn.config import StemConfig
+from stem_attn.integrations.hf.counters import Kept
 from stem_attn.integrations.hf.state import State
 from stem_attn.layout import Layout
 from stem_attn.run import audit
@@ -30,7 +30,7 @@ class SparseCall:
         self._state = state
         self._config = config
         self._how = how
-        self._selections: list[BlockSelection] = []
+        self._kept: list[Kept] = []
         self._audit: AuditSums | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
@@ -54,7 +54,7 @@ class SparseCall:
             selection = state.method.select(q, k, v, scale=how["scale"], prompt_len=lens)
             residual = config.residual
             out = block_sparse_attention(q, k, v, selection, residual=residual, backend=state.backend, **how)
-        self._selections.append(selection)
+        self._kept.append(Kept.of(selection))
         if state.policy.audit_rows:
             asked = {**how, "scale": resolve_scale(how["scale"], q.shape[3])}
             call = Call(Layout.dense(q, k, v, lens), state.block_size, **asked)
@@ -75,6 +75,6 @@ class SparseCall:
             counters.audit(layer, self._audit, redone=missed)
             if missed:
                 return False
-        for selection in self._selections:
-            counters.selection(selection)
+        for kept in self._kept:
+            counters.kept(kept)
         return True

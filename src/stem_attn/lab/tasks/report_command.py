@@ -9,13 +9,21 @@ from typing import Annotated
 import typer
 
 from stem_attn.lab.errors import InputError, require
-from stem_attn.lab.options import JsonOption
-from stem_attn.lab.results import Record, check_json, deliver, new_record
+from stem_attn.lab.options import OUTPUT, JsonOption
+from stem_attn.lab.results import Record, check_json, check_writable, deliver, new_record, write_files
 
 
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What runs were given as --out.")],
     json_path: JsonOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a PNG of drift and agreement by density (needs matplotlib).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     """Show the tables of answers that runs of `eval tasks` or `eval ruler` have kept, without the model.
 
@@ -23,6 +31,9 @@ def report(
     one seed.
     """
     require("transformers", "wonderwords", extra="eval")
+    if plot is not None:
+        require("matplotlib", extra="eval")
+        check_writable(plot)
     import torch
 
     from stem_attn.lab.tasks.report import render
@@ -41,6 +52,10 @@ def report(
     _tell_apart(records)
     settings = {"files": [str(file) for file in files], "methods": _methods(records)}
     found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
+    if plot is not None:
+        from stem_attn.lab.tasks.plot import draw
+
+        write_files({plot: draw(found)})
     deliver(found, render(found), json_path)
 
 

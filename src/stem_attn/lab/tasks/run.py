@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from stem_attn.lab import machine
+from stem_attn.lab.answers import Prefilled, decode, end_tokens, force, read_prompt, together
 from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.devices import name_of
 from stem_attn.lab.equal_density import UnreachableDensityError
@@ -20,7 +21,6 @@ from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import LoadedModel
 from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.lab.results import Record
-from stem_attn.lab.tasks.generate import Prefilled, decode, end_tokens, log_probability, read_prompt, together
 from stem_attn.lab.tasks.registry import TASKS
 from stem_attn.lab.tasks.samples import Frame, Request, Sample
 from stem_attn.lab.tasks.sparse import Kept, running
@@ -262,7 +262,7 @@ class _Runner:
         batches = together([reading.prefilled for reading in group], task.new_tokens)
         written = [ids for batch in batches for ids in decode(model, batch, task.new_tokens)]
         forced = written[0] if dense is None else dense
-        likely = [value for batch in batches for value in log_probability(model, batch, forced)]
+        likely = [each.log_probability for batch in batches for each in force(model, batch, forced)]
         ends = end_tokens(model)
         return [
             {

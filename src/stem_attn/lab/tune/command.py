@@ -47,7 +47,8 @@ def tune(
         typer.Option(
             metavar="KIND=VALUE",
             help="kl=NATS: mean KL to the dense model of at most so much. top1=SHARE: the same next token at so many "
-            "positions.",
+            "positions. drift=NATS: dense attention's own answers lose at most so much log-probability a token. "
+            "agreement=SHARE: so many answers are dense attention's.",
         ),
     ] = "kl=0.01",
     model: ModelOption = None,
@@ -71,7 +72,7 @@ def tune(
     stem_attn.policy.read_settings read. Budgets scale with the prompt; tune at the length that matters to you.
     """
     require("transformers", "gguf", extra="demo")
-    from stem_attn.lab.tune.run import parse_target
+    from stem_attn.lab.tune.target import parse_target
 
     # Everything that can be refused without the model is refused before it loads.
     wanted = parse_target(target)
@@ -89,6 +90,8 @@ def tune(
 
     from stem_attn.lab.texts import excerpts
     from stem_attn.lab.tune import run as search
+    from stem_attn.lab.tune.found import describe
+    from stem_attn.lab.tune.recall import ask_for_the_rest
     from stem_attn.lab.tune.report import render
 
     torch.manual_seed(_SEED)
@@ -97,6 +100,8 @@ def tune(
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     texts = excerpts(loaded.tokenizer, length, prompts + held_out, text_file or [])
     ids = [text.ids for text in texts]
+    if wanted.asks_answers:
+        ids = [ask_for_the_rest(one, seed) for seed, one in enumerate(ids)]
     settings: Record = {
         "target": str(wanted),
         "length": length,
@@ -122,7 +127,7 @@ def tune(
             loaded.model, ids[:prompts], config, policy, wanted, logit_stride=logit_stride, on_step=starts
         )
         record["seconds"] = round(time.perf_counter() - start, 1)
-        record |= search.describe(found, wanted)
+        record |= describe(found, wanted)
         write_files({record_path: to_json(record), out: to_json(record["config"])})
         if held_out:
             record["held_out"] = search.check(

@@ -37,7 +37,9 @@ def _layers(layers: list[Record]) -> Table:
 
 def _totals(found: Record) -> Table:
     table = Table(title=f"All tuned layers together, target {found['settings']['target']}")
-    for column in ("prompts", "budgets", "density", "KL, nats", "same top-1"):
+    answered = "drift_nats" in found["tuned"]
+    answers = ("drift, nats", "same answers") if answered else ()
+    for column in ("prompts", "budgets", "density", "KL, nats", "same top-1", *answers):
         table.add_column(column, justify="right" if column not in ("prompts", "budgets") else "left")
     rows = [("tuned on", "by layer", found["tuned"]), ("tuned on", "uniform", found["uniform"])]
     if "held_out" in found:
@@ -48,9 +50,10 @@ def _totals(found: Record) -> Table:
             ("held out", "uniform, equal density", held_out["uniform_at_equal_density"]),
         ]
     for prompts, budgets, row in rows:
-        table.add_row(
-            prompts, budgets, f"{row['density']:.4f}", f"{row['kl_nats']:.3e}", f"{row['top1_agreement']:.4f}"
-        )
+        cells = [f"{row['density']:.4f}", f"{row['kl_nats']:.3e}", f"{row['top1_agreement']:.4f}"]
+        if answered:
+            cells += [f"{row['drift_nats']:.3e}", f"{row['agreement']:.2f}"]
+        table.add_row(prompts, budgets, *cells)
     return table
 
 

@@ -2,8 +2,9 @@
 
 1. A dense forward a prompt; as it goes, the attention error of every layer at some budgets.
 2. The least budget, the same in every layer, whose sparse forward reaches the target.
-3. How much each layer matters: the KL where that layer alone has this budget and all others are dense. Of a deep model
-   neighbouring layers are tried together and share what they cost. The first prompt is enough for this.
+3. How much each layer matters: the KL, or the drift where the target is about answers, with this budget in that layer
+   alone and all others dense. Of a deep model neighbouring layers are tried together and share what they cost. The
+   first prompt is enough for this.
 4. A layer's damage at another budget is that, times the ratio of its squared attention errors (the KL of a small
    perturbation is quadratic in it). Budgets that minimise the total damage at a total density are one Lagrange
    multiplier away. Layers are not independent, so this is a direction more than an answer: sparse forwards of the first
@@ -16,151 +17,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stem_attn.config import StemConfig
-from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.equal_density import mix, share_above
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.progress import OnStep
 from stem_attn.lab.tune.forwards import Outcome, Prompts
+from stem_attn.lab.tune.found import Bracket, Trial, Tuned, numbers
 from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
+from stem_attn.lab.tune.recall import ANSWER_TOKENS
+from stem_attn.lab.tune.target import Target
 from stem_attn.policy import PrefillPolicy
 
 _CURVE_LEVELS = 7  # levels at which attention errors are known; of the last, which keeps everything, without measuring
-_MOST_GROUPS = 8  # of layers whose sensitivities are told apart
+_MOST_GROUPS = 6  # of layers whose sensitivities are told apart
 _BISECTIONS = 6
-_CLOSE = 1.02  # densities within this ratio are not bisected further
+_CLOSE = 1.04  # densities within this ratio are not bisected further
 _TINY = 1e-30
 # (power of the layers' sensitivities, share of the way from the uniform budget to the allocation).
 _RECIPES = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.5, 0.5), (0.0, 1.0), (0.0, 0.5))
 _LEAST_SHARE = 0.02  # of the mean: no layer counts for less, however little it seems to matter
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What the sparse model must reach, mean over positions and prompts.
-
-    Args:
-        kind: `"kl"`: KL(dense || sparse) of at most `value` nats; `"top1"`: at least a share `value` of positions where
-            both predict the same token.
-        value: The bound.
-    """
-
-    kind: Literal["kl", "top1"]
-    value: float
-
-    def met(self, outcome: Outcome) -> bool:
-        """Tell whether a run reaches the target."""
-        return self.damage(outcome) <= self.limit
-
-    def damage(self, outcome: Outcome) -> float:
-        """Return what the target bounds from above: nats, or the share of positions that disagree."""
-        return outcome.kl_nats if self.kind == "kl" else 1 - outcome.top1_agreement
-
-    @property
-    def limit(self) -> float:
-        """The most damage."""
-        return self.value if self.kind == "kl" else 1 - self.value
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
-
-
-def parse_target(text: str) -> Target:
-    """Read `kl=NATS` or `top1=SHARE`.
-
-    Raises:
-        InputError: It is something else, or out of range.
-    """
-    kind, _, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if kind.strip() == "kl" and 0 < number < math.inf:
-        return Target("kl", number)
-    if kind.strip() == "top1" and 0 < number <= 1:
-        return Target("top1", number)
-    raise InputError(f"--target takes kl=NATS above 0 or top1=SHARE from 0 to 1, such as kl=0.01; got {text!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """Sparse forwards with one choice of budgets.
-
-    Args:
-        stage: `"uniform"`, `"sensitivity"`, `"recipe"` (allocations of equal density) or `"tuned"`.
-        scales: By layer, factor on the config's budget.
-        prompts: How many prompts, the first ones.
-        outcome: What they gave.
-    """
-
-    stage: str
-    scales: dict[int, float]
-    prompts: int
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Bracket:
-    """The two choices between which the target is crossed, of one family of budgets.
-
-    Args:
-        fails: The one of most density found that does not reach the target; None: even the least budget reaches it.
-        reaches: The one of least density found that does.
-    """
-
-    fails: Trial | None
-    reaches: Trial
-
-    def density_at(self, target: Target) -> float:
-        """Interpolate the density at which the target is just met: both families stop at steps of their own."""
-        if self.fails is None:
-            return self.reaches.outcome.density
-        low, high = self.fails.outcome, self.reaches.outcome
-        above, below = target.damage(low), target.damage(high)
-        share = (above - target.limit) / (above - below)
-        return low.density + share * (high.density - low.density)
-
-
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """The answer, and what it was found by.
-
-    Args:
-        config: The method, its budget scaled by the layers' mean.
-        policy: With `layer_budgets`.
-        outcome: Its own, on the calibration prompts, run as written.
-        uniform: The same budget in every layer.
-        by_layer: Budgets by layer.
-        recipe: Power of the sensitivities, and share of the way from the uniform budget to the allocation; None where
-            the uniform budget was not bettered.
-        sensitivity: By layer, nats of KL where it alone has the uniform budget, on the first prompt (neighbours that
-            were tried together share theirs evenly); empty where even the least budget
-            reaches the target.
-        errors: By layer, relative attention error |O_s - O| / |O| of the answer, on the dense forward's q, k, v.
-        trials: Every choice of budgets that was tried, in order.
-    """
-
-    config: StemConfig
-    policy: PrefillPolicy
-    outcome: Outcome
-    uniform: Bracket
-    by_layer: Bracket
-    recipe: tuple[float, float] | None
-    sensitivity: dict[int, float]
-    errors: dict[int, float]
-    trials: list[Trial]
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether nothing sparse reaches the target."""
-        return self.outcome.density == 1
 
 
 def tune(
@@ -205,6 +86,7 @@ def tune(
         config,
         policy,
         logit_stride=logit_stride,
+        answer_tokens=ANSWER_TOKENS if target.asks_answers else 0,
         curve=[dataclasses.replace(config, budget_scale=steps[i].scale) for i in at[:-1]],
         on_step=on_step,
     )
@@ -222,7 +104,7 @@ def most_forwards(config: StemConfig, tokens: int, layers: int, prompts: int, he
         held_out: To check on.
     """
     budgets = len(levels(config, tokens))
-    uniform = 1 + math.ceil(math.log2(max(budgets - 1, 1)))
+    uniform = math.ceil(math.log2(max(budgets, 1)))
     on_all = 1 + uniform + 1 + _BISECTIONS + 1  # a dense one first, and the answer as it is written last
     return prompts * on_all + len(neighbours(range(layers))) + len(_RECIPES) + held_out * (1 + 4)
 
@@ -247,7 +129,7 @@ class _Search:
             sensitivity = self.sensitivity(level)
             by_layer, recipe = self.by_layer(uniform, curves, list(sensitivity.values()), level)
         config, policy = with_layer_budgets(self.config, self.policy, by_layer.reaches.scales, self.prompts.layer_count)
-        written = self.prompts.run(_by_layer(config, policy, self.layers), "as written")
+        written = self.as_written(config, policy, by_layer.reaches)
         scales = [step.scale for step in self.steps]
         errors = {
             layer: float(curve[scales.index(by_layer.reaches.scales[layer])]) ** 0.5
@@ -255,19 +137,25 @@ class _Search:
         }
         return Tuned(config, policy, written, uniform, by_layer, recipe, sensitivity, errors, self.trials)
 
+    def as_written(self, config: StemConfig, policy: PrefillPolicy, found: Trial) -> Outcome:
+        """Return what the rounded numbers of an answer give; that of the answer where they keep the same blocks."""
+        configs = _by_layer(config, policy, self.layers)
+        kept = scaled(self.config, found.scales)
+        if all(torch.equal(self.prompts.budget(configs[i]), self.prompts.budget(kept[i])) for i in self.layers):
+            return found.outcome
+        return self.prompts.run(configs, "as written")
+
     def least_uniform(self) -> tuple[Bracket, int]:
         """Bisect one level for all layers."""
 
         def at(level: int) -> Trial:
             return self.attempt("uniform", [level] * len(self.layers))
 
-        low, high = 0, len(self.steps) - 1
+        low, high = -1, len(self.steps) - 1  # fails, as far as known, and reaches
         dense = dict.fromkeys(self.layers, self.steps[high].scale)
-        exact = Outcome(1.0, 0.0, 1.0, dict.fromkeys(self.layers, 1.0))
-        fails, reaches = at(low), Trial("uniform", dense, self.prompts.count, exact)
+        reaches = Trial("uniform", dense, self.prompts.count, self.prompts.keeping_everything())
         self.trials.append(reaches)
-        if self.target.met(fails.outcome):
-            return Bracket(None, fails), low
+        fails = None
         while high - low > 1:
             middle = (low + high) // 2
             tried = at(middle)
@@ -278,12 +166,12 @@ class _Search:
         return Bracket(fails, reaches), high
 
     def sensitivity(self, level: int) -> dict[int, float]:
-        """Return the KL where one layer has a level and all others are dense; of a group, its layers' even share."""
+        """Return the nats lost where one layer has a level and all others are dense; of a group, an even share."""
         dense = len(self.steps) - 1
         found: dict[int, float] = {}
         for group in neighbours(self.layers):
             alone = [level if layer in group else dense for layer in self.layers]
-            nats = self.attempt("sensitivity", alone, prompts=1).outcome.kl_nats
+            nats = self.target.nats(self.attempt("sensitivity", alone, prompts=1).outcome)
             found |= {layer: nats / len(group) for layer in group}
         return found
 
@@ -381,55 +269,28 @@ def check(model: Any, ids: Sequence[Tensor], tuned: Tuned, *, logit_stride: int,
         on_step: Told what each forward is for.
     """
     config, policy = _even(tuned.config, tuned.policy)
-    prompts = Prompts(model, ids, config, policy, logit_stride=logit_stride, curve=[], on_step=on_step)
+    tokens = 0 if tuned.outcome.answers is None else ANSWER_TOKENS
+    prompts = Prompts(
+        model, ids, config, policy, logit_stride=logit_stride, answer_tokens=tokens, curve=[], on_step=on_step
+    )
     own = prompts.run(_by_layer(tuned.config, tuned.policy, prompts.layers), "held out, tuned")
-    uniform = prompts.run(scaled(config, tuned.uniform.reaches.scales), "held out, uniform")
+
+    @cache
+    def at(scale: float) -> Outcome:
+        """Return what the same budget in every layer gives."""
+        return prompts.run(scaled(config, dict.fromkeys(prompts.layers, scale)), "held out, uniform")
+
+    uniform = at(next(iter(tuned.uniform.reaches.scales.values())))
     steps = levels(config, ids[0].shape[1])
     above = next((i for i, step in enumerate(steps) if step.density >= own.density), len(steps) - 1)
-    pair = [steps[max(above - 1, 0)], steps[above]]
-    low, high = (
-        prompts.run(scaled(config, dict.fromkeys(prompts.layers, step.scale)), "held out, uniform") for step in pair
-    )
+    low, high = at(steps[max(above - 1, 0)].scale), at(steps[above].scale)
     weight = share_above(low.density, high.density, own.density)
-    equal = {name: mix(getattr(low, name), getattr(high, name), weight) for name in ("kl_nats", "top1_agreement")}
+    below, over = numbers(low), numbers(high)
+    equal = {name: mix(below[name], over[name], weight) for name in below if name != "density"}
     return {
         "tuned": numbers(own),
         "uniform": numbers(uniform),
         "uniform_at_equal_density": {"density": own.density, **equal},
-    }
-
-
-def describe(tuned: Tuned, target: Target) -> dict[str, Any]:
-    """Return an answer as plain values: its config, its layers, and every run."""
-    return {
-        "config": plain_settings(tuned.config, tuned.policy),
-        "only_dense": tuned.is_dense,
-        "recipe": tuned.recipe,
-        "tuned": numbers(tuned.outcome),
-        "uniform": numbers(tuned.uniform.reaches.outcome),
-        "density_at_target": {
-            "tuned": tuned.by_layer.density_at(target),
-            "uniform": tuned.uniform.density_at(target),
-        },
-        "layers": [
-            {
-                "layer": layer,
-                "factor": tuned.policy.layer_budgets[layer],
-                "density": tuned.outcome.densities[layer],
-                "error": tuned.errors[layer],
-                "sensitivity_nats": tuned.sensitivity.get(layer),
-            }
-            for layer in tuned.outcome.densities
-        ],
-        "runs": [
-            {
-                "stage": trial.stage,
-                "prompts": trial.prompts,
-                **numbers(trial.outcome),
-                "scales": list(trial.scales.values()),
-            }
-            for trial in tuned.trials
-        ],
     }
 
 
@@ -440,12 +301,3 @@ def _even(config: StemConfig, policy: PrefillPolicy) -> tuple[StemConfig, Prefil
 
 def _by_layer(config: StemConfig, policy: PrefillPolicy, layers: Sequence[int]) -> dict[int, StemConfig]:
     return {layer: policy.layer_config(config, layer, len(policy.layer_budgets)) for layer in layers}
-
-
-def numbers(outcome: Outcome) -> dict[str, float]:
-    """Return an outcome's totals."""
-    return {
-        "density": outcome.density,
-        "kl_nats": outcome.kl_nats,
-        "top1_agreement": outcome.top1_agreement,
-    }

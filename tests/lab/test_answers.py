@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_models
-from stem_attn.lab.tasks.generate import decode, log_probability, read_prompt, together
+from stem_attn.lab.answers import decode, force, read_prompt, together
 
 
 def answers(model, reads, new_tokens):
@@ -65,13 +65,25 @@ def test_the_log_probability_is_that_of_one_forward_over_prompt_and_answer(model
     model = hf_models.tiny_model(model_type)
     prompts = [hf_models.tokens(1, 600, seed=seed) for seed in range(2)]
     (read,) = together([read_prompt(model, ids) for ids in prompts], 8)
-    found = log_probability(model, read, answer)
-    for ids, value in zip(prompts, found, strict=True):
+    found = force(model, read, answer)
+    for ids, forced in zip(prompts, found, strict=True):
         whole = torch.cat([ids, torch.tensor([answer])], 1)
         with torch.no_grad():
             rows = model(whole).logits[0, 599:-1].double().log_softmax(-1)
         expected = rows.gather(-1, torch.tensor(answer)[:, None]).mean()
-        assert value == pytest.approx(float(expected), abs=1e-4)
+        assert forced.log_probability == pytest.approx(float(expected), abs=1e-4)
+        assert forced.own == (rows.argmax(-1).tolist() == answer)
     before = decode(model, read, 8)
-    assert log_probability(model, read, answer) == found
+    assert force(model, read, answer) == found
     assert decode(model, read, 8) == before
+
+
+def test_an_answer_is_a_models_own_if_it_writes_it_by_itself():
+    model = hf_models.tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    prompts = [hf_models.tokens(1, 100, seed=seed) for seed in range(2)]
+    (read,) = together([read_prompt(model, ids) for ids in prompts], 8)
+    first, second = decode(model, read, 8)
+    assert first != second
+    assert [forced.own for forced in force(model, read, first)] == [True, False]
+    assert [forced.own for forced in force(model, read, [*first[:-1], first[-1] ^ 1])] == [False, False]

@@ -91,9 +91,22 @@ def decode(model: Any, read: Prefilled, new_tokens: int) -> list[list[int]]:
     return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """How a model takes to an answer that it is made to write.
+
+    Args:
+        log_probability: Mean of the answer's tokens, in nats.
+        own: Whether it is what the model writes greedily by itself.
+    """
+
+    log_probability: float
+    own: bool
+
+
 @torch.inference_mode()
-def log_probability(model: Any, read: Prefilled, answer: Sequence[int]) -> list[float]:
-    """Return the mean log-probability of an answer's tokens, in nats, if the model is made to write them.
+def force(model: Any, read: Prefilled, answer: Sequence[int]) -> list[Forced]:
+    """Make a model write an answer.
 
     Args:
         model: A transformers causal language model, its attention dense.
@@ -101,17 +114,19 @@ def log_probability(model: Any, read: Prefilled, answer: Sequence[int]) -> list[
         answer: At least one token.
 
     Returns:
-        One number for each of the batch.
+        One of each of the batch.
     """
     tokens = torch.tensor(answer, device=read.logits.device)
     logits = [read.logits[:, None]]
     if len(answer) > 1:
         written = tokens[:-1].expand(read.logits.shape[0], -1)
         logits.append(_forward(model, written, _fork(read.cache), read.tokens))
-    rows = zip(*logits, strict=True)  # one at a time: in float32 all of them would take gigabytes
-    found = [torch.cat([part.float() for part in row]).log_softmax(-1).gather(-1, tokens[:, None]) for row in rows]
-    means: list[float] = torch.stack(found).mean((1, 2)).tolist()
-    return means
+    means, own = [], []
+    for row in zip(*logits, strict=True):  # one at a time: in float32 all of them would take gigabytes
+        scores = torch.cat([part.float() for part in row]).log_softmax(-1)
+        means.append(scores.gather(-1, tokens[:, None]).mean())
+        own.append((scores.argmax(-1) == tokens).all())
+    return [Forced(*pair) for pair in zip(torch.stack(means).tolist(), torch.stack(own).tolist(), strict=True)]
 
 
 def end_tokens(model: Any) -> set[int]:
