@@ -69,6 +69,7 @@ def _app() -> "typer.Typer":
     from stem_attn.lab.doctor.command import doctor
     from stem_attn.lab.fidelity.command import fidelity
     from stem_attn.lab.inspect.command import inspect
+    from stem_attn.lab.load.command import load
     from stem_attn.lab.prefill.command import prefill
     from stem_attn.lab.serving.command import serving
     from stem_attn.lab.tasks.command import ruler, tasks
@@ -101,6 +102,7 @@ def _app() -> "typer.Typer":
     app.command()(bench)
     app.command()(density)
     app.command()(serving)
+    app.command()(load)
     app.command()(tune)
     app.command("report")(verdict)
     accuracy = typer.Typer(

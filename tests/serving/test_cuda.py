@@ -160,6 +160,39 @@ def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
         assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **changed)) > 1e-3
 
 
+def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends import flash_attn
+
+    from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.settings import parse
+
+    tokens, dim, fp8 = 300, 32, torch.float8_e4m3fn
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, tokens, dim, generator=random).to(fp8) for heads in (4, 2, 2))
+    # As the other platform's FlashAttention says of fp8.
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True)
+    with set_current_vllm_config(steps[1]):
+        impl = cuda.StemCudaImpl(4, dim, dim**-0.5, 2, None, None, "fp8")
+        assert cuda.StemCudaImpl(4, dim, dim**-0.5, 2, None, None, "fp8_e5m2").dense_reason == "fp8_e5m2 KV cache"
+    assert impl.dense_reason is None
+    impl.name, impl.layers = "model.layers.1.self_attn.attn", 2
+    cache = torch.zeros(11, PAGE, 2, 2 * dim, dtype=torch.uint8)  # vLLM's own dtype of it
+    pages = torch.randperm(11, generator=random)[None, :10].int()
+    by_token = torch.cat([k, v], -1).transpose(0, 1).contiguous().view(torch.uint8)
+    slots = pages[0].repeat_interleave(PAGE)[:tokens] * PAGE + torch.arange(tokens) % PAGE
+    cache.view(11 * PAGE, 2, 2 * dim)[slots] = by_token
+    scales = {"_q_scale": torch.tensor(0.5), "_k_scale": torch.tensor(1.5), "_v_scale": torch.tensor([0.25, 3.0])}
+    layer, metadata = SimpleNamespace(**scales), SimpleNamespace(block_table=pages)
+    span = Span(0, 0, tokens, tokens, tokens, parse(SETTINGS))
+    inputs = [x.float()[None] * scale.view(-1, 1, 1) for x, scale in zip((q, k, v), scales.values(), strict=True)]
+    expected = stem_attention(*inputs, config=config_of(SETTINGS))
+    for given in (q, inputs[0][0]):  # vLLM makes queries fp8 where FlashAttention wants them so
+        out = torch.empty(tokens, 4, dim)
+        impl.attend(layer, given.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, [span], out)
+        assert relative_error(out.transpose(0, 1)[None], expected) < 1e-5
+
+
 def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch):
     from vllm.config import set_current_vllm_config
 

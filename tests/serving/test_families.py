@@ -1,5 +1,7 @@
 """Other families, and engines with options of their own: hybrids, speculation, preemption, tensor parallelism."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from engines import (
@@ -17,7 +19,7 @@ from engines import (
     stats,
     trace,
 )
-from tiny_families import WINDOW, greedy, prompt
+from tiny_families import WINDOW, greedy, prompt, save_lora
 
 from stem_attn import stem_attention
 
@@ -25,17 +27,36 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((700, 33, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS))
+CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
 
 
-def test_qwen3(folders):
-    with engine(folders("qwen3"), KEEP_ALL) as llm:
-        assert answer(llm, PROMPTS) == greedy(folders("qwen3"), PROMPTS, 8)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_qwen3(folders, family):
+    with engine(folders(family), KEEP_ALL) as llm:
+        assert answer(llm, PROMPTS) == greedy(folders(family), PROMPTS, 8)
         assert stats(llm)["sparse_tokens"] == PROMPT_TOKENS * 2
         reconfigure(llm, SPARSE)
         seen = trace(llm, PROMPTS[0])
         expected = stem_attention(seen.q[0], seen.k[0], seen.v[0], config=config_of(SPARSE))
         assert relative_error(seen.out[0], expected) < 1e-5
         assert stats(llm)["density"] < 0.6
+
+
+def test_lora(folders, tmp_path):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter = LoRARequest("adapter", 1, save_lora(tmp_path))
+    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    asked = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    with engine(folders("llama"), KEEP_ALL, enable_lora=True, max_lora_rank=8) as llm:
+        plain, found = answer(llm, PROMPTS), []
+        for stem in (KEEP_ALL, DENSE):
+            reconfigure(llm, stem)
+            outs = llm.generate(asked, wanted, use_tqdm=False, lora_request=adapter)
+            found.append([list(out.outputs[0].token_ids) for out in outs])
+            assert (stats(llm)["sparse_tokens"] == PROMPT_TOKENS * 2) == (stem is KEEP_ALL)
+    assert found[0] == found[1] != plain
 
 
 def test_gemma3_sliding_layers_stay_with_the_parent(folders):
@@ -119,3 +140,13 @@ def test_half_precisions(folders, dtype):
         )
         ours, parents = (relative_error(x.out[0].double(), exact) for x in (kept, dense))
         assert ours < 2 * parents
+
+
+@pytest.mark.skipif("avx512f" not in CPU_FLAGS, reason="vLLM has fp8 caches on CPUs with AVX-512 only")
+def test_an_fp8_cache_on_a_cpu_is_the_parents_and_counted(folders):
+    with engine(folders("llama"), SPARSE, kv_cache_dtype="fp8") as llm:
+        ours = answer(llm, PROMPTS)
+        assert stats(llm)["sparse_tokens"] == 0
+        assert stats(llm)["dense_tokens"] == {"fp8 KV cache": (PROMPT_TOKENS + len(PROMPTS) * 7) * 2}
+    with engine(folders("llama"), kv_cache_dtype="fp8") as llm:
+        assert answer(llm, PROMPTS) == ours

@@ -106,3 +106,41 @@ def test_requests_that_ask_for_dense_attention_have_flash_attentions_answers(fol
         counts = stats(llm)
         assert counts["sparse_tokens"] == 0
         assert counts["dense_tokens"]["asked for"] == sum(map(len, PROMPTS)) * LAYERS
+
+
+def test_an_fp8_cache_loses_what_it_loses_in_flash_attention(folder, dense, record_property):
+    """Of the first tokens' log-probabilities, against FLASH_ATTN over a cache in bfloat16."""
+    fp8 = {**OPTIONS, "kv_cache_dtype": "fp8"}
+    with engine(folder, attention_backend="FLASH_ATTN", **fp8) as llm:
+        set_chunk(llm, 300)
+        theirs = answers(llm, PROMPTS)
+    with engine(folder, KEEP_ALL, **fp8) as llm:
+        set_chunk(llm, 300)
+        ours = answers(llm, PROMPTS)
+        counts = stats(llm)
+        assert counts["sparse_tokens"] == sum(map(len, PROMPTS)) * LAYERS
+        assert set(counts["dense_tokens"]) == {"decode"}
+        reconfigure(llm, SPARSE)
+        answers(llm, PROMPTS)
+        assert stats(llm)["density"] < 0.6
+    lost = {}
+    for name, made in (("FLASH_ATTN", theirs), ("STEM", ours)):
+        pairs = [(got[0], exact[0]) for (_, got), (_, exact) in zip(made, dense, strict=False)]
+        lost[name] = max(
+            abs(got[token].logprob - exact[token].logprob)
+            for got, exact in pairs
+            for token in got.keys() & exact.keys()
+        )
+    record_property("log-probabilities with an fp8 cache off those with bfloat16", lost)
+    assert lost["STEM"] <= 2 * lost["FLASH_ATTN"]
+
+
+def test_after_sleep_answers_are_those_of_before(folder):
+    with engine(folder, SPARSE, enable_sleep_mode=True, **OPTIONS) as llm:
+        set_chunk(llm, 5 * BLOCK)
+        before = [answers(llm, [ids])[0] for ids in PROMPTS]
+        llm.sleep(level=1)
+        llm.wake_up()
+        llm.reset_prefix_cache()
+        assert [answers(llm, [ids])[0][0] for ids in PROMPTS] == [tokens for tokens, _ in before]
+        assert stats(llm)["density"] < 0.6

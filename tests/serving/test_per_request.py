@@ -154,6 +154,20 @@ def test_where_requests_may_not_choose_they_have_the_servers_settings(llm, monke
     assert f"--logits-processors {CHOOSER}" in line
 
 
+def test_where_choices_cannot_be_read_prompts_are_dense_for_a_reason_of_its_own(llm, folders, monkeypatch, caplog):
+    from stem_attn.integrations.vllm.compat import Told
+
+    unknown = Told(None, known=False)
+    for builder in builders(llm):  # as with two half batches at once
+        monkeypatch.setattr(builder._requests, "of", lambda common: [unknown] * len(common.is_prefilling))
+    assert ask(llm, PROMPTS[:2], [None, 3]) == greedy(folders("llama"), PROMPTS[:2], 8)
+    counts = stats(llm)
+    assert counts["sparse_tokens"] == 0
+    assert counts["dense_tokens"]["choice unknown"] == (1502 + 700) * LAYERS
+    assert "asked for" not in counts["dense_tokens"]
+    assert any("what requests choose cannot be read here: their prompts are dense" in line for line in caplog.messages)
+
+
 def test_over_http_a_wrong_choice_is_a_400_and_a_right_one_is_heard(folders, tmp_path):
     options = {"max_model_len": 4096, "enforce_eager": True, "served_model_name": "tiny", "logits_processors": CHOOSER}
     body = {"model": "tiny", "prompt": PROMPTS[1], "max_tokens": 1, "temperature": 0}

@@ -137,6 +137,35 @@ def test_a_preempted_prefill_is_done_again(llm):
     assert stats(llm)["sparse_tokens"] == (640 + 900) * LAYERS
 
 
+def test_an_urgent_request_takes_the_pages_of_another_one_and_both_answer_as_ever(folders):
+    from vllm import SamplingParams
+
+    # 40 pages of 32 tokens: both prompts fit, and not both answers.
+    prompts = [ids[:600] for ids in PROMPTS[:2]]
+    options = {"block_size": 32, "num_gpu_blocks_override": 40, "scheduling_policy": "priority"}
+    wanted = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
+    found = []
+    with engine(folders("llama"), DENSE, max_num_batched_tokens=320, max_model_len=1200, **options) as llm:
+        inner = llm.llm_engine
+        for stem in (DENSE, KEEP_ALL):
+            reconfigure(llm, stem)
+            inner.add_request("patient", {"prompt_token_ids": prompts[0]}, wanted, priority=5)
+            done = {out.request_id: out for _ in range(2) for out in inner.step()}  # in its prompt
+            inner.add_request("urgent", {"prompt_token_ids": prompts[1]}, wanted, priority=0)
+            order = []
+            while inner.has_unfinished_requests():
+                finished = [out for out in inner.step() if out.finished]
+                done |= {out.request_id: out for out in finished}
+                order += [out.request_id for out in finished]
+            assert order == ["urgent", "patient"]
+            counts = stats(llm)
+            # Of one prompt some tokens were read twice: those whose pages the other one took.
+            assert (counts["sparse_tokens"] > 2 * 600 * LAYERS) == (stem is KEEP_ALL)
+            found.append({name: list(out.outputs[0].token_ids) for name, out in done.items()})
+            assert inner.reset_prefix_cache()
+    assert found[0] == found[1]
+
+
 def test_decode_context_parallelism_is_refused_by_name(llm, monkeypatch):
     from vllm.config import set_current_vllm_config
 

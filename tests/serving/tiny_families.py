@@ -1,6 +1,9 @@
 """Tiny random models in folders that vLLM loads, and their greedy answers by transformers alone."""
 
+import json
+
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -24,6 +27,7 @@ _COMMON = {
 FAMILIES = {
     "llama": {},
     "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "gemma2": {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": WINDOW,
@@ -46,6 +50,22 @@ def save(family, folder, **changed):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
+    return str(folder)
+
+
+def save_lora(folder, hidden=128, rank=4):
+    """Write an adapter of the query projections of a tiny model's two layers, with random weights."""
+    random = torch.Generator().manual_seed(1)
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.randn(
+            *shape, generator=random
+        )
+        for layer in range(2)
+        for side, shape in (("A", (rank, hidden)), ("B", (hidden, rank)))
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return str(folder)
 
 

@@ -85,7 +85,9 @@ def test_the_crossover_is_told_by_the_whole_prompt():
 
 def test_each_request_has_its_own_settings():
     other = Settings(CONFIG, PrefillPolicy(min_seq_len=800, crossover=False), "default")
-    parts = [request(i * 200, 200, 700, True, 700, chosen) for i, chosen in enumerate((SERVER, other, None, SERVER))]
+    parts = [
+        request(i * 200, 200, 700, True, 700, chosen) for i, chosen in enumerate((SERVER, other, "asked for", SERVER))
+    ]
     got = split(*parts)
     assert got.spans == (span(0, 0, 200, 700, 700), span(3, 600, 200, 700, 700))
     assert got.rests == (Rest(1, 200, 200), Rest(2, 400, 200))
@@ -162,6 +164,7 @@ PLAIN = {
     "sliding_window": None,
     "alibi_slopes": None,
     "kv_cache_dtype": "auto",
+    "readable": ("auto", "bfloat16", "fp8"),
 }
 
 
@@ -170,6 +173,7 @@ PLAIN = {
     [
         ({}, None),
         ({"kv_cache_dtype": "bfloat16"}, None),
+        ({"kv_cache_dtype": "fp8"}, None),
         ({"attn_type": "encoder_only"}, "encoder only attention"),
         ({"attn_type": "encoder_decoder"}, "encoder decoder attention"),
         ({"sliding_window": 128}, "sliding window"),

@@ -10,7 +10,10 @@ from stem_attn.lab.shapes import MODELS
 
 STAND_IN = '''
 """As much of vLLM as the benchmark asks."""
+from pathlib import Path
 from types import SimpleNamespace
+
+RUNNING = Path(__file__).with_name("running")
 
 __version__ = "0.32.1"
 
@@ -23,11 +26,14 @@ class LLM:
     def __init__(self, **options):
         self.stem = options.get("additional_config")
         self.chunk = options["max_num_batched_tokens"]
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+        self.devices = options["tensor_parallel_size"]
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: RUNNING.unlink(missing_ok=True)))
+        self.alone = not RUNNING.exists()
+        RUNNING.touch()
 
     def collective_rpc(self, name):
         assert self.stem is not None
-        return [{"config": self.stem["stem"], "chunk": self.chunk}]
+        return [{"config": self.stem["stem"], "chunk": self.chunk, "alone": self.alone, "devices": self.devices}]
 
     def generate(self, prompts, asked, use_tqdm):
         tokens = len(prompts[0]["prompt_token_ids"])
@@ -74,10 +80,22 @@ def test_engines_take_turns_and_every_number_is_written(vllm, tmp_path, capfd):
         assert record["next_token_seconds"] == {"dense": 1.0, "stem": 1.0}
         assert [len(runs) for runs in record["runs"].values()] == [2, 2]
         assert {run["stats"]["chunk"] for run in record["runs"]["stem"]} == {record["chunk"]}
+        assert not any(run["stats"]["alone"] for run in record["runs"]["stem"])
         assert all(run["stats"] is None for run in record["runs"]["dense"])
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 4
     assert "first token dense 0.600 s, Stem 0.300 s, ratio 2.00; in the warm-up before, 0.512 and 0.256 s" in lines[0]
+
+
+def test_in_turn_the_second_engine_has_the_devices_alone(vllm, tmp_path, capfd):
+    arguments = ["--shape", "llama3-70b", "--lengths", "600,300", "--chunks", "128", "--rounds", "2", "--in-turn"]
+    arguments += ["--tensor-parallel-size", "4", "--out", str(tmp_path)]
+    assert cli.run(["serving", *arguments]) == 0, capfd.readouterr().err
+    found = json.loads((tmp_path / "vllm_prefill.json").read_text())["records"]
+    assert [record["length"] for record in found] == [600, 300]
+    for record in found:
+        assert record["first_token_seconds"] == {"dense": record["length"] / 1000, "stem": record["length"] / 2000}
+        assert [(run["stats"]["alone"], run["stats"]["devices"]) for run in record["runs"]["stem"]] == [(True, 4)] * 2
 
 
 @pytest.mark.parametrize(

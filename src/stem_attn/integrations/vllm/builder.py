@@ -26,7 +26,9 @@ from stem_attn.policy import USUAL_REASONS
 
 logger = init_logger("vllm.stem")
 
-_EXPECTED = USUAL_REASONS | {"asked for"}
+_ASKED_FOR = "asked for"
+_CHOICE_UNKNOWN = "choice unknown"
+_EXPECTED = USUAL_REASONS | {_ASKED_FOR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +154,19 @@ class StemBuilder:
             for row in range(len(prefilling))
         ]
 
-    def _chosen(self, settings: Settings, told: Told) -> Settings | None:
-        """Return a request's settings: the server's where it may not choose, or where nobody checked a wrong choice."""
+    def _chosen(self, settings: Settings, told: Told) -> Settings | str:
+        """Return a request's settings: the server's where it may not choose, or where nobody checked a wrong choice.
+
+        Or why it is dense.
+        """
         if self._per_request and not told.known:
             logger.warning_once("stem-attn: what requests choose cannot be read here: their prompts are dense")
-            return None
+            return _CHOICE_UNKNOWN
         if told.asked is None:
             return settings
         try:
             if self._per_request:
-                return choose(settings, told.asked)
+                return choose(settings, told.asked) or _ASKED_FOR
         except ValueError:
             pass
         logger.warning_once(
@@ -172,7 +177,9 @@ class StemBuilder:
 
     def _alike(self, requests: Sequence[Request]) -> dict[frozenset[Settings], list[StemImpl]]:
         """Group the layers by those of the requests' settings that they are dense by."""
-        chosen = {request.settings for request in requests if request.prefilling and request.settings is not None}
+        chosen = {
+            request.settings for request in requests if request.prefilling and isinstance(request.settings, Settings)
+        }
         found: dict[frozenset[Settings], list[StemImpl]] = {}
         for impl in self._sparse:
             dense = frozenset(settings for settings in chosen if impl.config_of(settings) is None)

@@ -26,6 +26,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from stem_attn import backends
 from stem_attn.api import stem_attention_paged
+from stem_attn.backends.triton.fp8_pages import widen_pages
 from stem_attn.call import Call
 from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
 from stem_attn.integrations.vllm.compat import names_backends
@@ -38,6 +39,9 @@ from stem_attn.layout import Layout
 from stem_attn.warm_up import warm_up
 
 logger = init_logger("vllm.stem")
+
+FP8 = ("fp8", "fp8_e4m3")
+"""vLLM's names of caches that FlashAttention reads in fp8; they are the same."""
 
 
 @dataclass
@@ -87,6 +91,12 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
                 device=self.device,
                 backend="triton",
             )
+        if any(impl.kv_cache_dtype in FP8 for impl in self._sparse):
+            page = torch.zeros(
+                1, spec.num_kv_heads, spec.block_size, 2 * spec.head_size, dtype=torch.uint8, device=self.device
+            )
+            row, scale = torch.zeros(1, 1, dtype=torch.int32, device=self.device), torch.ones((), device=self.device)
+            widen_pages(page.view(torch.float8_e4m3fn), row, [1], scale, scale, config.model_config.dtype)
         torch.cuda.empty_cache()
         logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
 
@@ -103,6 +113,7 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
     """Attend over the pages of the cache, in place."""
 
     device_name = "CUDA (Triton)"
+    cache_dtypes = (*StemImpl.cache_dtypes, *FP8)
     supports_dcp = False
     supports_pcp = False
 
@@ -123,20 +134,25 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
-        # [pages, Hkv, page_size, 2 * D] -> [pages, page_size, Hkv, D] each
-        by_token = kv_cache.transpose(1, 2)
-        k_cache, v_cache = by_token[..., : self.head_size], by_token[..., self.head_size :]
+        if self.kv_cache_dtype in FP8:
+            kv_cache, query = kv_cache.view(torch.float8_e4m3fn), _widened(query, layer._q_scale, output.dtype)
         for run in neighbours(spans):
             tokens = slice(run[0].q_start, run[-1].q_start + run[-1].q_len)
             config = self.config_of(run[0].settings)
             assert config is not None  # the plan has a layer's sparse spans only
+            pages, block_table = kv_cache, attn_metadata.block_table[run[0].row : run[-1].row + 1]
+            seq_lens = [span.k_len for span in run]
+            if self.kv_cache_dtype in FP8:
+                scales = layer._k_scale, layer._v_scale
+                pages, block_table = widen_pages(kv_cache, block_table, seq_lens, *scales, output.dtype)
+            by_token = pages.transpose(1, 2)  # [pages, page_size, Hkv, 2 * D]
             _, selections = stem_attention_paged(
                 query[tokens],
-                k_cache,
-                v_cache,
+                by_token[..., : self.head_size],
+                by_token[..., self.head_size :],
                 cu_seqlens_q=[0, *(span.q_start + span.q_len - run[0].q_start for span in run)],
-                seq_lens=[span.k_len for span in run],
-                block_table=attn_metadata.block_table[run[0].row : run[-1].row + 1],
+                seq_lens=seq_lens,
+                block_table=block_table,
                 config=config,
                 prompt_len=[span.prompt_len for span in run],
                 scale=self.scale,
@@ -169,6 +185,20 @@ class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
         """Return the class of the metadata builders; without a plan they build what the parent's build."""
         return StemCudaBuilder
+
+
+def _widened(query: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return queries that vLLM may have made fp8 for the dense parent, in the model's dtype.
+
+    Args:
+        query: [tokens, Hq, D].
+        scale: float32, one number or one a KV head: a query is what is stored times this.
+        dtype: The model's.
+    """
+    if query.dtype == dtype:
+        return query
+    groups = query.to(torch.float32).view(len(query), scale.numel(), -1) * scale.view(-1, 1)
+    return groups.to(dtype).view(query.shape)
 
 
 def neighbours(spans: Sequence[Span]) -> Iterator[list[Span]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -34,10 +34,12 @@ class StemImpl:
     """
 
     device_name: str  # for the startup line
+    cache_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bfloat16", "float16", "float32")  # that `attend` reads
     settings: Settings  # the server's; a request may have others
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
-    logits_soft_cap: float  # the parent's; 0: none
-    sinks: Tensor | None  # the parent's too, [Hq]; their values come after the layer is made
+    kv_cache_dtype: str  # the parent's, as the next two are
+    logits_soft_cap: float  # 0: none
+    sinks: Tensor | None  # [Hq]; their values come after the layer is made
     name: str  # vLLM's of the layer, and how many layers the model has; the builder sets both
     layers: int
 
@@ -85,6 +87,7 @@ class StemImpl:
             sliding_window=sliding_window,
             alibi_slopes=alibi_slopes,
             kv_cache_dtype=kv_cache_dtype,
+            readable=self.cache_dtypes,
         )
         logger.info_once(
             "stem-attn %s on vLLM %s: %s, backend STEM on %s, sparse prefill for prompts from %d tokens",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -17,15 +17,19 @@ def why_dense(
     sliding_window: int | None,
     alibi_slopes: Any | None,
     kv_cache_dtype: str,
+    readable: Collection[str],
 ) -> str | None:
-    """Say why a layer cannot attend sparsely, or return None. The arguments are what vLLM makes its layers from."""
+    """Say why a layer cannot attend sparsely, or return None.
+
+    The arguments are what vLLM makes its layers from, and which dtypes of a cache the device's backend reads.
+    """
     if attn_type != "decoder":
         return f"{attn_type.replace('_', ' ')} attention"
     if sliding_window is not None:
         return "sliding window"
     if alibi_slopes is not None:
         return "ALiBi"
-    if kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if kv_cache_dtype not in readable:
         return f"{kv_cache_dtype} KV cache"
     return None
 

@@ -25,7 +25,7 @@ class Request:
         k_len: Tokens of the request so far, this step's included.
         prefilling: Whether vLLM calls this step prefill; its V2 runner calls an answer so that is computed again.
         prompt_len: Tokens of the whole prompt, or None where the request does not tell.
-        settings: What its prompt is computed with; None: with dense attention.
+        settings: What its prompt is computed with; or why it is computed with dense attention.
     """
 
     q_start: int
@@ -33,7 +33,7 @@ class Request:
     k_len: int
     prefilling: bool
     prompt_len: int | None
-    settings: Settings | None
+    settings: Settings | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +151,8 @@ def _sparse(
 ) -> Span | str:
     """Return the span of a request's prompt tokens, or why they are dense."""
     settings = request.settings
-    if settings is None:
-        return "asked for"
+    if isinstance(settings, str):
+        return settings
     if settings in dense:
         return "dense layer"
     k_len = request.k_len - request.q_len + tokens

@@ -30,9 +30,19 @@ def serving(
             help="eager, graphs (CUDA graphs of decodes), or compiled (vLLM's default).", rich_help_panel=MODEL
         ),
     ] = "eager",
-    memory: Annotated[
-        float, typer.Option(help="Share of the memory for each of the two engines.", rich_help_panel=MODEL)
-    ] = 0.3,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Devices that share every layer, for each engine.", rich_help_panel=MODEL)
+    ] = 1,
+    memory: Annotated[float, typer.Option(help="Share of the memory for each engine.", rich_help_panel=MODEL)] = 0.3,
+    in_turn: Annotated[
+        bool,
+        typer.Option(
+            "--in-turn",
+            help="Stop the first engine before the second starts, where memory holds one only. Their prompts do not "
+            "alternate then.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
     lengths: Annotated[
         str, typer.Option(help="Tokens of the prompts, separated by commas.", rich_help_panel=PROMPT)
     ] = "8191",
@@ -53,7 +63,7 @@ def serving(
     ] = "STEM",
     stem: Annotated[str, typer.Option(help="The plugin's config, JSON.", rich_help_panel=METHOD)] = "{}",
 ) -> None:
-    """Time prompts in vLLM, its own attention backend against Stem, in two engines side by side.
+    """Time prompts in vLLM, its own attention backend against Stem, in two engines on the same devices.
 
     Prompts are public text, or with --shape random tokens for a model of random weights. The prefix cache is off.
     A line for each chunk size and length; every number goes to the file.
@@ -74,7 +84,9 @@ def serving(
         "shape": shape,
         "dtype": dtype,
         "execution": execution,
+        "tensor_parallel_size": tensor_parallel_size,
         "memory": memory,
+        "in_turn": in_turn,
         "lengths": whole_numbers("--lengths", lengths),
         "chunks": whole_numbers("--chunks", chunks),
         "max_tokens": max_tokens,

@@ -1,11 +1,12 @@
-"""Time prompts in vLLM, its own attention backend against Stem, in two engines that stand side by side."""
+"""Time prompts in vLLM, its own attention backend against Stem, in two engines on the same devices."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,27 +29,63 @@ def compare_engines(
 ) -> None:
     """Time prompts in chunks of one size. The engines take turns: every round times one prompt in each.
 
+    Where they run one after the other (`in_turn`), each answers all prompts before the next one starts.
+
     Args:
         settings: What the command was asked for; see `command.serving`.
         prompts: Tokens.
         chunk: vLLM's `max_num_batched_tokens`.
         on_record: Given a record for each prompt.
     """
+    times: list[dict[str, _Times]] = [{} for _ in prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(settings, chunk, max(map(len, prompts)) + settings["max_tokens"], Path(folder))
+        for together in [[name] for name in options] if settings["in_turn"] else [list(options)]:
+            with ExitStack() as stack:
+                engines = {
+                    name: stack.enter_context(running_engine(options[name], counted=name == "stem"))
+                    for name in together
+                }
+                for ids, found in zip(prompts, times, strict=True):
+                    found.update(_time(engines, ids, settings))
+                    if len(found) == len(options):
+                        on_record(_record(chunk, len(ids), found))
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """What one engine took for a prompt.
+
+    Args:
+        warm_up_seconds: Time to the first token of the prompt before it.
+        runs: One a round.
+    """
+
+    warm_up_seconds: float
+    runs: list[Record]
+
+
+def _time(engines: Mapping[str, Engine], ids: list[int], settings: Record) -> dict[str, _Times]:
+    """Ask engines in turn, a warm-up first."""
     tokens, warm = settings["max_tokens"], settings["warm"]
-    with _engines(settings, chunk, max(map(len, prompts)) + tokens) as engines:
-        for ids in prompts:
-            first = {
-                name: engine.answer((ids[-warm:] if warm else ids)[::-1], tokens)["first_token_seconds"]
-                for name, engine in engines.items()
-            }
-            runs: dict[str, list[Record]] = {name: [] for name in engines}
-            for _ in range(settings["rounds"]):
-                for name, engine in engines.items():
-                    runs[name].append(engine.answer(ids, tokens))
-            record: Record = {"chunk": chunk, "length": len(ids), "warm_up_seconds": first, "runs": runs}
-            for field in ("first_token_seconds", "next_token_seconds"):
-                record[field] = {name: _median(made, field) for name, made in runs.items()}
-            on_record(record)
+    before = (ids[-warm:] if warm else ids)[::-1]
+    times = {name: _Times(engine.answer(before, tokens)["first_token_seconds"], []) for name, engine in engines.items()}
+    for _ in range(settings["rounds"]):
+        for name, engine in engines.items():
+            times[name].runs.append(engine.answer(ids, tokens))
+    return times
+
+
+def _record(chunk: int, length: int, times: Mapping[str, _Times]) -> Record:
+    record: Record = {
+        "chunk": chunk,
+        "length": length,
+        "warm_up_seconds": {name: found.warm_up_seconds for name, found in times.items()},
+        "runs": {name: found.runs for name, found in times.items()},
+    }
+    for field in ("first_token_seconds", "next_token_seconds"):
+        record[field] = {name: _median(found.runs, field) for name, found in times.items()}
+    return record
 
 
 def text_prompt(model: str, length: int) -> list[int]:
@@ -71,35 +108,30 @@ def random_prompt(shape: str, length: int) -> list[int]:
     return made
 
 
-@contextmanager
-def _engines(settings: Record, chunk: int, positions: int) -> Iterator[Mapping[str, Engine]]:
-    """Start the dense engine and Stem's."""
-    with ExitStack() as stack:
-        if settings["shape"] is None:
-            model: Record = {"model": settings["model"]}
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            model = _random_model(settings["shape"], positions, Path(folder))
-        shared = {
-            **model,
-            **EXECUTION[settings["execution"]],
-            "dtype": settings["dtype"],
-            "enable_prefix_caching": False,
-            "gpu_memory_utilization": settings["memory"],
-            "max_model_len": positions,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": chunk,
-            "disable_log_stats": False,  # the engine's own clock times the tokens
-        }
-        selected = {
-            "attention_backend": settings["backend"],
-            "additional_config": {"stem": settings["stem"]},
-            "worker_extension_cls": WORKER,
-        }
-        yield {
-            "dense": stack.enter_context(running_engine(shared, counted=False)),
-            "stem": stack.enter_context(running_engine({**shared, **selected}, counted=True)),
-        }
+def _options(settings: Record, chunk: int, positions: int, folder: Path) -> dict[str, Record]:
+    """Return vLLM's options of the dense engine and of Stem's; a model of random weights is written to the folder."""
+    if settings["shape"] is None:
+        model: Record = {"model": settings["model"]}
+    else:
+        model = _random_model(settings["shape"], positions, folder)
+    shared = {
+        **model,
+        **EXECUTION[settings["execution"]],
+        "dtype": settings["dtype"],
+        "tensor_parallel_size": settings["tensor_parallel_size"],
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": settings["memory"],
+        "max_model_len": positions,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": chunk,
+        "disable_log_stats": False,  # the engine's own clock times the tokens
+    }
+    selected = {
+        "attention_backend": settings["backend"],
+        "additional_config": {"stem": settings["stem"]},
+        "worker_extension_cls": WORKER,
+    }
+    return {"dense": shared, "stem": {**shared, **selected}}
 
 
 def _random_model(shape: str, positions: int, folder: Path) -> Record:

@@ -1,0 +1,1 @@
+"""Two servers under the same load: one with dense attention, one with Stem."""

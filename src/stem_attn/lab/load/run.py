@@ -1,0 +1,151 @@
+"""Send the same requests to two servers at the same time, at rising rates, and compare what comes back when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from stem_attn.lab.load.client import Answer, Request, Server
+from stem_attn.lab.prompts import public_text
+from stem_attn.lab.results import Record
+
+SERVERS = ("dense", "stem")
+WITHIN = 0.99  # of the requests, for a rate to count as served
+NEAR = 0.25  # nats: two tokens this close are about as likely, and rounding may swap them
+_LIKELIEST = 20
+_SHORT = (1, 2000)  # tokens of a short prompt: by every preset's policy its attention is dense
+
+
+class Prompts:
+    """Stretches of public text, and requests that carry them.
+
+    Args:
+        tokenizer: Of the model that is served.
+        seed: Of everything random.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self._ids: list[int] = tokenizer(public_text()[0]).input_ids
+        self._rng = random.Random(seed)
+
+    def requests(self, count: int, rate: float, lengths: tuple[int, int], tokens: tuple[int, int]) -> list[Request]:
+        """Return requests at the times of a Poisson process.
+
+        Args:
+            count: How many.
+            rate: A second, on average.
+            lengths: Tokens of the shortest and the longest prompt; those between are as likely.
+            tokens: Likewise of the answers.
+        """
+        at, made = 0.0, []
+        for _ in range(count):
+            at += self._rng.expovariate(rate)
+            length = self._rng.randint(*lengths)
+            start = self._rng.randrange(len(self._ids))
+            ids = (self._ids[start:] + self._ids * (length // len(self._ids) + 1))[:length]
+            made.append(Request(at, ids, self._rng.randint(*tokens)))
+        return made
+
+
+def compare_servers(
+    servers: Mapping[str, Server], prompts: Prompts, settings: Record, on_record: Callable[[Record], None]
+) -> None:
+    """Load two servers, each rate at the same time on both.
+
+    Args:
+        servers: One by each name of `SERVERS`.
+        prompts: Where requests come from.
+        settings: What the command was asked for; see `command.load`.
+        on_record: Given a record of what the dense server takes without load, one a rate, and one of short prompts.
+    """
+    lengths, tokens = tuple(settings["lengths"]), tuple(settings["tokens"])
+    longest = (lengths[1], lengths[1])
+    both(servers, prompts.requests(2, 1.0, longest, tokens))  # what the first requests compile is not timed
+    alone = [
+        {name: answers[0].first for name, answers in both(servers, prompts.requests(1, 1.0, longest, tokens)).items()}
+        for _ in range(3)
+    ]
+    burst = prompts.requests(settings["burst"], 1e9, lengths, tokens)
+    done = {name: max(_lasts(answers)) for name, answers in both(servers, burst).items()}
+    capacity = {name: len(burst) / seconds for name, seconds in done.items()}
+    limit = 3 * sorted(one["dense"] or 0.0 for one in alone)[1]
+    on_record({"kind": "unloaded", "first_token_seconds": alone, "requests_a_second": capacity, "limit": limit})
+    for share in settings["shares"]:
+        rate = share * capacity["dense"]
+        count = max(1, round(rate * settings["seconds"]))
+        answers = both(servers, prompts.requests(count, rate, lengths, tokens))
+        found = {name: told(given, limit) for name, given in answers.items()}
+        on_record({"kind": "rate", "requests_a_second": rate, "share": share, **found})
+        if all(one["within_limit"] < WITHIN / 2 for one in found.values()):
+            break
+    if settings["short"]:
+        short = prompts.requests(settings["short"], settings["short"] / settings["short_seconds"], _SHORT, tokens)
+        answers = both(servers, short, with_ids=True)
+        found = {name: told(given, limit) for name, given in answers.items()}
+        on_record({"kind": "short", **found, "differ": differing(servers["dense"], short, answers)})
+
+
+def both(
+    servers: Mapping[str, Server], requests: Sequence[Request], *, with_ids: bool = False
+) -> dict[str, list[Answer]]:
+    """Send the same requests to both servers at the same times."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        sent = {name: pool.submit(server.replay, requests, with_ids=with_ids) for name, server in servers.items()}
+        return {name: answers.result() for name, answers in sent.items()}
+
+
+def told(answers: Sequence[Answer], limit: float) -> Record:
+    """Return what a server's answers say: how many are lost, and what the others took."""
+    whole = [answer for answer in answers if answer.error is None]
+    firsts = torch.tensor([answer.first for answer in whole], dtype=torch.float64)
+    later = [(a.last - a.first) / (a.tokens - 1) for a in whole if a.tokens > 1 and a.first and a.last]
+    within = sum(answer.first is not None and answer.first <= limit for answer in whole)
+    return {
+        "requests": len(answers),
+        "lost": [answer.error for answer in answers if answer.error is not None],
+        "within_limit": within / len(answers),
+        "first_token_seconds": {name: _quantile(firsts, q) for name, q in (("p50", 0.5), ("p99", 0.99))},
+        "next_token_seconds": _quantile(torch.tensor(later, dtype=torch.float64), 0.5),
+        "seconds": max(_lasts(answers), default=None),
+    }
+
+
+def differing(dense: Server, requests: Sequence[Request], answers: Mapping[str, Sequence[Answer]]) -> Record:
+    """Compare both servers' tokens; where they first differ, ask the dense server whether both were about as likely.
+
+    Returns:
+        Counts: answers that are compared, those that differ, and those of them that differ by more than `NEAR`.
+    """
+    compared = differ = wrong = 0
+    for request, theirs, ours in zip(requests, answers["dense"], answers["stem"], strict=True):
+        if theirs.error is not None or ours.error is not None:
+            continue
+        compared += 1
+        place = next((n for n, pair in enumerate(zip(theirs.ids, ours.ids, strict=True)) if pair[0] != pair[1]), None)
+        if place is None:
+            continue
+        differ += 1
+        likely = dense.likeliest([*request.ids, *theirs.ids[:place]], _LIKELIEST)
+        least = -float("inf")
+        wrong += max(likely.values()) - likely.get(ours.ids[place], least) > NEAR
+    return {"compared": compared, "differ": differ, "by_more_than_rounding": wrong}
+
+
+def goodput(records: Sequence[Record], name: str) -> float | None:
+    """Return the highest rate at which a server had enough requests within the limit; None: there is none."""
+    return max(
+        (r["requests_a_second"] for r in records if r["kind"] == "rate" and r[name]["within_limit"] >= WITHIN),
+        default=None,
+    )
+
+
+def _lasts(answers: Sequence[Answer]) -> list[float]:
+    return [answer.last for answer in answers if answer.last is not None]
+
+
+def _quantile(values: torch.Tensor, q: float) -> float | None:
+    return float(values.quantile(q)) if len(values) else None
