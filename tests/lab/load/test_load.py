@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
@@ -10,7 +11,8 @@ import pytest
 
 import tiny_model
 from stem_attn import cli
-from stem_attn.lab.load.client import Answer, Request
+from stem_attn.lab.load.client import Answer, Request, Server
+from stem_attn.lab.load.report import summary
 from stem_attn.lab.load.run import Prompts, differing, goodput, told
 
 LIKELY = {7: -0.5, 8: -0.6, 9: -3.0}
@@ -21,6 +23,8 @@ class StandIn(BaseHTTPRequestHandler):
 
     seconds_a_token = 1e-5
     cut_from = 10**9  # answers of longer prompts end early
+    takes = 10**9  # longer prompts are refused
+    tells_ids = True
 
     def log_message(self, *args):
         pass
@@ -35,34 +39,42 @@ class StandIn(BaseHTTPRequestHandler):
             top = {f"token_id:{token}": value for token, value in LIKELY.items()}
             self._send(json.dumps({"choices": [{"logprobs": {"top_logprobs": [top]}}]}))
             return
+        if len(asked["prompt"]) > self.takes:
+            self._send("too long", 400)
+            return
         time.sleep(self.seconds_a_token * len(asked["prompt"]))
         count = asked["max_tokens"] if len(asked["prompt"]) < self.cut_from else 1
         events = []
         for n in range(count):
             reason = "length" if n + 1 == count else None
-            ids = {"token_ids": [7]} if asked["return_token_ids"] else {}
+            ids = {"token_ids": [7]} if asked["return_token_ids"] and self.tells_ids else {}
             events.append({"choices": [{"text": "x", "finish_reason": reason, **ids}]})
         events.append({"choices": [], "usage": {"completion_tokens": count}})
         self._send("".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n")
 
-    def _send(self, text):
-        self.send_response(200)
+    def _send(self, text, status=200):
+        self.send_response(status)
         self.end_headers()
         self.wfile.write(text.encode())
 
 
-@pytest.fixture
-def urls():
-    """A slow stand-in, and a faster one that cuts long prompts' answers."""
-    slow = type("Slow", (StandIn,), {})
-    fast = type("Fast", (StandIn,), {"seconds_a_token": 5e-6, "cut_from": 500})
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (slow, fast)]
+@contextmanager
+def serving(*kinds):
+    """Start stand-ins, each with some attributes of its own; their addresses."""
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Kind", (StandIn,), kind)) for kind in kinds]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     yield [f"http://127.0.0.1:{server.server_port}" for server in servers]
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def urls():
+    """A slow stand-in, and a faster one that cuts long prompts' answers."""
+    with serving({}, {"seconds_a_token": 5e-6, "cut_from": 500}) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +96,11 @@ def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, t
         assert rate["requests_a_second"] == rate["share"] * unloaded["requests_a_second"]["dense"]
         assert rate["dense"]["requests"] == rate["stem"]["requests"] == max(1, round(0.1 * rate["requests_a_second"]))
         assert rate["dense"]["lost"] == []
-        assert 0 < rate["stem"]["first_token_seconds"]["p50"] < rate["dense"]["first_token_seconds"]["p50"]
+        assert rate["dense"]["first_token_seconds"]["p50"] >= 100 * StandIn.seconds_a_token
+        nothing = (
+            len(rate["stem"]["lost"]) == rate["stem"]["requests"]
+        )  # how many there are follows the machine's speed
+        assert (rate["stem"]["first_token_seconds"]["p50"] is None) == nothing
     lost = [reason for rate in rates for reason in rate["stem"]["lost"]]
     assert lost
     assert set(lost) <= {f"1 of {n} tokens, length" for n in range(2, 6)}
@@ -142,6 +158,9 @@ def test_goodput_is_the_highest_rate_with_enough_in_time():
     [
         (["--lengths", "10"], "--lengths takes two rising numbers, got '10'"),
         (["--tokens", "5,2"], "--tokens takes two rising numbers, got '5,2'"),
+        (["--short-seconds", "0"], "--short-seconds takes a number above 0, got 0"),
+        (["--dense", "127.0.0.1:1"], "a server's address is http://HOST:PORT, got '127.0.0.1:1'"),
+        (["--dense", "https://127.0.0.1:1"], "a server's address is http://HOST:PORT, got 'https://127.0.0.1:1'"),
         ([], "no server with /v1/models at http://127.0.0.1:1"),
     ],
 )
@@ -149,3 +168,41 @@ def test_wrong_options_end_in_one_line(arguments, said, tmp_path, capsys):
     nobody = ["--dense", "http://127.0.0.1:1", "--stem", "http://127.0.0.1:1", "--model", "m", "--out", str(tmp_path)]
     assert cli.run(["load", *nobody, *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_told(urls, tmp_path, capsys):
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    arguments = ["--dense", urls[0], "--stem", urls[1], "--model", str(nothing), "--out", str(tmp_path)]
+    assert cli.run(["load", *arguments]) == 2
+    assert str(nothing) in capsys.readouterr().err
+    assert not (tmp_path / "load.json").exists()
+
+
+def test_a_server_that_refuses_the_longest_prompt_is_told_before_any_load(folder, tmp_path, capsys):
+    with serving({}, {"takes": 500}) as (dense, stem):
+        arguments = ["--dense", dense, "--stem", stem, "--model", folder, "--lengths", "100,1000", "--tokens", "2,5"]
+        assert cli.run(["load", *arguments, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "--stem: none of 1 requests was answered; the first: HTTP 400: too long" in said
+    assert not (tmp_path / "load.json").exists()
+
+
+def test_answers_whose_tokens_are_not_told_are_not_compared():
+    with serving({"tells_ids": False}) as (url,):
+        requests = [Request(0.0, [1, 2], 3)]
+        (blind,) = Server(url).replay(requests, with_ids=True)
+        assert blind.error == "3 tokens, and the ids of 0"
+        assert differing(Server(url), requests, {"dense": [blind], "stem": [blind]})["compared"] == 0
+        (timed,) = Server(url).replay(requests, with_ids=False)
+        assert timed.error is None
+
+
+def test_a_rate_may_be_given_twice_and_stem_may_lose_all_where_dense_is_best():
+    good = {"within_limit": 1.0, "first_token_seconds": {"p99": 0.5}}
+    lost = {"within_limit": 0.0, "first_token_seconds": {"p99": None}}
+    low = {"kind": "rate", "requests_a_second": 1.0, "dense": good, "stem": good}
+    said = "at the dense server's, first token p99 0.500 and 0.500 s, ratio 1.00"
+    assert summary([low, low]) == f"goodput: 1.00 and 1.00 requests/s, ratio 1.00; {said}"
+    high = {"kind": "rate", "requests_a_second": 2.0, "dense": good, "stem": lost}
+    assert summary([low, high]).endswith("ratio 0.50; at the dense server's, Stem's answers nothing")

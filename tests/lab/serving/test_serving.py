@@ -103,6 +103,7 @@ def test_in_turn_the_second_engine_has_the_devices_alone(vllm, tmp_path, capfd):
     [
         ([], "give --model or --shape"),
         (["--model", "m", "--shape", "smollm2"], "give --model or --shape"),
+        (["--model", "./nowhere"], "no such model folder: ./nowhere"),
         (["--shape", "gpt"], f"--shape must be one of {', '.join(MODELS)}"),
         (["--shape", "smollm2", "--execution", "fast"], "--execution must be one of eager, graphs, compiled"),
         (["--shape", "smollm2", "--stem", "{"], "--stem takes a JSON object"),

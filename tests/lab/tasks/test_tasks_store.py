@@ -1,5 +1,6 @@
 """The file of answers."""
 
+import gzip
 import json
 
 import pytest
@@ -36,6 +37,15 @@ def test_an_interrupted_line_is_dropped_and_a_foreign_one_refused(tmp_path):
     assert file.read_text().startswith("notes of mine")
     with pytest.raises(InputError, match=r"cannot use .* for --out"):
         Store(tmp_path / "nowhere" / "answers.jsonl")
+
+
+def test_a_packed_file_is_refused_without_its_bytes(tmp_path):
+    file = tmp_path / "answers.jsonl.gz"
+    file.write_bytes(gzip.compress(bytes(range(256)) * 20) + b"\n")
+    with pytest.raises(InputError, match="line 1: not a record of this command") as caught:
+        read_answers(file)
+    assert "\\x" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(file)) + 150
 
 
 def test_reading_alone_changes_nothing(tmp_path):

@@ -57,18 +57,26 @@ class Server:
         url: As `http://127.0.0.1:8000`.
 
     Raises:
-        InputError: It does not answer.
+        InputError: The address is another kind of one, or the server does not answer.
     """
 
     def __init__(self, url: str) -> None:
-        self._address = urlsplit(url).netloc
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.netloc or parts.path.strip("/"):
+            raise InputError(f"a server's address is http://HOST:PORT, got {url!r}")
+        self._address = parts.netloc
         try:
             self._model = self._json("GET", "/v1/models")["data"][0]["id"]
-        except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
             raise InputError(f"no server with /v1/models at {url}: {error}") from error
 
     def replay(self, requests: Sequence[Request], *, with_ids: bool) -> list[Answer]:
-        """Send every request when it is due, whatever has been answered by then; return the answers in their order."""
+        """Send every request when it is due, whatever has been answered by then; return the answers in their order.
+
+        Args:
+            requests: What is sent.
+            with_ids: Ask for the answers' tokens; an answer without all of them is not whole.
+        """
         bodies = [self._body(request, with_ids) for request in requests]
         began = time.perf_counter()
         with ThreadPoolExecutor(len(requests)) as clients:
@@ -76,7 +84,7 @@ class Server:
             for request, body in zip(requests, bodies, strict=True):
                 due = began + request.at
                 time.sleep(max(0.0, due - time.perf_counter()))
-                answers.append(clients.submit(self._stream, body, due, request.tokens))
+                answers.append(clients.submit(self._stream, body, due, request.tokens, with_ids))
             return [answer.result() for answer in answers]
 
     def likeliest(self, ids: Sequence[int], count: int) -> dict[int, float]:
@@ -100,7 +108,7 @@ class Server:
             }
         )
 
-    def _stream(self, body: str, due: float, tokens: int) -> Answer:
+    def _stream(self, body: str, due: float, tokens: int, with_ids: bool) -> Answer:
         first = last = None
         counted, finish = 0, None
         ids: list[int] = []
@@ -124,6 +132,8 @@ class Server:
             return Answer(first, last, counted, tuple(ids), repr(error))
         finally:
             connection.close()
+        if with_ids and len(ids) != counted:
+            return Answer(first, last, counted, tuple(ids), f"{counted} tokens, and the ids of {len(ids)}")
         whole = finish == "length" and counted == tokens
         return Answer(first, last, counted, tuple(ids), None if whole else f"{counted} of {tokens} tokens, {finish}")
 
@@ -134,7 +144,7 @@ class Server:
             response = connection.getresponse()
             text = response.read().decode()
             if response.status != 200:
-                raise ValueError(f"HTTP {response.status}: {text[:200]}")
+                raise InputError(f"{path}: HTTP {response.status}: {text[:200]}")
             return json.loads(text)
         finally:
             connection.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stem_attn.lab.errors import InputError, first_line, require
+from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import METHOD, MODEL, OUTPUT, PROMPT, SeedOption, whole_numbers
 from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, to_json, write_files
 
@@ -35,7 +36,7 @@ def load(
     short: Annotated[
         int, typer.Option(min=0, help="Short prompts at the end, whose tokens are compared.", rich_help_panel=PROMPT)
     ] = 1000,
-    short_seconds: Annotated[float, typer.Option(min=0, help="In which they come.", rich_help_panel=PROMPT)] = 20.0,
+    short_seconds: Annotated[float, typer.Option(help="In which they come, above 0.", rich_help_panel=PROMPT)] = 20.0,
     seed: SeedOption = 0,
 ) -> None:
     """Load two servers with the same requests at the same times: one with dense attention, one with Stem.
@@ -45,6 +46,8 @@ def load(
     Servers on devices of their own do not disturb each other. Every number goes to the file.
     """
     require("transformers", extra="hf")
+    if not 0 < short_seconds < math.inf:
+        raise InputError(f"--short-seconds takes a number above 0, got {short_seconds:g}")
     settings: Record = {
         "model": Path(model).name,
         "lengths": _range("--lengths", lengths),
@@ -61,17 +64,14 @@ def load(
     check_writable(file)
 
     import torch
-    from transformers import AutoTokenizer
 
     from stem_attn.lab.load.client import Server
     from stem_attn.lab.load.report import line, summary
     from stem_attn.lab.load.run import SERVERS, Prompts, compare_servers
+    from stem_attn.lab.models import load_tokenizer
 
     servers = {name: Server(url) for name, url in zip(SERVERS, (dense, stem), strict=True)}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {model}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(model)
     report: Record = {**new_record("load", settings, torch.device("cpu")), "records": []}
 
     def on_record(record: Record) -> None:

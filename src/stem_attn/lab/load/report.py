@@ -38,9 +38,11 @@ def summary(records: Sequence[Record]) -> str:
     best = [goodput(records, name) for name in SERVERS]
     if best[0] is None or best[1] is None:
         return f"goodput: {best[0]} and {best[1]} requests/s"
-    (at,) = [r for r in records if r["kind"] == "rate" and r["requests_a_second"] == best[0]]
+    at = next(r for r in records if r["kind"] == "rate" and r["requests_a_second"] == best[0])
     p99 = [at[name]["first_token_seconds"]["p99"] for name in SERVERS]
-    return (
+    text = (
         f"goodput: {best[0]:.2f} and {best[1]:.2f} requests/s, ratio {best[1] / best[0]:.2f}; at the dense server's, "
-        f"first token p99 {p99[0]:.3f} and {p99[1]:.3f} s, ratio {p99[1] / p99[0]:.2f}"
     )
+    if p99[1] is None:
+        return f"{text}Stem's answers nothing"
+    return f"{text}first token p99 {p99[0]:.3f} and {p99[1]:.3f} s, ratio {p99[1] / p99[0]:.2f}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stem_attn.lab.errors import InputError
 from stem_attn.lab.load.client import Answer, Request, Server
 from stem_attn.lab.prompts import public_text
 from stem_attn.lab.results import Record
@@ -61,18 +62,21 @@ def compare_servers(
         prompts: Where requests come from.
         settings: What the command was asked for; see `command.load`.
         on_record: Given a record of what the dense server takes without load, one a rate, and one of short prompts.
+
+    Raises:
+        InputError: A server answers nothing before it is loaded.
     """
     lengths, tokens = tuple(settings["lengths"]), tuple(settings["tokens"])
     longest = (lengths[1], lengths[1])
     both(servers, prompts.requests(2, 1.0, longest, tokens))  # what the first requests compile is not timed
-    alone = [
-        {name: answers[0].first for name, answers in both(servers, prompts.requests(1, 1.0, longest, tokens)).items()}
-        for _ in range(3)
-    ]
+    alone = []
+    for _ in range(3):
+        answers = both(servers, prompts.requests(1, 1.0, longest, tokens))
+        alone.append({name: _times(name, given)[0][0] for name, given in answers.items()})
     burst = prompts.requests(settings["burst"], 1e9, lengths, tokens)
-    done = {name: max(_lasts(answers)) for name, answers in both(servers, burst).items()}
+    done = {name: max(last for _, last in _times(name, given)) for name, given in both(servers, burst).items()}
     capacity = {name: len(burst) / seconds for name, seconds in done.items()}
-    limit = 3 * sorted(one["dense"] or 0.0 for one in alone)[1]
+    limit = 3 * sorted(one["dense"] for one in alone)[1]
     on_record({"kind": "unloaded", "first_token_seconds": alone, "requests_a_second": capacity, "limit": limit})
     for share in settings["shares"]:
         rate = share * capacity["dense"]
@@ -141,6 +145,18 @@ def goodput(records: Sequence[Record], name: str) -> float | None:
         (r["requests_a_second"] for r in records if r["kind"] == "rate" and r[name]["within_limit"] >= WITHIN),
         default=None,
     )
+
+
+def _times(name: str, answers: Sequence[Answer]) -> list[tuple[float, float]]:
+    """Return the times to the first and to the last token, of what was answered.
+
+    Raises:
+        InputError: Nothing was, as where the longest prompt is more than the server takes.
+    """
+    times = [(answer.first, answer.last) for answer in answers if answer.first is not None and answer.last is not None]
+    if not times:
+        raise InputError(f"--{name}: none of {len(answers)} requests was answered; the first: {answers[0].error}")
+    return times
 
 
 def _lasts(answers: Sequence[Answer]) -> list[float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from stem_attn.lab.errors import InputError
+from stem_attn.lab.models import load_tokenizer
 from stem_attn.lab.prompts import public_text
 from stem_attn.lab.results import Record
 from stem_attn.lab.serving.engines import WORKER, Engine, running_engine
@@ -92,11 +93,9 @@ def text_prompt(model: str, length: int) -> list[int]:
     """Return the first tokens of public text.
 
     Raises:
-        InputError: The text has fewer.
+        InputError: The text has fewer, or the model has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    ids: list[int] = AutoTokenizer.from_pretrained(model)(public_text()[0][: 10 * length]).input_ids[:length]
+    ids: list[int] = load_tokenizer(model)(public_text()[0][: 10 * length]).input_ids[:length]
     if len(ids) < length:
         raise InputError(f"the text has {len(ids)} tokens, --lengths asks for {length}")
     return ids

@@ -94,6 +94,8 @@ def read_answers(file: Path) -> dict[str, dict[str, Any]]:
             if not isinstance(record["key"], dict):
                 raise TypeError("its key is no object")
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{file}, line {number}: not a record of this command ({error!r})") from error
+            raise InputError(
+                f"{file}, line {number}: not a record of this command ({type(error).__name__}: {error})"
+            ) from error
         records[_text(record["key"])] = record
     return records
