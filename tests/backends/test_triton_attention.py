@@ -134,7 +134,7 @@ def test_head_dims(dim: int) -> None:
 
 
 def test_v_has_its_own_head_dim() -> None:
-    for dim, v_dim in ((64, 128), (96, 48), (192, 128)):
+    for dim, v_dim in ((64, 128), (96, 48), (192, 128), *([(128, 256)] if GPU else [])):
         q, k, v = on_device(*make_qkv(140, heads=2, kv_heads=1, dim=dim, v_dim=v_dim, dtype=torch.float16))
         check(q, k, v, random_selection(140, 140, 128, heads=2))
 

@@ -312,7 +312,7 @@ def _consume(
     # The diagonal block's first tile. Every query sees a key in it, unless a window leaves out the part of the block
     # that this tile is: only then can a maximum be infinite.
     mbarrier.wait(q_full.index(0), 0)
-    if query.type.shape[1] <= 128:  # with more there are too few registers
+    if query.type.shape[1] <= 128 and DV_PAD <= 128:  # else there are too few registers
         query = query.load(gl.DotOperandLayout(0, score_layout, 2))
     mbarrier.wait(k_full.index(0), 0)
     score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)

@@ -17,11 +17,12 @@ class Launch:
     16 bytes, the same alignment.
 
     Args:
-        kernel: A `triton.jit` function whose parameters are tensors, then numbers, then constants.
+        kernel: A `triton.jit` or `gluon.jit` function whose parameters are tensors, then numbers, then constants. A
+            number that it does not specialise on may stand last among the tensors, and change from call to call.
         grid: Programs along two or three axes.
         numbers: The values of the parameters between tensors and constants, in order.
         constants: The constant parameters by name.
-        options: Warps and stages.
+        options: Warps, stages and what else Triton takes.
     """
 
     __slots__ = ("_arguments", "_compiled", "_grid", "_kernel", "_named", "_numbers")

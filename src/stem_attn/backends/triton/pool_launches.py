@@ -20,7 +20,7 @@ def pool_launch(sizes: Sizes, strides: list[tuple[int, ...]], v_dim: int, page_s
     Args:
         sizes: Of the selection.
         strides: Of q, k and v.
-        v_dim: Their head dim.
+        v_dim: Head dim of v.
         page_size: Tokens a page, or 0.
         scale: Factor of the attention logits.
     """
