@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from helpers import SMALL, make_qkv
-from stem_attn import BlockSelection, block_sparse_attention, stem_attention
+from stem_attn import BlockSelection, backends, block_sparse_attention, run, stem_attention
 from stem_attn.audit import AuditSums, audit, rows_to_show
+from stem_attn.backends.triton import TritonBackend
 from stem_attn.blocks import BlockGrid
 from stem_attn.call import Call
 from stem_attn.layout import Layout
@@ -231,6 +232,28 @@ def test_seeds_decide_and_global_randomness_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_what_automatic_choice_passes_over_is_counted_once_a_call(monkeypatch):
+    """An audit looks for the backend of a call that has run, and has counted that already."""
+    triton, load = TritonBackend(), backends._load
+    monkeypatch.setattr(TritonBackend, "automatic_on", ("cpu",))
+    monkeypatch.setattr(TritonBackend, "why_unsupported", lambda *_: "it is Sunday")
+    monkeypatch.setattr(backends, "_load", lambda name: (triton, None) if name == "triton" else load(name))
+    before = backends.fallbacks().get("triton: it is Sunday", 0)
+    call, selection, out = sparse(*make_qkv(512))
+    found = run.audit(call, [selection], out, "auto", rows=64, seed=0)
+    assert backends.fallbacks()["triton: it is Sunday"] == before + 1
+    assert torch.equal(found.values, audit(call, [selection], out, rows=64, seed=0).values)
+
+
+def test_an_audit_runs_on_the_backend_that_attends(monkeypatch):
+    call, selection, out = sparse(*make_qkv(512))
+    monkeypatch.setattr(type(backends.by_name("cpu")), "compare_rows", lambda *_: torch.ones(3, 1, 4, 8))
+    values = [run.audit(call, [selection], out, name, rows=64, seed=0).values.tolist() for name in ("auto", "cpu")]
+    assert values == [[2048.0, 0.0, 0.0, 2048.0, 2048.0, 0.0, 0.0]] * 2
+    with pytest.raises(ValueError, match="backend must be one of auto"):
+        run.audit(call, [selection], out, "gpu", rows=64, seed=0)
 
 
 def test_few_queries_have_two_rows_a_head():

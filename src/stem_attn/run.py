@@ -70,8 +70,8 @@ def attend(
 def audit(
     call: Call, selections: Sequence[BlockSelection], out: Tensor, backend: str, *, rows: int, seed: int
 ) -> AuditSums:
-    """Attend exactly with some query rows, and compare; see `stem_attn.audit.audit`."""
-    compare = backends.for_call(backend, call).compare_rows
+    """Attend exactly with some query rows of a call that has run, and compare; see `stem_attn.audit.audit`."""
+    compare = backends.for_call(backend, call, again=True).compare_rows
     return audit_rows(call, selections, out, rows=rows, seed=seed, compare=compare)
 
 

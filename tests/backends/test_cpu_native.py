@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import shutil
@@ -196,6 +197,13 @@ def test_sparse_is_no_gain_where_dense_uses_matrix_units_and_the_kernel_is_missi
         assert backends.by_name("cpu").break_even(Geometry("cpu", dtype, 64, 8192), StemConfig()) == expected
 
 
+def test_what_another_device_gains_does_not_depend_on_the_hosts_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(native, "why_not", lambda: pytest.fail("it compiles"))
+    geometry = Geometry("xpu", torch.bfloat16, 64, 8192)
+    assert backends.by_name("cpu").break_even(geometry, StemConfig()) == 0.5
+
+
 def test_the_switch_forbids_to_compile(monkeypatch):
     monkeypatch.setattr(native, "_kernel", lambda: pytest.fail("it compiles"))
     monkeypatch.setenv(native.SWITCH, "0")
@@ -267,6 +275,40 @@ def test_shapes(kernel, dtype, q_len, k_len, dim, v_dim, size):
 def test_windows(kernel, window):
     q, k, v = make_qkv(600, 650)
     check(q, k, v, random_selection(600, 650, 64), window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks(kernel, dtype, softcap):
+    """A sink takes its share of the softmax's sum, which the log-sum-exp without it tells."""
+    q, k, v = make_qkv(260, 300, dim=40, v_dim=20, dtype=dtype)
+    sinks, selection = torch.tensor([-math.inf, 0.0, 3.0, 80.0]), random_selection(260, 300, 64)
+    how = {"softcap": softcap, "return_lse": True, "backend": "cpu"}
+    plain, plain_lse = block_sparse_attention(3 * q, k, v, selection, **how)
+    out, lse = block_sparse_attention(3 * q, k, v, selection, sinks=sinks, **how)
+    left = torch.sigmoid(plain_lse - sinks[:, None])[..., None]
+    torch.testing.assert_close(out.float(), plain.float() * left, rtol=2 * torch.finfo(dtype).eps + 2e-6, atol=1e-6)
+    torch.testing.assert_close(lse, plain_lse.logaddexp(sinks[:, None]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [2, 123])
+def test_any_strides(kernel, dtype, last):
+    """The same numbers with dims that are `last` numbers apart, and rows that are the closer for it."""
+    tensors = make_qkv(100, 120, dim=40, v_dim=35, dtype=dtype)
+    selection = random_selection(100, 120, 32)
+    call, expected = Call(Layout.dense(*tensors), 32, 0.2), torch.empty(1, 4, 100, 35, dtype=dtype)
+    native.attend_blocks(call, *tensors, selection, expected, None, threads=1)
+
+    def spread(x: Tensor) -> Tensor:
+        batch, heads, tokens, dim = x.shape
+        row = 1 if last > tokens else last * dim
+        room = torch.full((batch, heads, last * dim * (1 if row == 1 else tokens)), torch.nan, dtype=dtype)
+        return room.as_strided(x.shape, (*room.stride()[:2], row, last)).copy_(x)
+
+    out = spread(torch.zeros_like(expected))
+    native.attend_blocks(call, *map(spread, tensors), selection, out, None, threads=1)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

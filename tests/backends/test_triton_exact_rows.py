@@ -124,6 +124,23 @@ def test_what_is_no_number_stays_so_and_reaches_no_other_head():
     assert found[:, 0, [0, 2, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("sinks", [None, [0.0, -3.0, 9.0, -math.inf]])
+def test_rows_that_see_no_logit_above_minus_infinity(sinks):
+    """All of such a row goes to its sink: nothing is lost. Without one the softmax is 0 / 0."""
+    q, k, v = (x.to(DEVICE) for x in make_qkv(40, 100))
+    q, k = torch.ones_like(q), torch.full_like(k, -math.inf)
+    how = {} if sinks is None else {"sinks": torch.tensor(sinks, device=DEVICE)}
+    call = Call(Layout.dense(q, k, v), 16, 32**-0.5, **how)
+    (part,) = call.parts
+    selection = BlockSelection.everything(batch=1, heads=4, grid=call.grid(part), device=DEVICE)
+    places = sampled(1, 4, 40, 5).to(DEVICE)
+    found, expected = (
+        f(call, part, selection, torch.zeros_like(q), places) for f in (BACKEND.compare_rows, compare_rows)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().all(-1).tolist() == [[[sinks is None] * 3 + [True]]] * 3
+
+
 def test_an_audit_by_the_kernels_is_that_by_plain_torch():
     q, k, v = (x.to(DEVICE) for x in make_qkv(300))
     out, selection = stem_attention(q, k, v, config=SMALL, backend="cpu", return_selection=True)

@@ -42,19 +42,20 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of auto, {', '.join(_CLASSES)}; got {name!r}")
 
 
-def for_call(name: str, call: Call) -> Backend:
+def for_call(name: str, call: Call, *, again: bool = False) -> Backend:
     """Find the backend that runs a call.
 
     Args:
         name: A backend's name, which is then used or refused, or `"auto"`.
         call: The call.
+        again: Whether the call has run already, so that what automatic choice passes over is counted.
 
     Raises:
         ValueError: The name is unknown, or the named backend cannot take the call.
         RuntimeError: The named backend cannot run on this machine.
     """
     if name == "auto":
-        return _automatic(call)
+        return _automatic(call, again)
     backend = by_name(name)
     reason = backend.why_unsupported(call)
     if reason:
@@ -100,30 +101,38 @@ def expected(name: str, device_type: str) -> Backend | None:
     return None
 
 
-def _automatic(call: Call) -> Backend:
+def _automatic(call: Call, again: bool) -> Backend:
     """Take the first backend made for the device that can run the call; say once why a better one could not."""
+    backend, passed_over = _fastest(call)
+    if not again:
+        for reason in passed_over:
+            fallback_notes.note("automatic choice passes over a faster backend", reason)
+    if backend is None:
+        raise RuntimeError(f"no backend can run on {call.q.device}: {available()}")
+    return backend
+
+
+def _fastest(call: Call) -> tuple[Backend | None, list[str]]:
+    """Return the first backend made for the device that can run the call, and why each before it could not."""
     device_type = call.q.device.type
+    passed_over = []
     for name in _CLASSES:
         backend, reason = _load(name)
         if backend is None:
             if name == "triton" and device_type == "cuda":
-                _note(f"{name}: {reason}")
+                passed_over.append(f"{name}: {reason}")
             continue
         if not _is_tried(backend, device_type):
             continue
         reason = reason or backend.why_unsupported(call)
         if reason is None:
-            return backend
-        _note(f"{name}: {reason}")
-    raise RuntimeError(f"no backend can run on {call.q.device}: {available()}")
+            return backend, passed_over
+        passed_over.append(f"{name}: {reason}")
+    return None, passed_over
 
 
 def _is_tried(backend: Backend, device_type: str) -> bool:
     return device_type in backend.automatic_on or "*" in backend.automatic_on
-
-
-def _note(reason: str) -> None:
-    fallback_notes.note("automatic choice passes over a faster backend", reason)
 
 
 @cache

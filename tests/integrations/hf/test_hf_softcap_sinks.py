@@ -84,7 +84,7 @@ def test_the_property_shows(family):
 def test_really_sparse_is_the_reference_over_the_same_blocks(family, kind, monkeypatch):
     model, ids = enable(tiny(family), SPARSE), tokens(2, LENGTH)
     calls, adapter = [], ALL_ATTENTION_FUNCTIONS["stem"]
-    selections, count = [], hf.counters.Counters.selection
+    selections, of = [], hf.counters.Kept.of
 
     def spy(module, query, key, value, mask, **kwargs):
         out = adapter(module, query, key, value, mask, **kwargs)
@@ -93,9 +93,7 @@ def test_really_sparse_is_the_reference_over_the_same_blocks(family, kind, monke
         return out
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "stem", spy)
-    monkeypatch.setattr(
-        hf.counters.Counters, "selection", lambda self, s: (selections.append(s.to_mask()), count(self, s))[1]
-    )
+    monkeypatch.setattr(hf.counters.Kept, "of", lambda s: (selections.append(s.to_mask()), of(s))[1])
     run(model, ids, kind)
     stats = hf.stats(model)
     assert stats.sparse == len(calls) > 0

@@ -32,7 +32,8 @@ class CpuBackend(BlockedBackend):
         # density .28, so d costs 1.2 d, and the selection a tenth of it; what is left is a margin for other machines.
         # Compiled, d costs 0.9 d or less: the margin is wider, and what is dense does not depend on a compiler.
         # A Xeon with AMX, 16 threads, density .28, plain torch: the whole takes twice SDPA's time in bfloat16.
-        in_tiles = geometry.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        on_cpu = geometry.device_type == "cpu"
+        in_tiles = on_cpu and geometry.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
         return 0.0 if in_tiles and native.why_not() else 0.5
 
     def attend_part(

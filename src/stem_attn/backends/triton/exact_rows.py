@@ -10,6 +10,7 @@ from stem_attn.backends.triton.attention import addressable, padded
 from stem_attn.backends.triton.exact_rows_kernel import compare_kernel, exact_kernel
 from stem_attn.backends.triton.launch import on_device
 from stem_attn.backends.triton.logits import Logits, sinks_of
+from stem_attn.backends.triton.tiles import choose_exact_rows_tile
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.layout import Part
@@ -25,7 +26,9 @@ def compare_rows(call: Call, part: Part, selection: BlockSelection, out: Tensor,
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
     (batch, heads, _, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     group, sampled, size = heads // kv_heads, places.shape[2], call.block_size
-    grid, keys, rows = call.grid(part), min(size, 64), 32
+    grid, rows = call.grid(part), 32
+    tile = choose_exact_rows_tile(block_size=size, head_dim=padded(max(dim, v_dim)), item_bytes=q.element_size())
+    keys = tile.keys
     page_size = 0 if part.pages is None else k.shape[2]
     tiles = triton.cdiv(part.k_len, keys)
     row_programs = triton.cdiv(group * sampled, rows) * batch * kv_heads
@@ -47,7 +50,7 @@ def compare_rows(call: Call, part: Part, selection: BlockSelection, out: Tensor,
             tiles, chunk_tiles, logits.factor, logits.cap, call.window or 0,
             D=dim, DV=v_dim, D_PAD=padded(dim), DV_PAD=padded(v_dim), ROWS=rows, KEYS=keys, PAGE=page_size,
             WINDOW=call.window is not None, TANH="none" if call.softcap is None else "exact",
-            HALVES=q.dtype != torch.float32, num_stages=2 if max(dim, v_dim) <= 128 else 1,
+            HALVES=q.dtype != torch.float32, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         compare_kernel[(sampled, heads, batch)](
             out, indices, selection.counts, sinks_of(call, selection.counts), places, *sums, found,

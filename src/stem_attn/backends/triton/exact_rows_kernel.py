@@ -167,7 +167,8 @@ def compare_kernel(
     peaks = tl.load(chunk_peaks + slot * chunks + chunk, mask=reached & (chunk < chunks), other=float("-inf"))
     sums = tl.load(chunk_sums + slot * chunks + chunk, mask=reached & (chunk < chunks), other=0.0)
     peak = tl.max(peaks)
-    shares = tl.exp2(peaks - peak)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    shares = tl.exp2(peaks - base)
     whole = tl.sum(sums * shares)
     outs = chunk_outs + (slot * chunks + chunk)[:, None] * DV_PAD + dims
     exact = tl.sum(tl.load(outs, mask=(reached & (chunk < chunks))[:, None], other=0.0) * shares[:, None], 0)
@@ -184,18 +185,19 @@ def compare_kernel(
             there = (n < count) & (tile * KEYS <= position)
             tile_peak = tl.load(tile_peaks + slot * tiles + tile, mask=there, other=float("-inf"))
             tile_sum = tl.load(tile_sums + slot * tiles + tile, mask=there, other=0.0)
-            kept += tl.sum(tile_sum * tl.exp2(tile_peak - peak))
+            kept += tl.sum(tile_sum * tl.exp2(tile_peak - base))
 
-    total = whole
+    total, recall = whole, kept / whole
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
         top = tl.maximum(peak, sink)
         exact *= tl.exp2(peak - top)
         total = whole * tl.exp2(peak - top) + tl.exp2(sink - top)
+        recall = tl.where((whole == 0) & (total > 0), 1.0, recall)  # the sink takes all: nothing is lost
     exact /= total
     given = tl.load(out + batch * out_strides[0] + head * out_strides[1] + place * out_strides[2] + dims,
                     mask=dims < DV, other=0.0).to(tl.float32)  # fmt: skip
     rows = tl.num_programs(2) * heads * sampled
-    tl.store(found + slot, kept / whole)
+    tl.store(found + slot, recall)
     tl.store(found + rows + slot, tl.sum((given - exact) * (given - exact)))
     tl.store(found + 2 * rows + slot, tl.sum(exact * exact))

@@ -45,6 +45,16 @@ def choose_tile(*, block_size: int, head_dim: int, item_bytes: int, tma: bool) -
     return Tile(keys, warps, 3 if tma or head_dim < 128 else 2)
 
 
+def choose_exact_rows_tile(*, block_size: int, head_dim: int, item_bytes: int) -> Tile:
+    """Pick the launch choices of the kernel that attends exactly for an audit; arguments as in `choose_tile`.
+
+    All fit into the 64 KiB of shared memory that every GPU has.
+    """
+    if item_bytes > 2:
+        return Tile(16, 4, 1)
+    return Tile(min(block_size, 64), 4, 2 if head_dim <= 128 else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class HopperTile:
     """Launch choices of the Hopper kernel.

@@ -95,7 +95,8 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
             page = torch.zeros(
                 1, spec.num_kv_heads, spec.block_size, 2 * spec.head_size, dtype=torch.uint8, device=self.device
             )
-            row, scale = torch.zeros(1, 1, dtype=torch.int32, device=self.device), torch.ones((), device=self.device)
+            row = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+            scale = torch.ones((), dtype=torch.float32, device=self.device)
             widen_pages(page.view(torch.float8_e4m3fn), row, [1], scale, scale, config.model_config.dtype)
         torch.cuda.empty_cache()
         logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
