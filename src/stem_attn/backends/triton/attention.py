@@ -121,14 +121,14 @@ def addressable(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     scale = call.scale
     if scale <= 0:
         q, scale = q * scale, 1.0
-    q, k, v = map(_unit_stride, (q, k, v))
+    q, k, v = map(unit_stride, (q, k, v))
     return q, k, v, scale
 
 
 def _rows(selection: BlockSelection) -> Tensor:
     """Return a selection's indices, last stride 1; what keeps everything has one row for all."""
     if not selection.keeps_everything:
-        return _unit_stride(selection.indices)
+        return unit_stride(selection.indices)
     blocks = torch.arange(selection.grid.k_blocks, dtype=torch.int32, device=selection.counts.device)
     return blocks.expand(*selection.counts.shape, -1)
 
@@ -156,7 +156,8 @@ def _pack(
     return indices, counts, table.to(call.q.device, non_blocking=True).split(sizes)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """Return a tensor, or a copy, whose last stride is 1."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 

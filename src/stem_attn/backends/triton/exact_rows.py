@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from stem_attn.backends.triton.attention import addressable, padded
+from stem_attn.backends.triton.attention import addressable, padded, unit_stride
 from stem_attn.backends.triton.exact_rows_kernel import compare_kernel, exact_kernel
 from stem_attn.backends.triton.launch import on_device
 from stem_attn.backends.triton.logits import Logits, sinks_of
@@ -42,7 +42,7 @@ def compare_rows(call: Call, part: Part, selection: BlockSelection, out: Tensor,
 
     sums = numbers(tiles), numbers(tiles), numbers(chunks), numbers(chunks), numbers(chunks, padded(v_dim))
     found = torch.empty(3, *places.shape, dtype=torch.float32, device=q.device)
-    indices = selection.indices if selection.indices.stride(3) == 1 else selection.indices.contiguous()
+    indices = unit_stride(selection.indices)
     with on_device(q.device):
         exact_kernel[(chunks, triton.cdiv(group * sampled, rows), batch * kv_heads)](
             q, k, v, places, places if part.pages is None else part.pages, *sums,

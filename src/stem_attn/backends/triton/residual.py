@@ -11,7 +11,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attn.backends.triton.attention import addressable, attend_part, has_copy_engine, padded, portable_tile
+from stem_attn.backends.triton.attention import (
+    addressable,
+    attend_part,
+    has_copy_engine,
+    padded,
+    portable_tile,
+    unit_stride,
+)
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.logits import Logits
 from stem_attn.backends.triton.residual_kernel import mark_kernel, means_kernel, merge_kernel
@@ -48,7 +55,7 @@ def merge_means(
         tile: Launch choices of the merge; default: the portable attention kernel's.
     """
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
-    indices = selection.indices if selection.indices.stride(3) == 1 else selection.indices.contiguous()
+    indices = unit_stride(selection.indices)
     tile = tile or portable_tile(q, v, selection.block_size)
     inputs = q, k, v, out, indices, selection.counts
     layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)

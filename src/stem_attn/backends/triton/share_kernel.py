@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stem_attn.backends.triton.selection_kernels import number, ordered
+
 
 @triton.jit(
     do_not_specialize=["first_row", "q_blocks", "first_block", "sink", "local", "keep_stride", "least_at", "scope"]
@@ -68,8 +70,8 @@ def share_kernel(
         score = _load(scores, norm, live, first, diagonal, sink, local, CHUNK)
         lows = tl.minimum(lows, tl.where(score == float("-inf"), float("inf"), score))
         highs = tl.maximum(highs, tl.where(score == float("inf"), float("-inf"), score))
-    low = _key(tl.min(tl.min(lows, 1), 0))
-    high = _key(tl.max(tl.max(highs, 1), 0))
+    low = ordered(tl.min(tl.min(lows, 1), 0))
+    high = ordered(tl.max(tl.max(highs, 1), 0))
     reached = (diagonal + 1) * scope * group
     while (low < high) & (reached != wanted):
         middle = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
@@ -90,7 +92,7 @@ def _reaching(
     scores, norm, live, cutoff, least, diagonal, sink, local, HEADS: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Count the blocks of each head that reach a cutoff, at least `least`; 0 for heads that do not exist."""
-    cutoff = _number(cutoff)
+    cutoff = number(cutoff)
     hits = tl.zeros([HEADS, CHUNK], tl.int32)
     for first in tl.range(0, diagonal + 1, CHUNK):
         hits += (_load(scores, norm, live, first, diagonal, sink, local, CHUNK) >= cutoff).to(tl.int32)
@@ -107,16 +109,3 @@ def _load(scores, norm, live, first, diagonal, sink, local, CHUNK: tl.constexpr)
     score = tl.load(scores[:, None] + column[None, :], mask=mask, other=0.0) - norm[:, None]
     score = tl.where(forced[None, :], float("inf"), score)
     return tl.where(live[:, None] & causal[None, :], score, float("-inf"))
-
-
-@triton.jit
-def _key(number):
-    """Map a float to the integer in its place."""
-    bits = number.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _number(key):
-    """Map back."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
