@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -172,18 +173,27 @@ def _summary(method: str, target: float | None, layers: list[Record], runs: list
 def _setting(record: Record) -> str:
     settings, model = record["settings"], record["model"]
     texts = "\n".join(
-        f"- {text['tokens']} tokens of {text['source']}, from character {text['first_character']} "
-        f"(sha256 `{text['sha256'][:16]}`)"
+        _wrapped(
+            f"- {text['tokens']} tokens of {text['source']}, from character {text['first_character']} "
+            f"(sha256 `{text['sha256'][:16]}`)"
+        )
         for text in record["texts"]
     )
     others = ", ".join(f"{reason}: {calls} layers" for reason, calls in record["other_calls"].items())
     versions = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items())
-    return (
+    setting = (
         f"{model['name']}, {model['dtype']}, {settings['length']} tokens, block {settings['block_size']}, "
         f"{model['measured_layers']} full attention layers measured"
         + (f" (left exact: {others})" if others else "")
-        + f". {machine.name(record['machine'])}; {versions}.\n\nPrompts:\n\n{texts}"
+        + f". {machine.name(record['machine'])}; {versions}."
     )
+    return f"{_wrapped(setting)}\n\nPrompts:\n\n{texts}"
+
+
+def _wrapped(prose: str) -> str:
+    """Break a paragraph or an item of a list into lines of at most 100 characters."""
+    indent = "  " if prose.startswith("- ") else ""
+    return textwrap.fill(prose, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _comparison(rows: Sequence[Summary], reference: Summary | None) -> str:
