@@ -50,13 +50,17 @@ def running_engines(options: Mapping[str, Record], *, at_once: bool) -> Iterator
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in options}
         started = []
         for name, pool in pools.items():
-            stack.callback(lambda pool=pool: pool.submit(_stop).result())
+            stack.callback(_ask_to_stop, pool)
             started.append(pool.submit(_start, options[name]))
             if not at_once:
                 started[-1].result()
         for engine in started:
             engine.result()
         yield {name: Engine(pool, "worker_extension_cls" in options[name]) for name, pool in pools.items()}
+
+
+def _ask_to_stop(pool: ProcessPoolExecutor) -> None:
+    pool.submit(_stop).result()
 
 
 def _start(options: Record) -> None:
