@@ -1,0 +1,287 @@
+"""The attention kernel for Hopper with 8-bit products (e4m3), in Gluon; made like that of `hopper_kernel`.
+
+It reads what `quantize_kernels` wrote: whole blocks, so it knows neither pages nor strides. A block of values lies
+transposed, as the 8-bit instruction wants it, and its keys in the order in which `WEIGHT_ORDER` puts the weights: what
+a thread holds of a score tile is then what it must hold of the next product's left operand, and nothing moves.
+
+The tensor core adds 8-bit products in about 22 bits (14 of the sum's). So every tile's product with the values is a
+sum of its own, added in float32.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from stem_attn.backends.triton.hopper_kernel import BLOCK, HALF, LN2, LOG2_E, load_box, warpgroup_barrier
+from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.tanh_kernel import tanh
+
+WEIGHT_LOG2 = gl.constexpr(8.0)
+"""Weights, at most 1, are multiplied with 2^8: e4m3 reaches from 2^-9 to 448, and 2^8 is exact."""
+
+
+def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """Return the shared-memory layout of a box [1, 1, rows, columns] of 8-bit numbers."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.float8e4nv)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "index_batch",
+        "index_head",
+        "index_row",
+        "count_batch",
+        "count_head",
+        "count_row",
+        "rows",
+        "lead",
+        "q_len",
+        "k_len",
+    ],
+    do_not_specialize_on_alignment=["sinks"],
+)
+def hopper_fp8_kernel(
+    q,  # descriptor of e4m3 [B, Hq, R * BLOCK, D], boxes of 64 tokens
+    k,  # descriptor of e4m3 [B, Hkv, Kb * BLOCK, D], boxes of a block
+    v,  # descriptor of e4m3 [B, Hkv, Kb * DV, BLOCK], boxes of a block
+    q_scales,  # float32 [B, Hq, R], what q's numbers are multiplied with
+    kv_scales,  # float32 [2, B, Hkv], k's and v's
+    shifts,  # float32 [B, Hq, R * BLOCK], what a query's dot products lack; unused unless SHIFTED
+    out,  # [B, Hq, Tq, DV]
+    lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
+    indices,  # int32 [B, Hq, R, S], last stride 1
+    counts,  # int32 [B, Hq, R]
+    sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
+    out_strides,  # (batch, head, token) in elements, as all strides here
+    index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
+    index_head,
+    index_row,
+    count_batch,
+    count_head,
+    count_row,
+    rows,
+    lead,  # rows that start first
+    group,  # query heads a KV head
+    q_len,
+    k_len,
+    scale_log2,  # logit factor times log2(e), positive; of the tanh where there is one, and then the softcap's
+    tanh_factor,  # logit factor over the softcap; read only where there is one
+    window,  # tokens; read only where WINDOW
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    WINDOW: gl.constexpr,
+    LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
+    VARIANT: gl.constexpr,
+):
+    heads = gl.num_programs(0) // rows
+    row, head = row_and_head(rows, lead)
+    batch = gl.program_id(1)
+    kv_heads = heads // group
+    kv_head = head // group
+    indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
+    indices += row.to(gl.int64) * index_row
+    count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
+    offset = k_len - q_len
+    # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
+    first_token = (offset // BLOCK + row) * BLOCK - offset
+    out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
+    lse += (batch.to(gl.int64) * heads + head) * q_len
+    shifts += ((batch.to(gl.int64) * heads + head) * rows + row) * BLOCK
+    dot_scale = gl.load(q_scales + (batch * heads + head) * rows + row)
+    dot_scale *= gl.load(kv_scales + batch * kv_heads + kv_head)
+    v_scale = gl.load(kv_scales + (gl.num_programs(1) + batch) * kv_heads + kv_head)
+
+    D: gl.constexpr = q.block_type.shape[3]
+    DV_PAD: gl.constexpr = v.block_type.shape[2]
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], q.dtype)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], k.dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DV_PAD, BLOCK], v.dtype)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D], q_layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK, D], k_layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, DV_PAD, BLOCK], v_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()
+
+    tiles = (q_tiles, k_tiles, v_tiles)
+    barriers = (q_full, k_full, k_free, v_full, v_free)
+    blocks = (indices, count, first_token)
+    factors = (dot_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
+    # Without what is not read: it would be carried over to the warpgroups all the same.
+    geometry = (q_len, (offset - window,) if WINDOW else (), (shifts,) if SINKS or LSE or TANH != "none" else ())
+    outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
+    gl.warp_specialize(
+        [
+            (_consume, (0, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, VARIANT)),
+            (_consume, (1, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, VARIANT)),
+            (_produce, ((q, k, v), tiles, barriers, blocks, batch, row, head, kv_head, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@gluon.jit
+def _produce(descriptors, tiles, barriers, blocks, batch, row, head, kv_head, STAGES: gl.constexpr):
+    """Copy Q once, then K one block ahead of V, in the order in which the consumers need them: last to first."""
+    q, k, v = descriptors
+    q_tiles, k_tiles, v_tiles = tiles
+    q_full, k_full, k_free, v_full, v_free = barriers
+    indices, count, _ = blocks
+    DV_PAD: gl.constexpr = v.block_type.shape[2]
+    mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
+    for half in gl.static_range(2):
+        load_box(q, [batch, head, row * BLOCK + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+    block = gl.load(indices + count - 1)
+    mbarrier.expect(k_full.index(0), k.block_type.nbytes)
+    load_box(k, [batch, kv_head, block * BLOCK, 0], k_full.index(0), k_tiles.index(0))
+    for step in range(1, count + 1):
+        last_block = block
+        if step < count:
+            block = gl.load(indices + count - 1 - step)
+            slot = step % STAGES
+            mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
+            load_box(k, [batch, kv_head, block * BLOCK, 0], k_full.index(slot), k_tiles.index(slot))
+        slot = (step - 1) % STAGES
+        mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
+        mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+        load_box(v, [batch, kv_head, last_block * DV_PAD, 0], v_full.index(slot), v_tiles.index(slot))
+
+
+@gluon.jit
+def _pack(weight):
+    """Round float32 weights [HALF, BLOCK] to e4m3; return int32 [HALF, BLOCK / 4] of four each, moving nothing.
+
+    A thread holds columns 8 h + 2 t + e of a row's 16, h and e each 0 or 1 and t its number among four. As a left
+    operand it must hold columns 4 t + 2 h + e. So that is where column 8 h + 2 t + e goes, as does the value it meets.
+    """
+    ROWS: gl.constexpr = weight.type.shape[0]
+    FOURS: gl.constexpr = weight.type.shape[1] // 4
+    parts = weight.reshape([ROWS, FOURS // 4, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, FOURS, 2, 2])
+    even, odd = parts.split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [first, second, third, fourth], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _operand(packed, layout: gl.constexpr):
+    """Make an e4m3 operand of what `_pack` returns, moving nothing."""
+    twice = gl.join(packed, packed)
+    fours = gl.join(twice, twice).reshape([packed.type.shape[0], packed.type.shape[1] * 4])
+    fours = gl.convert_layout(fours, layout, assert_trivial=True)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _weigh(score, peak, total, factor):
+    """Return a tile's weights, what older ones are multiplied with, and the new maxima and sums."""
+    new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
+    weight = gl.exp2(score * factor - (new_peak - WEIGHT_LOG2)[:, None])
+    decay = gl.exp2(peak - new_peak)
+    return weight, decay, new_peak, total * decay + gl.sum(weight, 1)
+
+
+@gluon.jit
+def _consume(
+    half, tiles, barriers, blocks, geometry, factors, outputs, DV: gl.constexpr, STAGES: gl.constexpr,
+    WINDOW: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, TANH: gl.constexpr, VARIANT: gl.constexpr,
+):  # fmt: skip
+    """Attend with 64 queries over the row's blocks, the diagonal one first."""
+    q_tiles, k_tiles, v_tiles = tiles
+    q_full, k_full, k_free, v_full, v_free = barriers
+    indices, count, first_token = blocks
+    q_len, window, shifts = geometry
+    dot_scale, v_scale, scale_log2, tanh_factor = factors
+    out, out_stride, lse, sink_at = outputs
+    DV_PAD: gl.constexpr = v_tiles.type.shape[1]
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 32])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 4)
+    score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+
+    row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
+    no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
+    no_value = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+    query = q_tiles.index(half)
+    factor = dot_scale * scale_log2
+
+    # The diagonal block. Every query sees a key in it, so that no maximum is infinite.
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
+    score = warpgroup_mma_wait(0, deps=(score,))
+    warpgroup_barrier()
+    mbarrier.arrive(k_free.index(0), count=1)
+    score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
+    peak = gl.max(score, 1) * factor
+    weight = gl.exp2(score * factor - (peak - WEIGHT_LOG2)[:, None])
+    total = gl.sum(weight, 1)
+    acc = no_value
+    last_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
+    packed = _pack(weight)
+
+    for step in range(1, count):
+        slot = step % STAGES
+        last = (step - 1) % STAGES
+        mbarrier.wait(k_full.index(slot), step // STAGES & 1)
+        score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
+        operand = _operand(packed, weight_layout)
+        part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
+        score = warpgroup_mma_wait(1, deps=(score,))
+        warpgroup_barrier()
+        mbarrier.arrive(k_free.index(slot), count=1)
+        weight, decay, peak, total = _weigh(score, peak, total, factor)
+        part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
+        warpgroup_barrier()
+        mbarrier.arrive(v_free.index(last), count=1)
+        acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
+        last_decay = decay
+        packed = _pack(weight)
+
+    last = (count - 1) % STAGES
+    mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
+    operand = _operand(packed, weight_layout)
+    part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
+    part = warpgroup_mma_wait(0, deps=(part,))
+    acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
+
+    acc = acc * gl.convert_layout(v_scale / total, out_rows)[:, None]
+    out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
+    dims = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, out_layout))
+    present = (out_token >= 0) & (out_token < q_len)
+    out_at = out + out_token.to(gl.int64)[:, None] * out_stride + dims[None, :]
+    gl.store(out_at, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
+    if LSE:
+        token = row + first_token
+        shift = gl.load(shifts[0] + row)
+        gl.store(lse + token, (peak - WEIGHT_LOG2 + gl.log2(total)) * LN2 + shift, mask=(token >= 0) & (token < q_len))

@@ -1,0 +1,203 @@
+"""Round q, k and v to 8 bits (e4m3) for the attention kernel that multiplies such numbers.
+
+Rounded copies hold whole blocks: tokens that a block lacks are zeros. Numbers are divided by a scale, so that the
+largest is 448, e4m3's own: queries by one a block and head, keys and values by one a head. (Eight bits of floating
+point keep four digits over a range of 2^14: a finer scale would gain nothing.)
+
+Keys lose their mean over the head's tokens first. That takes the same from all dot products of a query, which a softmax
+does not see. What it takes is written where something else sees it: the log-sum-exp, a sink, a softcap.
+
+Infinities become NaN, since e4m3 has none. No scale and no mean sees either.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stem_attn.backends.triton.kernel_pages import token_offset
+
+LARGEST = tl.constexpr(448.0)
+SMALLEST = tl.constexpr(1e-15)
+"""Below it magnitudes count as this: the product of two scales must not vanish."""
+
+
+@triton.jit(do_not_specialize=["k_len", "chunk"], do_not_specialize_on_alignment=["block_table"])
+def measure_kernel(
+    k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
+    v,  # [B, Hkv, Tk, DV], likewise
+    measured,  # float32 [B * Hkv, CHUNKS, 4, DIMS]: sums, maxima and minima of k; largest magnitudes of v
+    block_table,  # int32 [pages of the sequence]; unused unless paged
+    k_strides,  # (batch, head, token) in elements
+    v_strides,
+    kv_heads,
+    k_len,
+    chunk,  # tokens a program
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DIMS: tl.constexpr,  # a power of two, at least D and DV
+    TOKENS: tl.constexpr,  # loaded at once
+    PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
+):
+    """Measure a run of a head's keys and values."""
+    head = tl.program_id(1).to(tl.int64)
+    k += head % kv_heads * k_strides[1]
+    v += head % kv_heads * v_strides[1]
+    if PAGE == 0:
+        k += head // kv_heads * k_strides[0]
+        v += head // kv_heads * v_strides[0]
+    dims = tl.arange(0, DIMS)
+    start = tl.program_id(0) * chunk
+    stop = min(start + chunk, k_len)
+    sums = tl.zeros([TOKENS, DIMS], tl.float32)
+    highest = tl.full([TOKENS, DIMS], float("-inf"), tl.float32)
+    lowest = tl.full([TOKENS, DIMS], float("inf"), tl.float32)
+    largest = tl.zeros([TOKENS, DIMS], tl.float32)
+    for first in range(start, stop, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        held = token < stop
+        page = token
+        if PAGE > 0:
+            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        key_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
+        key = tl.load(key_at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
+        finite = (tl.abs(key) < float("inf")) & held[:, None]
+        sums += tl.where(finite, key, 0.0)
+        highest = tl.where(finite, tl.maximum(highest, key), highest)
+        lowest = tl.where(finite, tl.minimum(lowest, key), lowest)
+        value_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims
+        size = tl.abs(tl.load(value_at, mask=held[:, None] & (dims < DV), other=0.0).to(tl.float32))
+        largest = tl.where(size < float("inf"), tl.maximum(largest, size), largest)
+    measured += (head * tl.num_programs(0) + tl.program_id(0)) * (4 * DIMS) + dims
+    tl.store(measured, tl.sum(sums, 0))
+    tl.store(measured + DIMS, tl.max(highest, 0))
+    tl.store(measured + 2 * DIMS, tl.min(lowest, 0))
+    tl.store(measured + 3 * DIMS, tl.max(largest, 0))
+
+
+@triton.jit(do_not_specialize=["k_len"])
+def combine_kernel(
+    measured,  # float32 [B * Hkv, CHUNKS, 4, DIMS], from `measure_kernel`
+    means,  # float32 [B * Hkv, DIMS], of k; written
+    scales,  # float32 [2, B * Hkv], of k and v; written
+    k_len,
+    CHUNKS: tl.constexpr,  # a power of two
+    DIMS: tl.constexpr,
+):
+    """Combine what was measured of a head."""
+    head = tl.program_id(0)
+    dims = tl.arange(0, DIMS)
+    at = measured + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * (4 * DIMS) + dims
+    mean = tl.sum(tl.load(at), 0) / k_len
+    above = tl.max(tl.load(at + DIMS), 0) - mean
+    below = mean - tl.min(tl.load(at + 2 * DIMS), 0)
+    tl.store(means + head * DIMS + dims, mean)
+    tl.store(scales + head, tl.maximum(tl.max(tl.maximum(above, below), 0), SMALLEST) / LARGEST)
+    size = tl.max(tl.max(tl.load(at + 3 * DIMS), 0), 0)
+    tl.store(scales + tl.num_programs(0) + head, tl.maximum(size, SMALLEST) / LARGEST)
+
+
+@triton.jit(
+    do_not_specialize=["q_offset", "q_len", "k_len", "q_blocks", "k_blocks"],
+    do_not_specialize_on_alignment=["block_table"],
+)
+def quantize_kernel(
+    q,  # [B, Hq, Tq, D], the last Tq of Tk tokens
+    k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
+    v,  # [B, Hkv, Tk, DV], likewise
+    means,  # float32 [B * Hkv, DIMS], of k
+    scales,  # float32 [2, B * Hkv], of k and v
+    q8,  # e4m3 [B * Hq, Qb * BLOCK, D_PAD]; written, as all that follow
+    k8,  # e4m3 [B * Hkv, Kb * BLOCK, D_PAD]
+    v8,  # e4m3 [B * Hkv, Kb, DV_PAD, BLOCK], the keys of a block in the order of `_key_of_slot`
+    q_scales,  # float32 [B * Hq, Qb]
+    shifts,  # float32 [B * Hq, Qb * BLOCK], the dot products with the mean key; unused unless SHIFTS
+    block_table,  # int32 [pages of the sequence]; unused unless paged
+    q_strides,  # (batch, head, token) in elements
+    k_strides,
+    v_strides,
+    batch_heads,  # B * Hq
+    batch_kv_heads,  # B * Hkv
+    group,  # Hq / Hkv
+    kv_heads,
+    q_offset,  # tokens of the first query block that come before q
+    q_len,
+    k_len,
+    q_blocks,
+    k_blocks,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,  # powers of two
+    DV_PAD: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
+):
+    """Round one block of q, k or v."""
+    program = tl.program_id(0)
+    q_rows = batch_heads * q_blocks
+    k_rows = batch_kv_heads * k_blocks
+    dims = tl.arange(0, D_PAD)
+    slot = tl.arange(0, BLOCK)
+    if program < q_rows:
+        head = (program // q_blocks).to(tl.int64)
+        token = program % q_blocks * BLOCK - q_offset + slot
+        held = (token >= 0) & (token < q_len)
+        q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
+        at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
+        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
+        size = tl.abs(x)
+        scale = tl.maximum(tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0), SMALLEST) / LARGEST
+        out_at = q8 + program.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
+        tl.store(out_at, _round(x, scale))
+        tl.store(q_scales + program, scale)
+        if SHIFTS:
+            mean = tl.load(means + head // group * DIMS + dims)
+            tl.store(shifts + program.to(tl.int64) * BLOCK + slot, tl.sum(x * mean[None, :], 1))
+    elif program < q_rows + k_rows:
+        row = program - q_rows
+        head = (row // k_blocks).to(tl.int64)
+        k += head % kv_heads * k_strides[1]
+        if PAGE == 0:
+            k += head // kv_heads * k_strides[0]
+        token = row % k_blocks * BLOCK + slot
+        held = token < k_len
+        page = token
+        if PAGE > 0:
+            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
+        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
+        mean = tl.load(means + head * DIMS + dims)
+        x = tl.where(held[:, None], x - mean[None, :], 0.0)
+        out_at = k8 + row.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
+        tl.store(out_at, _round(x, tl.load(scales + head)))
+    else:
+        row = program - q_rows - k_rows
+        head = (row // k_blocks).to(tl.int64)
+        v += head % kv_heads * v_strides[1]
+        if PAGE == 0:
+            v += head // kv_heads * v_strides[0]
+        token = row % k_blocks * BLOCK + _key_of_slot(slot)
+        held = token < k_len
+        page = token
+        if PAGE > 0:
+            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        dims_v = tl.arange(0, DV_PAD)
+        at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
+        x = tl.load(at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32)
+        out_at = v8 + row.to(tl.int64) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK + slot
+        tl.store(out_at, tl.trans(_round(x, tl.load(scales + batch_kv_heads + head))))
+
+
+@triton.jit
+def _key_of_slot(slot):
+    """Return which key of a block lies in a slot, so that weights need not move; see `hopper_fp8_kernel._pack`."""
+    return slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
+
+
+@triton.jit
+def _round(x, scale):
+    """Divide by a scale and round to e4m3."""
+    x = x / scale
+    return tl.where(tl.abs(x) == float("inf"), float("nan"), x).to(tl.float8e4nv)
