@@ -95,7 +95,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, k_len: int, pages: Tensor | None, 
         quantize_kernel[batch * heads * q_blocks + 2 * batch * kv_heads * k_blocks,](
             q, k, v, means, kv_scales, q8, k8, v8, q_scales, q_scales if shift is None else shift, table, *strides,
             batch * heads, batch * kv_heads, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks,
-            k_blocks, head_dim, v_head_dim, pad, pad_v, dims, BLOCK, shifts, page_size, num_warps=4,
+            k_blocks, head_dim, v_head_dim, pad, pad_v, dims, BLOCK, shifts, page_size, num_warps=8,
         )  # fmt: skip
     return Rounded(q8, k8, v8, q_scales, kv_scales, shift)
 

@@ -249,31 +249,57 @@ def _consume(
     last_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     packed = _pack(weight)
 
+    BOUNDARY: gl.constexpr = VARIANT % 2 == 1
+    PROMOTE: gl.constexpr = VARIANT // 2 % 2 == 0
+    EARLY: gl.constexpr = VARIANT // 4 % 2 == 1
+    zero = count >> 30
+    if BOUNDARY:
+        mbarrier.wait(k_full.index(1), 0, pred=count > 1)
     for step in range(1, count):
         slot = step % STAGES
         last = (step - 1) % STAGES
-        mbarrier.wait(k_full.index(slot), step // STAGES & 1)
+        if not BOUNDARY:
+            mbarrier.wait(k_full.index(slot), step // STAGES & 1)
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
         operand = _operand(packed, weight_layout)
-        part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
+        if PROMOTE:
+            part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
+        else:
+            part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), acc, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         weight, decay, peak, total = _weigh(score, peak, total, factor)
-        part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
+        if EARLY:
+            next_packed = _pack(weight)
+        if BOUNDARY:
+            mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=step + 1 < count)
+        if EARLY:
+            part, next_packed, packed = warpgroup_mma_wait(0, deps=(part, next_packed, packed))
+        else:
+            part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
-        acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
-        last_decay = decay
-        packed = _pack(weight)
+        if PROMOTE:
+            acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
+            last_decay = decay
+        else:
+            acc = part * gl.convert_layout(decay, out_rows)[:, None]
+        if EARLY:
+            packed = next_packed | zero
+        else:
+            packed = _pack(weight)
 
     last = (count - 1) % STAGES
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
     operand = _operand(packed, weight_layout)
     part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
     part = warpgroup_mma_wait(0, deps=(part,))
-    acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
+    if PROMOTE:
+        acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
+    else:
+        acc += part
 
     acc = acc * gl.convert_layout(v_scale / total, out_rows)[:, None]
     out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
@@ -283,5 +309,5 @@ def _consume(
     gl.store(out_at, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
         token = row + first_token
-        shift = gl.load(shifts[0] + row)
-        gl.store(lse + token, (peak - WEIGHT_LOG2 + gl.log2(total)) * LN2 + shift, mask=(token >= 0) & (token < q_len))
+        peak += gl.load(shifts[0] + row) * scale_log2 - WEIGHT_LOG2
+        gl.store(lse + token, (peak + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))

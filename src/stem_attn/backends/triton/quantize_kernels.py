@@ -199,5 +199,5 @@ def _key_of_slot(slot):
 @triton.jit
 def _round(x, scale):
     """Divide by a scale and round to e4m3."""
-    x = x / scale
+    x = x * (1.0 / scale)
     return tl.where(tl.abs(x) == float("inf"), float("nan"), x).to(tl.float8e4nv)
