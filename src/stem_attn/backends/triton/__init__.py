@@ -62,6 +62,10 @@ class TritonBackend(Backend):
             return f"its head dims go up to 256, got {q.shape[3]} and {call.v.shape[3]}"
         if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
             return f"it needs an NVIDIA GPU since Ampere, got {torch.cuda.get_device_name(q.device)}"
+        if call.precision == "fp8":
+            from stem_attn.backends.triton.fp8 import why_unsupported
+
+            return why_unsupported(call)
         return None
 
     def break_even(self, geometry: Geometry, config: StemConfig) -> float:
@@ -75,7 +79,9 @@ class TritonBackend(Backend):
         return select(call, part, config, budget)
 
     def attend(self, call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
-        if call.residual == "none":
+        if call.precision == "fp8":
+            from stem_attn.backends.triton.fp8 import attend
+        elif call.residual == "none":
             from stem_attn.backends.triton.attention import attend
         else:
             from stem_attn.backends.triton.residual import attend

@@ -1,27 +1,28 @@
-"""Attention with 8-bit products on Hopper: round q, k and v, then launch the kernel for them."""
+"""Attention with 8-bit products on Hopper: round q, k and v, then launch the kernel that multiplies such numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stem_attn.backends.triton.attention import (
     Layouts,
-    _alignment,
-    _capability,
-    _geometry,
-    _gluon_known,
-    _layouts,
-    _rows,
-    _run,
+    Operands,
     addressable,
+    alignment_of,
+    geometry_of,
+    hopper_fits,
+    launch_hopper,
+    layouts_of,
     padded,
+    rows_of,
+    run_on,
 )
-from stem_attn.backends.triton.launch import Launch, on_device
+from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
 from stem_attn.blocks import BlockSelection
@@ -30,7 +31,50 @@ from stem_attn.layout import Part
 
 BLOCK = 128
 CHUNKS = 64
-"""Runs of a head's keys that are measured apart: with 8 KV heads four programs a multiprocessor of the largest GPU."""
+"""Runs of a head's keys that are measured apart: with 8 KV heads, four programs a multiprocessor."""
+TOKENS = 32
+"""Keys and values that are measured at once."""
+
+
+def why_unsupported(call: Call) -> str | None:
+    """Say why a call that the backend takes in the precision of its inputs cannot be computed in 8 bits."""
+    q, k, v = call.q, call.k, call.v
+    head_dims = q.shape[3], v.shape[3]
+    if call.block_size != BLOCK:
+        return f"with precision='fp8' its block size is {BLOCK}, got {call.block_size}"
+    if q.element_size() != 2:
+        return f"with precision='fp8' it takes float16 and bfloat16, got {q.dtype}"
+    if min(head_dims) <= 32 or max(head_dims) > 128:
+        return f"with precision='fp8' its head dims go from 33 to 128, got {head_dims[0]} and {head_dims[1]}"
+    if not hopper_fits(q, k, v, BLOCK, call.layout.page_size):
+        return (
+            "precision='fp8' needs a Hopper GPU (compute capability 9.0), Triton 3.6 to 3.9, strides of 16 bytes, and "
+            "pages of a multiple of 128 tokens or of 8, 16, 32, 64"
+        )
+    return None
+
+
+def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
+    """Attend over the kept blocks, one part after the other; see `Backend.attend`."""
+    for part, selection in zip(call.parts, selections, strict=True):
+        attend_part(call, part, selection, out[:, :, part.tokens], lse)
+
+
+def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None) -> None:
+    """Attend within one part with 8-bit products; the arguments are those of `attention.attend_part`.
+
+    Heads whose numbers reach too far for 8 bits are computed in the inputs' precision. The device finds out which: both
+    kernels are launched, and each passes over the other's heads.
+    """
+    q, k, v, scale = addressable(call, part.q, part.k, part.v)
+    logits = Logits.of(call, scale)
+    shifts = lse is not None or call.sinks is not None or call.softcap is not None
+    x = quantize(q, k, v, part.k_len, part.pages, shifts=shifts)
+    indices = rows_of(selection)
+    launch(x, call, logits, indices, selection.counts, out, lse, part.k_len)
+    others = selection.counts * x.unsafe.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+    table = None if part.pages is None else part.pages[None]
+    launch_hopper(Operands(call, q, k, v, scale, indices, others, out, lse, part.k_len, table))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,11 +82,12 @@ class Rounded:
     """Queries, keys and values in e4m3, in whole blocks of 128 tokens; see `quantize_kernels`.
 
     Args:
-        q: [B, Hq, Qb * 128, D], D padded to a power of two, as below.
+        q: [B, Hq, Qb * 128, D], D padded to a power of two, as Dv below.
         k: [B, Hkv, Kb * 128, D], less its mean.
         v: [B, Hkv, Kb * Dv, 128], blocks transposed, keys in an order of their own.
-        q_scales: float32 [B, Hq, Qb].
-        kv_scales: float32 [2, B, Hkv].
+        q_scales: float32 [B, Hq, Qb * 128].
+        kv_scales: float32 [2, B, Hkv], of k and v.
+        unsafe: int32 [B, Hkv], 1 where the numbers of a head reach too far.
         shifts: float32 [B, Hq, Qb * 128], the dot products of q with the mean of k; None: not wanted.
     """
 
@@ -51,6 +96,7 @@ class Rounded:
     v: Tensor
     q_scales: Tensor
     kv_scales: Tensor
+    unsafe: Tensor
     shifts: Tensor | None
 
 
@@ -67,59 +113,98 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, k_len: int, pages: Tensor | None, 
     """
     batch, heads, q_len, head_dim = q.shape
     kv_heads, v_head_dim = k.shape[1], v.shape[3]
-    offset = k_len - q_len
-    q_blocks, k_blocks = -(-k_len // BLOCK) - offset // BLOCK, -(-k_len // BLOCK)
+    k_blocks = -(-k_len // BLOCK)
+    q_blocks = k_blocks - (k_len - q_len) // BLOCK
     pad, pad_v = padded(head_dim), padded(v_head_dim)
     dims = max(pad, pad_v)
-    new = {"device": q.device, "dtype": torch.float32}
-    measured = torch.empty((batch * kv_heads, CHUNKS, 4, dims), **new)
-    means = torch.empty((batch * kv_heads, dims), **new)
-    kv_scales = torch.empty((2, batch, kv_heads), **new)
-    q_scales = torch.empty((batch, heads, q_blocks), **new)
-    shift = torch.empty((batch, heads, q_blocks * BLOCK), **new) if shifts else None
-    new["dtype"] = torch.float8_e4m3fn
-    q8 = torch.empty((batch, heads, q_blocks * BLOCK, pad), **new)
-    k8 = torch.empty((batch, kv_heads, k_blocks * BLOCK, pad), **new)
-    v8 = torch.empty((batch, kv_heads, k_blocks * pad_v, BLOCK), **new)
-    page_size = 0 if pages is None else k.shape[2]
-    table = q_scales if pages is None else pages
-    strides = [x.stride()[:3] for x in (q, k, v)]
-    tokens = 32
-    chunk = -(-k_len // (CHUNKS * tokens)) * tokens
-    with on_device(q.device):
-        measure_kernel[CHUNKS, batch * kv_heads](
-            k, v, measured, table, *strides[1:], kv_heads, k_len, chunk,
-            head_dim, v_head_dim, dims, tokens, page_size, num_warps=4,
-        )  # fmt: skip
-        combine_kernel[batch * kv_heads,](measured, means, kv_scales, k_len, CHUNKS, dims, num_warps=4)
-        quantize_kernel[batch * heads * q_blocks + 2 * batch * kv_heads * k_blocks,](
-            q, k, v, means, kv_scales, q8, k8, v8, q_scales, q_scales if shift is None else shift, table, *strides,
-            batch * heads, batch * kv_heads, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks,
-            k_blocks, head_dim, v_head_dim, pad, pad_v, dims, BLOCK, shifts, page_size, num_warps=8,
-        )  # fmt: skip
-    return Rounded(q8, k8, v8, q_scales, kv_scales, shift)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    measured, means = new(batch * kv_heads, CHUNKS, 5, dims), new(batch * kv_heads, dims)
+    rounded = Rounded(
+        new(batch, heads, q_blocks * BLOCK, pad, dtype=torch.float8_e4m3fn),
+        new(batch, kv_heads, k_blocks * BLOCK, pad, dtype=torch.float8_e4m3fn),
+        new(batch, kv_heads, k_blocks * pad_v, BLOCK, dtype=torch.float8_e4m3fn),
+        new(batch, heads, q_blocks * BLOCK),
+        new(2, batch, kv_heads),
+        new(batch, kv_heads, dtype=torch.int32),
+        new(batch, heads, q_blocks * BLOCK) if shifts else None,
+    )
+    x = rounded
+    table = means if pages is None else pages
+    key = layouts_of(q, k, v), q.dtype, q.device, alignment_of(q, k, v)
+    measure, combine, quantize = _rounding_launches(*key, k_len, pages is not None, shifts)
+    run_on(q.device, measure, k, v, measured, table)
+    run_on(q.device, combine, measured, means, x.kv_scales, x.unsafe)
+    written = x.q, x.k, x.v, x.unsafe, x.q_scales, x.q_scales if x.shifts is None else x.shifts
+    run_on(q.device, quantize, q, k, v, means, x.kv_scales, *written, table)
+    return rounded
 
 
-def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None) -> None:
-    """Attend within one part with 8-bit products; the arguments are those of `attention.attend_part`."""
-    q, k, v, scale = addressable(call, part.q, part.k, part.v)
-    logits = Logits.of(call, scale)
-    shifts = lse is not None or call.sinks is not None or call.softcap is not None
-    x = quantize(q, k, v, part.k_len, part.pages, shifts=shifts)
-    launch(x, call, logits, _rows(selection), selection.counts, out, lse, part.q_len, part.k_len)
+@lru_cache(maxsize=1024)
+def _rounding_launches(
+    layouts: Layouts,
+    dtype: torch.dtype,
+    device: torch.device,
+    alignment: tuple[bool, ...],
+    k_len: int,
+    paged: bool,
+    shifts: bool,
+) -> tuple[Launch, Launch, Launch]:
+    """Make the launches that calls of equal layouts share: measure, combine, quantize."""
+    (batch, heads, q_len, head_dim), (_, kv_heads, page, _), v_head_dim = layouts[0][0], layouts[1][0], layouts[2][0][3]
+    offset, k_blocks = k_len - q_len, -(-k_len // BLOCK)
+    q_blocks = k_blocks - offset // BLOCK
+    pad, pad_v = padded(head_dim), padded(v_head_dim)
+    dims = {"DIMS": max(pad, pad_v)}
+    constants = dims | {"D": head_dim, "DV": v_head_dim, "PAGE": page if paged else 0}
+    strides = tuple(layout[1][:3] for layout in layouts)
+    chunk = -(-k_len // (CHUNKS * TOKENS)) * TOKENS
+    rows, kv_rows = batch * heads, batch * kv_heads
+    measure = Launch(
+        measure_kernel,
+        (CHUNKS, kv_rows),
+        (*strides[1:], kv_heads, k_len, chunk),
+        constants | {"TOKENS": TOKENS},
+        num_warps=8,
+    )
+    combine = Launch(combine_kernel, (kv_rows,), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
+    numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks
+    constants |= {"D_PAD": pad, "DV_PAD": pad_v, "BLOCK": BLOCK, "SHIFTS": shifts}
+    grid = (rows * q_blocks + 2 * kv_rows * k_blocks,)
+    return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8)
 
 
 def launch(
-    x: Rounded, call: Call, logits: Logits, indices: Tensor, counts: Tensor,
-    out: Tensor, lse: Tensor | None, q_len: int, k_len: int, variant: Any = None,
+    x: Rounded,
+    call: Call,
+    logits: Logits,
+    indices: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    k_len: int,
 ) -> None:
+    """Run the 8-bit kernel over one part, on the device of its inputs, on its current stream.
+
+    Args:
+        x: The inputs.
+        call: Whose properties the kernel computes.
+        logits: How it makes logits.
+        indices: int32 [B, Hq, R, S], last stride 1; slots past a row's count are not read.
+        counts: int32 [B, Hq, R].
+        out: [B, Hq, Tq, Dv], last stride 1; written, but for unsafe heads.
+        lse: float32 [B, Hq, Tq] contiguous, or None; likewise.
+        k_len: Tokens of the sequence.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from stem_attn.backends.triton.hopper_fp8_kernel import box_layout
 
     tensors = (out, out if lse is None else lse, indices, counts)
-    key = _layouts(x.q, x.k, x.v, out, indices, counts), x.q.device, _alignment(*tensors), out.dtype
-    plan = _launch(*key, logits, call.window, lse is not None, q_len, k_len, variant)
+    key = layouts_of(x.q, x.k, x.v, out, indices, counts), out.dtype, out.device, alignment_of(*tensors)
+    plan = _attention_launch(*key, logits, call.window, lse is not None, k_len)
     pad_v = x.v.shape[2] * BLOCK // x.k.shape[2]
     boxes = (64, x.q.shape[3]), (BLOCK, x.k.shape[3]), (pad_v, BLOCK)
     inputs = (
@@ -127,20 +212,26 @@ def launch(
         for t, box in zip((x.q, x.k, x.v), boxes, strict=True)
     )
     shifts = x.q_scales if x.shifts is None else x.shifts
-    _run(plan, x.q.device, *inputs, x.q_scales, x.kv_scales, shifts, *tensors, sinks_of(call, counts))
+    read = x.q_scales, x.kv_scales, x.unsafe, shifts
+    run_on(out.device, plan, *inputs, *read, *tensors, sinks_of(call, counts))
 
 
 @lru_cache(maxsize=1024)
-def _launch(
-    layouts: Layouts, device: torch.device, alignment: tuple[bool, ...], dtype: torch.dtype, logits: Logits,
-    window: int | None, lse: bool, q_len: int, k_len: int, variant: Any,
+def _attention_launch(
+    layouts: Layouts,
+    dtype: torch.dtype,
+    device: torch.device,
+    alignment: tuple[bool, ...],
+    logits: Logits,
+    window: int | None,
+    lse: bool,
+    k_len: int,
 ) -> Launch:
+    """Make the launch that calls of equal layouts share."""
     from stem_attn.backends.triton.hopper_fp8_kernel import hopper_fp8_kernel
 
-    rows = layouts[5][0][2]
-    grid, numbers = _geometry(layouts, k_len, logits, window)
-    numbers = (*numbers[:3], q_len, *numbers[4:])
-    v_head_dim = layouts[3][0][3]
+    (_, _, q_len, v_head_dim), strides = layouts[3]
+    grid, numbers = geometry_of(layouts, q_len, k_len, logits, window)
     constants = {
         "DV": v_head_dim,
         "STAGES": 2,
@@ -148,7 +239,7 @@ def _launch(
         "LSE": lse,
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
-        "VARIANT": 0,
-    } | (variant or {})
-    strides = (layouts[3][1], *layouts[4][1][:3], *layouts[5][1])
-    return Launch(hopper_fp8_kernel, grid, (*strides, *numbers), constants, num_warps=4, maxnreg=168)
+    }
+    numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
+    # 384 threads share 64 Ki registers; the kernel deals them out anew.
+    return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=168)

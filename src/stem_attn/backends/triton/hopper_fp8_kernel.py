@@ -51,8 +51,9 @@ def hopper_fp8_kernel(
     q,  # descriptor of e4m3 [B, Hq, R * BLOCK, D], boxes of 64 tokens
     k,  # descriptor of e4m3 [B, Hkv, Kb * BLOCK, D], boxes of a block
     v,  # descriptor of e4m3 [B, Hkv, Kb * DV, BLOCK], boxes of a block
-    q_scales,  # float32 [B, Hq, R], what q's numbers are multiplied with
+    q_scales,  # float32 [B, Hq, R * BLOCK], what a query's numbers are multiplied with
     kv_scales,  # float32 [2, B, Hkv], k's and v's
+    unsafe,  # int32 [B, Hkv], whether a head is left to another kernel
     shifts,  # float32 [B, Hq, R * BLOCK], what a query's dot products lack; unused unless SHIFTED
     out,  # [B, Hq, Tq, DV]
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
@@ -80,7 +81,8 @@ def hopper_fp8_kernel(
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
-    VARIANT: gl.constexpr,
+    EARLY: gl.constexpr,
+    ONES: gl.constexpr,
 ):
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)
@@ -89,15 +91,18 @@ def hopper_fp8_kernel(
     kv_head = head // group
     indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
     indices += row.to(gl.int64) * index_row
+    if gl.load(unsafe + batch * (heads // group) + head // group) != 0:
+        return
     count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     first_token = (offset // BLOCK + row) * BLOCK - offset
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
     lse += (batch.to(gl.int64) * heads + head) * q_len
-    shifts += ((batch.to(gl.int64) * heads + head) * rows + row) * BLOCK
-    dot_scale = gl.load(q_scales + (batch * heads + head) * rows + row)
-    dot_scale *= gl.load(kv_scales + batch * kv_heads + kv_head)
+    first_row = ((batch.to(gl.int64) * heads + head) * rows + row) * BLOCK
+    shifts += first_row
+    q_scales += first_row
+    k_scale = gl.load(kv_scales + batch * kv_heads + kv_head)
     v_scale = gl.load(kv_scales + (gl.num_programs(1) + batch) * kv_heads + kv_head)
 
     D: gl.constexpr = q.block_type.shape[3]
@@ -121,17 +126,20 @@ def hopper_fp8_kernel(
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
 
-    tiles = (q_tiles, k_tiles, v_tiles)
+    ones = (gl.allocate_shared_memory(k.dtype, [8, BLOCK], gl.NVMMASharedLayout.get_default_for([8, BLOCK], k.dtype), gl.full([8, BLOCK], 1.0, gl.float32, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])).to(gl.float8e4nv)),) if ONES else ()
+    fence_async_shared()
+    tiles = (q_tiles, k_tiles, v_tiles, ones)
     barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, first_token)
-    factors = (dot_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
+    factors = (q_scales, k_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
     # Without what is not read: it would be carried over to the warpgroups all the same.
-    geometry = (q_len, (offset - window,) if WINDOW else (), (shifts,) if SINKS or LSE or TANH != "none" else ())
+    shift_at = (shifts,) if SINKS or LSE or TANH != "none" else ()
+    geometry = (q_len, (offset - window,) if WINDOW else (), shift_at)
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
     gl.warp_specialize(
         [
-            (_consume, (0, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, VARIANT)),
-            (_consume, (1, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, VARIANT)),
+            (_consume, (0, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, EARLY, ONES)),
+            (_consume, (1, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, EARLY, ONES)),
             (_produce, ((q, k, v), tiles, barriers, blocks, batch, row, head, kv_head, STAGES)),
         ],
         [4, 1],
@@ -143,7 +151,7 @@ def hopper_fp8_kernel(
 def _produce(descriptors, tiles, barriers, blocks, batch, row, head, kv_head, STAGES: gl.constexpr):
     """Copy Q once, then K one block ahead of V, in the order in which the consumers need them: last to first."""
     q, k, v = descriptors
-    q_tiles, k_tiles, v_tiles = tiles
+    q_tiles, k_tiles, v_tiles, _ = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, _ = blocks
     DV_PAD: gl.constexpr = v.block_type.shape[2]
@@ -200,39 +208,61 @@ def _operand(packed, layout: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(score, peak, total, factor):
-    """Return a tile's weights, what older ones are multiplied with, and the new maxima and sums."""
-    new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
-    weight = gl.exp2(score * factor - (new_peak - WEIGHT_LOG2)[:, None])
-    decay = gl.exp2(peak - new_peak)
-    return weight, decay, new_peak, total * decay + gl.sum(weight, 1)
+def _see(score, oldest, indices, count, step, column, WINDOW: gl.constexpr):
+    """Leave out the keys of a step's block that a query's window does not reach."""
+    if WINDOW:
+        key = gl.load(indices + count - 1 - step) * BLOCK + column
+        return gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
+    else:
+        return score
+
+
+@gluon.jit
+def _cap(score, cap, TANH: gl.constexpr):
+    """Put a softcap on dot products, less what they lack."""
+    if TANH != "none":
+        return tanh(score * cap[0][:, None] + cap[1][:, None], TANH)
+    else:
+        return score
 
 
 @gluon.jit
 def _consume(
     half, tiles, barriers, blocks, geometry, factors, outputs, DV: gl.constexpr, STAGES: gl.constexpr,
-    WINDOW: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, TANH: gl.constexpr, VARIANT: gl.constexpr,
+    WINDOW: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, TANH: gl.constexpr, EARLY: gl.constexpr,
+    ONES: gl.constexpr,
 ):  # fmt: skip
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
-    q_tiles, k_tiles, v_tiles = tiles
+    q_tiles, k_tiles, v_tiles, ones = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
-    q_len, window, shifts = geometry
-    dot_scale, v_scale, scale_log2, tanh_factor = factors
+    q_len, window_start, shift_at = geometry
+    q_scales, k_scale, v_scale, scale_log2, tanh_factor = factors
     out, out_stride, lse, sink_at = outputs
     DV_PAD: gl.constexpr = v_tiles.type.shape[1]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 32])
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 4)
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
 
     row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
+    oldest = row
+    if WINDOW:
+        oldest = row + first_token + window_start[0]  # the last position that a query's window leaves out
     no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
     no_value = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+    no_sum = gl.zeros([HALF, 8], gl.float32, sum_layout)
     query = q_tiles.index(half)
-    factor = dot_scale * scale_log2
+    dot_scale = gl.load(q_scales + row) * k_scale
+    if TANH == "none":
+        factor = dot_scale * scale_log2
+        cap = ()
+    else:
+        factor = scale_log2 + gl.zeros_like(dot_scale)
+        cap = (dot_scale * tanh_factor[0], gl.load(shift_at[0] + row) * tanh_factor[0])
 
     # The diagonal block. Every query sees a key in it, so that no maximum is infinite.
     mbarrier.wait(q_full.index(0), 0)
@@ -241,51 +271,62 @@ def _consume(
     score = warpgroup_mma_wait(0, deps=(score,))
     warpgroup_barrier()
     mbarrier.arrive(k_free.index(0), count=1)
+    score = _cap(score, cap, TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
+    score = _see(score, oldest, indices, count, 0, column, WINDOW)
     peak = gl.max(score, 1) * factor
-    weight = gl.exp2(score * factor - (peak - WEIGHT_LOG2)[:, None])
-    total = gl.sum(weight, 1)
-    acc = no_value
-    last_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
+    weight = gl.exp2(score * factor[:, None] - (peak - WEIGHT_LOG2)[:, None])
     packed = _pack(weight)
-
-    BOUNDARY: gl.constexpr = VARIANT % 2 == 1
-    PROMOTE: gl.constexpr = VARIANT // 2 % 2 == 0
-    EARLY: gl.constexpr = VARIANT // 4 % 2 == 1
+    if ONES:
+        total = gl.zeros([HALF], gl.float32, score_rows)
+    else:
+        total = gl.sum(weight, 1)
+    acc = no_value
+    decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     zero = count >> 30
-    if BOUNDARY:
-        mbarrier.wait(k_full.index(1), 0, pred=count > 1)
+
+    mbarrier.wait(k_full.index(1), 0, pred=count > 1)
     for step in range(1, count):
         slot = step % STAGES
         last = (step - 1) % STAGES
-        if not BOUNDARY:
-            mbarrier.wait(k_full.index(slot), step // STAGES & 1)
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
         operand = _operand(packed, weight_layout)
-        if PROMOTE:
-            part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
+        part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
+        if ONES:
+            part_sum = warpgroup_mma(gl.convert_layout(operand, gl.DotOperandLayout(0, sum_layout, 4), assert_trivial=True), ones[0].permute((1, 0)), no_sum, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(2, deps=(score,))
         else:
-            part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), acc, is_async=True)
-        score = warpgroup_mma_wait(1, deps=(score,))
+            score = warpgroup_mma_wait(1, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
-        weight, decay, peak, total = _weigh(score, peak, total, factor)
+        score = _cap(score, cap, TANH)
+        score = _see(score, oldest, indices, count, step, column, WINDOW)
+        new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
+        weight = gl.exp2(score * factor[:, None] - (new_peak - WEIGHT_LOG2)[:, None])
         if EARLY:
             next_packed = _pack(weight)
-        if BOUNDARY:
-            mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=step + 1 < count)
-        if EARLY:
+        if not ONES:
+            total = total * gl.exp2(peak - new_peak) + gl.sum(weight, 1)
+        next_decay = gl.exp2(peak - new_peak)
+        peak = new_peak
+        # This wait ends a piece of code: the assembler would move the next one up, before the exponentials.
+        after = (step + 1) % STAGES
+        mbarrier.wait(k_full.index(after), (step + 1) // STAGES & 1, pred=step + 1 < count)
+        if ONES:
+            if EARLY:
+                part, part_sum, next_packed, packed = warpgroup_mma_wait(0, deps=(part, part_sum, next_packed, packed))
+            else:
+                part, part_sum, weight, packed = warpgroup_mma_wait(0, deps=(part, part_sum, weight, packed))
+            total = total * decay + gl.convert_layout(gl.max(part_sum, 1), score_rows)
+        elif EARLY:
             part, next_packed, packed = warpgroup_mma_wait(0, deps=(part, next_packed, packed))
         else:
             part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
-        if PROMOTE:
-            acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
-            last_decay = decay
-        else:
-            acc = part * gl.convert_layout(decay, out_rows)[:, None]
+        acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part
+        decay = next_decay
         if EARLY:
             packed = next_packed | zero
         else:
@@ -296,11 +337,21 @@ def _consume(
     operand = _operand(packed, weight_layout)
     part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
     part = warpgroup_mma_wait(0, deps=(part,))
-    if PROMOTE:
-        acc = acc * gl.convert_layout(last_decay, out_rows)[:, None] + part
-    else:
-        acc += part
+    acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part
+    if ONES:
+        part_sum = warpgroup_mma(gl.convert_layout(operand, gl.DotOperandLayout(0, sum_layout, 4), assert_trivial=True), ones[0].permute((1, 0)), no_sum, use_acc=False, is_async=True)
+        part_sum = warpgroup_mma_wait(0, deps=(part_sum,))
+        total = total * decay + gl.convert_layout(gl.max(part_sum, 1), score_rows)
 
+    if (LSE or SINKS) and TANH == "none":
+        peak += gl.load(shift_at[0] + row) * scale_log2
+    if SINKS:  # only now: weights that were small beside a sink's would lose digits in 8 bits
+        sink = gl.load(sink_at[0]).to(gl.float32) * LOG2_E
+        whole_peak = gl.maximum(peak, sink)
+        decay = gl.exp2(peak - whole_peak)
+        total = total * decay + gl.exp2(sink - whole_peak + WEIGHT_LOG2)
+        acc = acc * gl.convert_layout(decay, out_rows)[:, None]
+        peak = whole_peak
     acc = acc * gl.convert_layout(v_scale / total, out_rows)[:, None]
     out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
     dims = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, out_layout))
@@ -309,5 +360,4 @@ def _consume(
     gl.store(out_at, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
         token = row + first_token
-        peak += gl.load(shifts[0] + row) * scale_log2 - WEIGHT_LOG2
-        gl.store(lse + token, (peak + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))
+        gl.store(lse + token, (peak - WEIGHT_LOG2 + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))

@@ -76,7 +76,7 @@ def hopper_attention_kernel(
     out,  # [B, Hq, Tq, DV]
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
     indices,  # int32 [B, Hq, R, S], last stride 1
-    counts,  # int32 [B, Hq, R]
+    counts,  # int32 [B, Hq, R]; 0: the row is not written
     block_table,  # int32 [pages of the sequence]; unused unless paged, and then B = 1
     sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
     out_strides,  # (batch, head, token) in elements, as all strides here
@@ -113,6 +113,8 @@ def hopper_attention_kernel(
     indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
     indices += row.to(gl.int64) * index_row
     count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
+    if count == 0:  # another kernel computes this head
+        return
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     first_token = (offset // BLOCK + row) * BLOCK - offset

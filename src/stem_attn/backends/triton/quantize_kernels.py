@@ -1,13 +1,15 @@
 """Round q, k and v to 8 bits (e4m3) for the attention kernel that multiplies such numbers.
 
 Rounded copies hold whole blocks: tokens that a block lacks are zeros. Numbers are divided by a scale, so that the
-largest is 448, e4m3's own: queries by one a block and head, keys and values by one a head. (Eight bits of floating
-point keep four digits over a range of 2^14: a finer scale would gain nothing.)
+largest is 448, e4m3's own: a query's by one of its own, a head's keys by one, and its values. (A number has four digits
+down to 2^-15 of the largest: a finer scale would gain nothing.)
 
 Keys lose their mean over the head's tokens first. That takes the same from all dot products of a query, which a softmax
 does not see. What it takes is written where something else sees it: the log-sum-exp, a sink, a softcap.
 
-Infinities become NaN, since e4m3 has none. No scale and no mean sees either.
+A KV head is marked, and must be computed in the precision that it came in, where 8 bits do not hold its numbers: where
+some are not finite, or where more than an eighth of a block's numbers lie below the range in which e4m3 has four digits,
+because others of the head are much larger. A query that is not finite becomes NaN, as its output would.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from stem_attn.backends.triton.kernel_pages import token_offset
 LARGEST = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(1e-15)
 """Below it magnitudes count as this: the product of two scales must not vanish."""
+SHORT = tl.constexpr(2.0**-6)
+"""Smaller e4m3 numbers have fewer than four digits."""
 
 
 @triton.jit(do_not_specialize=["k_len", "chunk"], do_not_specialize_on_alignment=["block_table"])
 def measure_kernel(
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    measured,  # float32 [B * Hkv, CHUNKS, 4, DIMS]: sums, maxima and minima of k; largest magnitudes of v
+    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of k sums, maxima, minima; of v sums and maxima of magnitudes;
+    # written
     block_table,  # int32 [pages of the sequence]; unused unless paged
     k_strides,  # (batch, head, token) in elements
     v_strides,
@@ -52,34 +57,37 @@ def measure_kernel(
     sums = tl.zeros([TOKENS, DIMS], tl.float32)
     highest = tl.full([TOKENS, DIMS], float("-inf"), tl.float32)
     lowest = tl.full([TOKENS, DIMS], float("inf"), tl.float32)
+    sizes = tl.zeros([TOKENS, DIMS], tl.float32)
     largest = tl.zeros([TOKENS, DIMS], tl.float32)
     for first in range(start, stop, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        held = token < stop
+        held = (token < stop)[:, None]
         page = token
         if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+            page = tl.load(block_table + token // PAGE, mask=token < stop, other=0)
         key_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
-        key = tl.load(key_at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
-        finite = (tl.abs(key) < float("inf")) & held[:, None]
-        sums += tl.where(finite, key, 0.0)
-        highest = tl.where(finite, tl.maximum(highest, key), highest)
-        lowest = tl.where(finite, tl.minimum(lowest, key), lowest)
+        key = tl.load(key_at, mask=held & (dims < D), other=0.0).to(tl.float32)
+        sums += key
+        highest = tl.where(held, tl.maximum(highest, key), highest)
+        lowest = tl.where(held, tl.minimum(lowest, key), lowest)
         value_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims
-        size = tl.abs(tl.load(value_at, mask=held[:, None] & (dims < DV), other=0.0).to(tl.float32))
-        largest = tl.where(size < float("inf"), tl.maximum(largest, size), largest)
-    measured += (head * tl.num_programs(0) + tl.program_id(0)) * (4 * DIMS) + dims
+        size = tl.abs(tl.load(value_at, mask=held & (dims < DV), other=0.0).to(tl.float32))
+        sizes += size
+        largest = tl.maximum(largest, size)
+    measured += (head * tl.num_programs(0) + tl.program_id(0)) * (5 * DIMS) + dims
     tl.store(measured, tl.sum(sums, 0))
     tl.store(measured + DIMS, tl.max(highest, 0))
     tl.store(measured + 2 * DIMS, tl.min(lowest, 0))
-    tl.store(measured + 3 * DIMS, tl.max(largest, 0))
+    tl.store(measured + 3 * DIMS, tl.sum(sizes, 0))
+    tl.store(measured + 4 * DIMS, tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["k_len"])
 def combine_kernel(
-    measured,  # float32 [B * Hkv, CHUNKS, 4, DIMS], from `measure_kernel`
+    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS], from `measure_kernel`
     means,  # float32 [B * Hkv, DIMS], of k; written
     scales,  # float32 [2, B * Hkv], of k and v; written
+    unsafe,  # int32 [B * Hkv], whether some number of a head is not finite; written
     k_len,
     CHUNKS: tl.constexpr,  # a power of two
     DIMS: tl.constexpr,
@@ -87,14 +95,17 @@ def combine_kernel(
     """Combine what was measured of a head."""
     head = tl.program_id(0)
     dims = tl.arange(0, DIMS)
-    at = measured + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * (4 * DIMS) + dims
+    at = measured + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * (5 * DIMS) + dims
     mean = tl.sum(tl.load(at), 0) / k_len
     above = tl.max(tl.load(at + DIMS), 0) - mean
     below = mean - tl.min(tl.load(at + 2 * DIMS), 0)
+    size = tl.max(tl.maximum(above, below), 0)
+    size_v = tl.max(tl.max(tl.load(at + 4 * DIMS), 0), 0)
     tl.store(means + head * DIMS + dims, mean)
-    tl.store(scales + head, tl.maximum(tl.max(tl.maximum(above, below), 0), SMALLEST) / LARGEST)
-    size = tl.max(tl.max(tl.load(at + 3 * DIMS), 0), 0)
-    tl.store(scales + tl.num_programs(0) + head, tl.maximum(size, SMALLEST) / LARGEST)
+    tl.store(scales + head, tl.maximum(size, SMALLEST) / LARGEST)
+    tl.store(scales + tl.num_programs(0) + head, tl.maximum(size_v, SMALLEST) / LARGEST)
+    everything = tl.sum(tl.abs(mean), 0) + tl.sum(tl.sum(tl.load(at + 3 * DIMS), 0), 0)
+    tl.store(unsafe + head, (everything < float("inf")).to(tl.int32) ^ 1)  # NaN is not less
 
 
 @triton.jit(
@@ -110,7 +121,8 @@ def quantize_kernel(
     q8,  # e4m3 [B * Hq, Qb * BLOCK, D_PAD]; written, as all that follow
     k8,  # e4m3 [B * Hkv, Kb * BLOCK, D_PAD]
     v8,  # e4m3 [B * Hkv, Kb, DV_PAD, BLOCK], the keys of a block in the order of `_key_of_slot`
-    q_scales,  # float32 [B * Hq, Qb]
+    unsafe,  # int32 [B * Hkv]; set where a block does not fit
+    q_scales,  # float32 [B * Hq, Qb * BLOCK]
     shifts,  # float32 [B * Hq, Qb * BLOCK], the dot products with the mean key; unused unless SHIFTS
     block_table,  # int32 [pages of the sequence]; unused unless paged
     q_strides,  # (batch, head, token) in elements
@@ -147,11 +159,10 @@ def quantize_kernel(
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
         at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
         x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
-        size = tl.abs(x)
-        scale = tl.maximum(tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0), SMALLEST) / LARGEST
+        scale = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST) / LARGEST
         out_at = q8 + program.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
-        tl.store(out_at, _round(x, scale))
-        tl.store(q_scales + program, scale)
+        tl.store(out_at, (x / scale[:, None]).to(tl.float8e4nv))
+        tl.store(q_scales + program.to(tl.int64) * BLOCK + slot, scale)
         if SHIFTS:
             mean = tl.load(means + head // group * DIMS + dims)
             tl.store(shifts + program.to(tl.int64) * BLOCK + slot, tl.sum(x * mean[None, :], 1))
@@ -171,7 +182,9 @@ def quantize_kernel(
         mean = tl.load(means + head * DIMS + dims)
         x = tl.where(held[:, None], x - mean[None, :], 0.0)
         out_at = k8 + row.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
-        tl.store(out_at, _round(x, tl.load(scales + head)))
+        x = x / tl.load(scales + head)
+        tl.store(out_at, x.to(tl.float8e4nv))
+        _mark_short(x, unsafe + head, BLOCK * D)
     else:
         row = program - q_rows - k_rows
         head = (row // k_blocks).to(tl.int64)
@@ -187,7 +200,9 @@ def quantize_kernel(
         at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
         x = tl.load(at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32)
         out_at = v8 + row.to(tl.int64) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK + slot
-        tl.store(out_at, tl.trans(_round(x, tl.load(scales + batch_kv_heads + head))))
+        x = x / tl.load(scales + batch_kv_heads + head)
+        tl.store(out_at, tl.trans(x.to(tl.float8e4nv)))
+        _mark_short(x, unsafe + head, BLOCK * DV)
 
 
 @triton.jit
@@ -197,7 +212,8 @@ def _key_of_slot(slot):
 
 
 @triton.jit
-def _round(x, scale):
-    """Divide by a scale and round to e4m3."""
-    x = x * (1.0 / scale)
-    return tl.where(tl.abs(x) == float("inf"), float("nan"), x).to(tl.float8e4nv)
+def _mark_short(x, mark, COUNT: tl.constexpr):
+    """Set a mark if more than an eighth of COUNT numbers are too small for four digits, but not zero."""
+    short = (tl.abs(x) < SHORT) & (x != 0.0)
+    if tl.sum(tl.sum(short.to(tl.int32), 1), 0) * 8 > COUNT:
+        tl.store(mark, 1)
