@@ -27,6 +27,7 @@ from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
+from stem_attn.fallbacks import note_on_device
 from stem_attn.layout import Part
 
 BLOCK = 128
@@ -72,7 +73,8 @@ def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, 
     x = quantize(q, k, v, part.k_len, part.pages, shifts=shifts)
     indices = rows_of(selection)
     launch(x, call, logits, indices, selection.counts, out, lse, part.k_len)
-    others = selection.counts * x.unsafe.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+    note_on_device("triton: heads whose numbers 8 bits do not hold are computed in the inputs' precision", x.unsafe.sum())
+    others = (selection.counts.unflatten(1, (k.shape[1], -1)) * x.unsafe[:, :, None, None]).flatten(1, 2)
     table = None if part.pages is None else part.pages[None]
     launch_hopper(Operands(call, q, k, v, scale, indices, others, out, lse, part.k_len, table))
 
@@ -157,7 +159,7 @@ def _rounding_launches(
     offset, k_blocks = k_len - q_len, -(-k_len // BLOCK)
     q_blocks = k_blocks - offset // BLOCK
     pad, pad_v = padded(head_dim), padded(v_head_dim)
-    dims = {"DIMS": max(pad, pad_v)}
+    dims = {"D_PAD": pad, "DV_PAD": pad_v, "DIMS": max(pad, pad_v)}
     constants = dims | {"D": head_dim, "DV": v_head_dim, "PAGE": page if paged else 0}
     strides = tuple(layout[1][:3] for layout in layouts)
     chunk = -(-k_len // (CHUNKS * TOKENS)) * TOKENS
@@ -171,7 +173,7 @@ def _rounding_launches(
     )
     combine = Launch(combine_kernel, (kv_rows,), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
     numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks
-    constants |= {"D_PAD": pad, "DV_PAD": pad_v, "BLOCK": BLOCK, "SHIFTS": shifts}
+    constants |= {"BLOCK": BLOCK, "SHIFTS": shifts}
     grid = (rows * q_blocks + 2 * kv_rows * k_blocks,)
     return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8)
 

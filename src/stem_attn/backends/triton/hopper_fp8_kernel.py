@@ -134,7 +134,7 @@ def hopper_fp8_kernel(
     factors = (q_scales, k_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
     # Without what is not read: it would be carried over to the warpgroups all the same.
     shift_at = (shifts,) if SINKS or LSE or TANH != "none" else ()
-    geometry = (q_len, (offset - window,) if WINDOW else (), shift_at)
+    geometry = (q_len, (first_token + offset - window,) if WINDOW else (), shift_at)
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
     gl.warp_specialize(
         [
@@ -208,13 +208,13 @@ def _operand(packed, layout: gl.constexpr):
 
 
 @gluon.jit
-def _see(score, oldest, indices, count, step, column, WINDOW: gl.constexpr):
-    """Leave out the keys of a step's block that a query's window does not reach."""
+def _see(score, row, column, oldest, indices, count, step, WINDOW: gl.constexpr):
+    """Leave out the keys of a step's block that a query's window does not reach; `oldest` is the first query's."""
     if WINDOW:
-        key = gl.load(indices + count - 1 - step) * BLOCK + column
-        return gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
-    else:
-        return score
+        before = oldest[0] - gl.load(indices + count - 1 - step) * BLOCK
+        if before + BLOCK > 0:  # most blocks lie inside the windows of all queries
+            score = gl.where(column[None, :] > (row + before)[:, None], score, float("-inf"))
+    return score
 
 
 @gluon.jit
@@ -236,7 +236,7 @@ def _consume(
     q_tiles, k_tiles, v_tiles, ones = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
-    q_len, window_start, shift_at = geometry
+    q_len, oldest, shift_at = geometry
     q_scales, k_scale, v_scale, scale_log2, tanh_factor = factors
     out, out_stride, lse, sink_at = outputs
     DV_PAD: gl.constexpr = v_tiles.type.shape[1]
@@ -249,9 +249,6 @@ def _consume(
 
     row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
-    oldest = row
-    if WINDOW:
-        oldest = row + first_token + window_start[0]  # the last position that a query's window leaves out
     no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
     no_value = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
     no_sum = gl.zeros([HALF, 8], gl.float32, sum_layout)
@@ -273,7 +270,7 @@ def _consume(
     mbarrier.arrive(k_free.index(0), count=1)
     score = _cap(score, cap, TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
-    score = _see(score, oldest, indices, count, 0, column, WINDOW)
+    score = _see(score, row, column, oldest, indices, count, 0, WINDOW)
     peak = gl.max(score, 1) * factor
     weight = gl.exp2(score * factor[:, None] - (peak - WEIGHT_LOG2)[:, None])
     packed = _pack(weight)
@@ -301,7 +298,7 @@ def _consume(
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         score = _cap(score, cap, TANH)
-        score = _see(score, oldest, indices, count, step, column, WINDOW)
+        score = _see(score, row, column, oldest, indices, count, step, WINDOW)
         new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
         weight = gl.exp2(score * factor[:, None] - (new_peak - WEIGHT_LOG2)[:, None])
         if EARLY:

@@ -4,12 +4,15 @@ Rounded copies hold whole blocks: tokens that a block lacks are zeros. Numbers a
 largest is 448, e4m3's own: a query's by one of its own, a head's keys by one, and its values. (A number has four digits
 down to 2^-15 of the largest: a finer scale would gain nothing.)
 
-Keys lose their mean over the head's tokens first. That takes the same from all dot products of a query, which a softmax
-does not see. What it takes is written where something else sees it: the log-sum-exp, a sink, a softcap.
+Queries and keys are rotated first, by signs and a Hadamard matrix: that leaves their dot products as they are, and
+spreads dims that are much larger than others, whose rounding would be most of the error. Then keys lose their mean over
+the head's tokens. That takes the same from all dot products of a query, which a softmax does not see. What it takes is
+written where something else sees it: the log-sum-exp, a sink, a softcap.
 
 A KV head is marked, and must be computed in the precision that it came in, where 8 bits do not hold its numbers: where
-some are not finite, or where more than an eighth of a block's numbers lie below the range in which e4m3 has four digits,
-because others of the head are much larger. A query that is not finite becomes NaN, as its output would.
+some are not finite, or where most numbers of a block are much smaller than the head's largest: of values, so small that
+e4m3 has fewer than four digits for them; of keys, a 256th, or so small that one token may have made the mean. A query
+that is not finite becomes NaN, as its output would.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from stem_attn.backends.triton.kernel_pages import token_offset
 LARGEST = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(1e-15)
 """Below it magnitudes count as this: the product of two scales must not vanish."""
-SHORT = tl.constexpr(2.0**-6)
+NORMAL = tl.constexpr(2.0**-6)
 """Smaller e4m3 numbers have fewer than four digits."""
 
 
@@ -30,7 +33,7 @@ SHORT = tl.constexpr(2.0**-6)
 def measure_kernel(
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of k sums, maxima, minima; of v sums and maxima of magnitudes;
+    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of rotated k sums, maxima, minima; of v sums and maxima of magnitudes;
     # written
     block_table,  # int32 [pages of the sequence]; unused unless paged
     k_strides,  # (batch, head, token) in elements
@@ -40,7 +43,9 @@ def measure_kernel(
     chunk,  # tokens a program
     D: tl.constexpr,
     DV: tl.constexpr,
-    DIMS: tl.constexpr,  # a power of two, at least D and DV
+    D_PAD: tl.constexpr,  # powers of two
+    DV_PAD: tl.constexpr,
+    DIMS: tl.constexpr,  # the larger one
     TOKENS: tl.constexpr,  # loaded at once
     PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
 ):
@@ -51,14 +56,16 @@ def measure_kernel(
     if PAGE == 0:
         k += head // kv_heads * k_strides[0]
         v += head // kv_heads * v_strides[0]
-    dims = tl.arange(0, DIMS)
+    dims = tl.arange(0, D_PAD)
+    dims_v = tl.arange(0, DV_PAD)
     start = tl.program_id(0) * chunk
     stop = min(start + chunk, k_len)
-    sums = tl.zeros([TOKENS, DIMS], tl.float32)
-    highest = tl.full([TOKENS, DIMS], float("-inf"), tl.float32)
-    lowest = tl.full([TOKENS, DIMS], float("inf"), tl.float32)
-    sizes = tl.zeros([TOKENS, DIMS], tl.float32)
-    largest = tl.zeros([TOKENS, DIMS], tl.float32)
+    rotation = _rotation(D_PAD, k.dtype.element_ty)
+    sums = tl.zeros([TOKENS, D_PAD], tl.float32)
+    highest = tl.full([TOKENS, D_PAD], float("-inf"), tl.float32)
+    lowest = tl.full([TOKENS, D_PAD], float("inf"), tl.float32)
+    sizes = tl.zeros([TOKENS, DV_PAD], tl.float32)
+    largest = tl.zeros([TOKENS, DV_PAD], tl.float32)
     for first in range(start, stop, TOKENS):
         token = first + tl.arange(0, TOKENS)
         held = (token < stop)[:, None]
@@ -66,45 +73,49 @@ def measure_kernel(
         if PAGE > 0:
             page = tl.load(block_table + token // PAGE, mask=token < stop, other=0)
         key_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
-        key = tl.load(key_at, mask=held & (dims < D), other=0.0).to(tl.float32)
+        key = _rotate(tl.load(key_at, mask=held & (dims < D), other=0.0), rotation)
         sums += key
         highest = tl.where(held, tl.maximum(highest, key), highest)
         lowest = tl.where(held, tl.minimum(lowest, key), lowest)
-        value_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims
-        size = tl.abs(tl.load(value_at, mask=held & (dims < DV), other=0.0).to(tl.float32))
+        value_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
+        size = tl.abs(tl.load(value_at, mask=held & (dims_v < DV), other=0.0).to(tl.float32))
         sizes += size
         largest = tl.maximum(largest, size)
-    measured += (head * tl.num_programs(0) + tl.program_id(0)) * (5 * DIMS) + dims
-    tl.store(measured, tl.sum(sums, 0))
-    tl.store(measured + DIMS, tl.max(highest, 0))
-    tl.store(measured + 2 * DIMS, tl.min(lowest, 0))
-    tl.store(measured + 3 * DIMS, tl.sum(sizes, 0))
-    tl.store(measured + 4 * DIMS, tl.max(largest, 0))
+    measured += (head * tl.num_programs(0) + tl.program_id(0)) * (5 * DIMS)
+    tl.store(measured + dims, tl.sum(sums, 0))
+    tl.store(measured + DIMS + dims, tl.max(highest, 0))
+    tl.store(measured + 2 * DIMS + dims, tl.min(lowest, 0))
+    tl.store(measured + 3 * DIMS + dims_v, tl.sum(sizes, 0))
+    tl.store(measured + 4 * DIMS + dims_v, tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["k_len"])
 def combine_kernel(
     measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS], from `measure_kernel`
-    means,  # float32 [B * Hkv, DIMS], of k; written
+    means,  # float32 [B * Hkv, DIMS], of rotated k; written
     scales,  # float32 [2, B * Hkv], of k and v; written
     unsafe,  # int32 [B * Hkv], whether some number of a head is not finite; written
     k_len,
     CHUNKS: tl.constexpr,  # a power of two
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
     DIMS: tl.constexpr,
 ):
     """Combine what was measured of a head."""
     head = tl.program_id(0)
-    dims = tl.arange(0, DIMS)
-    at = measured + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * (5 * DIMS) + dims
+    dims = tl.arange(0, D_PAD)
+    chunks = measured + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * (5 * DIMS)
+    at = chunks + dims
     mean = tl.sum(tl.load(at), 0) / k_len
     above = tl.max(tl.load(at + DIMS), 0) - mean
     below = mean - tl.min(tl.load(at + 2 * DIMS), 0)
     size = tl.max(tl.maximum(above, below), 0)
-    size_v = tl.max(tl.max(tl.load(at + 4 * DIMS), 0), 0)
+    at_v = chunks + 3 * DIMS + tl.arange(0, DV_PAD)
+    size_v = tl.max(tl.max(tl.load(at_v + DIMS), 0), 0)
     tl.store(means + head * DIMS + dims, mean)
     tl.store(scales + head, tl.maximum(size, SMALLEST) / LARGEST)
     tl.store(scales + tl.num_programs(0) + head, tl.maximum(size_v, SMALLEST) / LARGEST)
-    everything = tl.sum(tl.abs(mean), 0) + tl.sum(tl.sum(tl.load(at + 3 * DIMS), 0), 0)
+    everything = tl.sum(tl.abs(mean), 0) + tl.sum(tl.sum(tl.load(at_v), 0), 0)
     tl.store(unsafe + head, (everything < float("inf")).to(tl.int32) ^ 1)  # NaN is not less
 
 
@@ -116,10 +127,10 @@ def quantize_kernel(
     q,  # [B, Hq, Tq, D], the last Tq of Tk tokens
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    means,  # float32 [B * Hkv, DIMS], of k
+    means,  # float32 [B * Hkv, DIMS], of rotated k
     scales,  # float32 [2, B * Hkv], of k and v
-    q8,  # e4m3 [B * Hq, Qb * BLOCK, D_PAD]; written, as all that follow
-    k8,  # e4m3 [B * Hkv, Kb * BLOCK, D_PAD]
+    q8,  # e4m3 [B * Hq, Qb * BLOCK, D_PAD], rotated; written, as all that follow
+    k8,  # e4m3 [B * Hkv, Kb * BLOCK, D_PAD], rotated
     v8,  # e4m3 [B * Hkv, Kb, DV_PAD, BLOCK], the keys of a block in the order of `_key_of_slot`
     unsafe,  # int32 [B * Hkv]; set where a block does not fit
     q_scales,  # float32 [B * Hq, Qb * BLOCK]
@@ -158,7 +169,8 @@ def quantize_kernel(
         held = (token >= 0) & (token < q_len)
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
         at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
-        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
+        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0)
+        x = _rotate(x, _rotation(D_PAD, x.dtype))
         scale = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST) / LARGEST
         out_at = q8 + program.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
         tl.store(out_at, (x / scale[:, None]).to(tl.float8e4nv))
@@ -178,13 +190,15 @@ def quantize_kernel(
         if PAGE > 0:
             page = tl.load(block_table + token // PAGE, mask=held, other=0)
         at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
-        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0).to(tl.float32)
+        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0)
+        x = _rotate(x, _rotation(D_PAD, x.dtype))
         mean = tl.load(means + head * DIMS + dims)
         x = tl.where(held[:, None], x - mean[None, :], 0.0)
         out_at = k8 + row.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
         x = x / tl.load(scales + head)
         tl.store(out_at, x.to(tl.float8e4nv))
-        _mark_short(x, unsafe + head, BLOCK * D)
+        limit = LARGEST / tl.minimum(tl.maximum(k_len / 2, 16.0), 256.0)
+        _mark_small(x, limit, unsafe + head, BLOCK * D_PAD)
     else:
         row = program - q_rows - k_rows
         head = (row // k_blocks).to(tl.int64)
@@ -202,7 +216,25 @@ def quantize_kernel(
         out_at = v8 + row.to(tl.int64) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK + slot
         x = x / tl.load(scales + batch_kv_heads + head)
         tl.store(out_at, tl.trans(x.to(tl.float8e4nv)))
-        _mark_short(x, unsafe + head, BLOCK * DV)
+        _mark_small(x, NORMAL, unsafe + head, BLOCK * DV)
+
+
+@triton.jit
+def _rotation(DIMS: tl.constexpr, dtype: tl.constexpr):
+    """Return a Hadamard matrix [DIMS, DIMS] whose rows have signs of their own, 1 and -1."""
+    row = tl.arange(0, DIMS)[:, None]
+    odd = row & tl.arange(0, DIMS)[None, :]
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= (odd >> 1) ^ (row * row * 5 >> 3)  # bits that look drawn: without them, equal dims would gather in one
+    return (1 - 2 * (odd & 1)).to(dtype)
+
+
+@triton.jit
+def _rotate(x, rotation):
+    """Rotate rows of 16-bit numbers; the products are exact, their sums float32."""
+    D: tl.constexpr = x.shape[1]
+    return tl.dot(x, rotation) * (1.0 / D**0.5)
 
 
 @triton.jit
@@ -212,8 +244,8 @@ def _key_of_slot(slot):
 
 
 @triton.jit
-def _mark_short(x, mark, COUNT: tl.constexpr):
-    """Set a mark if more than an eighth of COUNT numbers are too small for four digits, but not zero."""
-    short = (tl.abs(x) < SHORT) & (x != 0.0)
-    if tl.sum(tl.sum(short.to(tl.int32), 1), 0) * 8 > COUNT:
+def _mark_small(x, limit, mark, COUNT: tl.constexpr):
+    """Set a mark if more than half of COUNT numbers are smaller than a limit, but not zero."""
+    small = (tl.abs(x) < limit) & (x != 0.0)
+    if tl.sum(tl.sum(small.to(tl.int32), 1), 0) * 2 > COUNT:
         tl.store(mark, 1)
