@@ -171,10 +171,10 @@ def _rounding_launches(
         constants | {"TOKENS": TOKENS},
         num_warps=8,
     )
-    combine = Launch(combine_kernel, (kv_rows,), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
+    combine = Launch(combine_kernel, (kv_rows, 1), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
     numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks
     constants |= {"BLOCK": BLOCK, "SHIFTS": shifts}
-    grid = (rows * q_blocks + 2 * kv_rows * k_blocks,)
+    grid = (rows * q_blocks + 2 * kv_rows * k_blocks, 1)
     return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8)
 
 

@@ -161,23 +161,24 @@ def quantize_kernel(
     program = tl.program_id(0)
     q_rows = batch_heads * q_blocks
     k_rows = batch_kv_heads * k_blocks
+    # What differs in type between the branches has names of its own.
     dims = tl.arange(0, D_PAD)
     slot = tl.arange(0, BLOCK)
     if program < q_rows:
         head = (program // q_blocks).to(tl.int64)
         token = program % q_blocks * BLOCK - q_offset + slot
-        held = (token >= 0) & (token < q_len)
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
-        at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
-        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0)
-        x = _rotate(x, _rotation(D_PAD, x.dtype))
-        scale = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST) / LARGEST
-        out_at = q8 + program.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
-        tl.store(out_at, (x / scale[:, None]).to(tl.float8e4nv))
-        tl.store(q_scales + program.to(tl.int64) * BLOCK + slot, scale)
+        q_at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
+        held = (token >= 0) & (token < q_len)
+        query = tl.load(q_at, mask=held[:, None] & (dims < D), other=0.0)
+        query = _rotate(query, _rotation(D_PAD, query.dtype))
+        q_scale = tl.maximum(tl.max(tl.abs(query), 1), SMALLEST) / LARGEST
+        q8_at = q8 + program.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
+        tl.store(q8_at, (query / q_scale[:, None]).to(tl.float8e4nv))
+        tl.store(q_scales + program.to(tl.int64) * BLOCK + slot, q_scale)
         if SHIFTS:
-            mean = tl.load(means + head // group * DIMS + dims)
-            tl.store(shifts + program.to(tl.int64) * BLOCK + slot, tl.sum(x * mean[None, :], 1))
+            q_mean = tl.load(means + head // group * DIMS + dims)
+            tl.store(shifts + program.to(tl.int64) * BLOCK + slot, tl.sum(query * q_mean[None, :], 1))
     elif program < q_rows + k_rows:
         row = program - q_rows
         head = (row // k_blocks).to(tl.int64)
@@ -189,16 +190,15 @@ def quantize_kernel(
         page = token
         if PAGE > 0:
             page = tl.load(block_table + token // PAGE, mask=held, other=0)
-        at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
-        x = tl.load(at, mask=held[:, None] & (dims < D), other=0.0)
-        x = _rotate(x, _rotation(D_PAD, x.dtype))
+        k_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
+        key = tl.load(k_at, mask=held[:, None] & (dims < D), other=0.0)
+        key = _rotate(key, _rotation(D_PAD, key.dtype))
         mean = tl.load(means + head * DIMS + dims)
-        x = tl.where(held[:, None], x - mean[None, :], 0.0)
-        out_at = k8 + row.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
-        x = x / tl.load(scales + head)
-        tl.store(out_at, x.to(tl.float8e4nv))
+        key = tl.where(held[:, None], key - mean[None, :], 0.0) / tl.load(scales + head)
+        k8_at = k8 + row.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
+        tl.store(k8_at, key.to(tl.float8e4nv))
         limit = LARGEST / tl.minimum(tl.maximum(k_len / 2, 16.0), 256.0)
-        _mark_small(x, limit, unsafe + head, BLOCK * D_PAD)
+        _mark_small(key, limit, unsafe + head, BLOCK * D_PAD)
     else:
         row = program - q_rows - k_rows
         head = (row // k_blocks).to(tl.int64)
@@ -211,12 +211,12 @@ def quantize_kernel(
         if PAGE > 0:
             page = tl.load(block_table + token // PAGE, mask=held, other=0)
         dims_v = tl.arange(0, DV_PAD)
-        at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
-        x = tl.load(at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32)
-        out_at = v8 + row.to(tl.int64) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK + slot
-        x = x / tl.load(scales + batch_kv_heads + head)
-        tl.store(out_at, tl.trans(x.to(tl.float8e4nv)))
-        _mark_small(x, NORMAL, unsafe + head, BLOCK * DV)
+        v_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
+        value = tl.load(v_at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32)
+        value = value / tl.load(scales + batch_kv_heads + head)
+        v8_at = v8 + row.to(tl.int64) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK + slot
+        tl.store(v8_at, tl.trans(value.to(tl.float8e4nv)))
+        _mark_small(value, NORMAL, unsafe + head, BLOCK * DV)
 
 
 @triton.jit
