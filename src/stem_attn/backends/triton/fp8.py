@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention import (
     Layouts,
@@ -22,6 +23,7 @@ from stem_attn.backends.triton.attention import (
     rows_of,
     run_on,
 )
+from stem_attn.backends.triton.fp8_kernel import fp8_attention_kernel
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
@@ -173,7 +175,7 @@ def _rounding_launches(
     )
     combine = Launch(combine_kernel, (kv_rows, 1), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
     numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks
-    constants |= {"BLOCK": BLOCK, "SHIFTS": shifts}
+    constants |= {"BLOCK": BLOCK, "SHIFTS": shifts, "NATURAL": True}
     grid = (rows * q_blocks + 2 * kv_rows * k_blocks, 1)
     return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8)
 
@@ -200,17 +202,13 @@ def launch(
         lse: float32 [B, Hq, Tq] contiguous, or None; likewise.
         k_len: Tokens of the sequence.
     """
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from stem_attn.backends.triton.hopper_fp8_kernel import box_layout
-
     tensors = (out, out if lse is None else lse, indices, counts)
     key = layouts_of(x.q, x.k, x.v, out, indices, counts), out.dtype, out.device, alignment_of(*tensors)
     plan = _attention_launch(*key, logits, call.window, lse is not None, k_len)
     pad_v = x.v.shape[2] * BLOCK // x.k.shape[2]
-    boxes = (64, x.q.shape[3]), (BLOCK, x.k.shape[3]), (pad_v, BLOCK)
+    boxes = (BLOCK, x.q.shape[3]), (BLOCK, x.k.shape[3]), (pad_v, BLOCK)
     inputs = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], box_layout(*box))
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
         for t, box in zip((x.q, x.k, x.v), boxes, strict=True)
     )
     shifts = x.q_scales if x.shifts is None else x.shifts
@@ -230,18 +228,17 @@ def _attention_launch(
     k_len: int,
 ) -> Launch:
     """Make the launch that calls of equal layouts share."""
-    from stem_attn.backends.triton.hopper_fp8_kernel import hopper_fp8_kernel
-
     (_, _, q_len, v_head_dim), strides = layouts[3]
     grid, numbers = geometry_of(layouts, q_len, k_len, logits, window)
     constants = {
         "DV": v_head_dim,
-        "STAGES": 2,
+        "D_PAD": layouts[0][0][3],
+        "DV_PAD": padded(v_head_dim),
+        "BLOCK": BLOCK,
         "WINDOW": window is not None,
         "LSE": lse,
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
     }
     numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
-    # 384 threads share 64 Ki registers; the kernel deals them out anew.
-    return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=168)
+    return Launch(fp8_attention_kernel, grid, numbers, constants, num_warps=8, num_stages=2)

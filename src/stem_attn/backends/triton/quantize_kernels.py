@@ -155,6 +155,7 @@ def quantize_kernel(
     DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     SHIFTS: tl.constexpr,
+    NATURAL: tl.constexpr,
     PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
 ):
     """Round one block of q, k or v."""
@@ -205,7 +206,7 @@ def quantize_kernel(
         v += head % kv_heads * v_strides[1]
         if PAGE == 0:
             v += head // kv_heads * v_strides[0]
-        token = row % k_blocks * BLOCK + _key_of_slot(slot)
+        token = row % k_blocks * BLOCK + (slot if NATURAL else _key_of_slot(slot))
         held = token < k_len
         page = token
         if PAGE > 0:
