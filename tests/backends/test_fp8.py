@@ -225,9 +225,10 @@ def check(
     exact, exact_lse = reference_attention(q.cpu(), k.cpu(), v.cpu(), mask, BLOCK, **asked)
     out, lse = attend(q, k, v, selection, **asked)
     error = out.double().cpu() - exact
-    allowed = emulated(q, k, v, mask, scale, window) - reference_attention(
-        q.cpu(), k.cpu(), v.cpu(), mask, BLOCK, scale=scale, window=window
-    )[0]
+    allowed = (
+        emulated(q, k, v, mask, scale, window)
+        - reference_attention(q.cpu(), k.cpu(), v.cpu(), mask, BLOCK, scale=scale, window=window)[0]
+    )
     assert error.pow(2).mean().sqrt() <= 1.2 * allowed.pow(2).mean().sqrt()
     assert error.abs().max() <= 2 * allowed.abs().max()
     torch.testing.assert_close(lse.double().cpu(), exact_lse, atol=0.15, rtol=0)

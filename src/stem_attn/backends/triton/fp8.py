@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention import (
     Layouts,
@@ -23,7 +22,6 @@ from stem_attn.backends.triton.attention import (
     rows_of,
     run_on,
 )
-from stem_attn.backends.triton.fp8_kernel import fp8_attention_kernel
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
@@ -35,8 +33,12 @@ from stem_attn.layout import Part
 BLOCK = 128
 CHUNKS = 64
 """Runs of a head's keys that are measured apart: with 8 KV heads, four programs a multiprocessor."""
-TOKENS = 32
+MEASURED = 32
 """Keys and values that are measured at once."""
+TOKENS = 64
+"""Queries, keys or values that are rounded at once: two programs of 8 warps share a multiprocessor."""
+RUN = 8
+"""Such tiles a program, which makes the rotation once."""
 
 
 def why_unsupported(call: Call) -> str | None:
@@ -75,7 +77,9 @@ def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, 
     x = quantize(q, k, v, part.k_len, part.pages, shifts=shifts)
     indices = rows_of(selection)
     launch(x, call, logits, indices, selection.counts, out, lse, part.k_len)
-    note_on_device("triton: heads whose numbers 8 bits do not hold are computed in the inputs' precision", x.unsafe.sum())
+    note_on_device(
+        "triton: heads whose numbers 8 bits do not hold are computed in the inputs' precision", x.unsafe.sum()
+    )
     others = (selection.counts.unflatten(1, (k.shape[1], -1)) * x.unsafe[:, :, None, None]).flatten(1, 2)
     table = None if part.pages is None else part.pages[None]
     launch_hopper(Operands(call, q, k, v, scale, indices, others, out, lse, part.k_len, table))
@@ -164,20 +168,21 @@ def _rounding_launches(
     dims = {"D_PAD": pad, "DV_PAD": pad_v, "DIMS": max(pad, pad_v)}
     constants = dims | {"D": head_dim, "DV": v_head_dim, "PAGE": page if paged else 0}
     strides = tuple(layout[1][:3] for layout in layouts)
-    chunk = -(-k_len // (CHUNKS * TOKENS)) * TOKENS
+    chunk = -(-k_len // (CHUNKS * MEASURED)) * MEASURED
     rows, kv_rows = batch * heads, batch * kv_heads
     measure = Launch(
         measure_kernel,
         (CHUNKS, kv_rows),
         (*strides[1:], kv_heads, k_len, chunk),
-        constants | {"TOKENS": TOKENS},
+        constants | {"TOKENS": MEASURED},
         num_warps=8,
     )
     combine = Launch(combine_kernel, (kv_rows, 1), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
-    numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks
-    constants |= {"BLOCK": BLOCK, "SHIFTS": shifts, "NATURAL": True}
-    grid = (rows * q_blocks + 2 * kv_rows * k_blocks, 1)
-    return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8)
+    numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks, RUN
+    constants |= {"BLOCK": BLOCK, "TOKENS": TOKENS, "SHIFTS": shifts}
+    q_runs, k_runs = (-(-blocks * (BLOCK // TOKENS) // RUN) for blocks in (q_blocks, k_blocks))
+    grid = (rows * q_runs + 2 * kv_rows * k_runs, 1)
+    return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8, num_stages=2)
 
 
 def launch(
@@ -202,13 +207,17 @@ def launch(
         lse: float32 [B, Hq, Tq] contiguous, or None; likewise.
         k_len: Tokens of the sequence.
     """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from stem_attn.backends.triton.hopper_fp8_kernel import box_layout
+
     tensors = (out, out if lse is None else lse, indices, counts)
     key = layouts_of(x.q, x.k, x.v, out, indices, counts), out.dtype, out.device, alignment_of(*tensors)
     plan = _attention_launch(*key, logits, call.window, lse is not None, k_len)
     pad_v = x.v.shape[2] * BLOCK // x.k.shape[2]
-    boxes = (BLOCK, x.q.shape[3]), (BLOCK, x.k.shape[3]), (pad_v, BLOCK)
+    boxes = (64, x.q.shape[3]), (BLOCK, x.k.shape[3]), (pad_v, BLOCK)
     inputs = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], box_layout(*box))
         for t, box in zip((x.q, x.k, x.v), boxes, strict=True)
     )
     shifts = x.q_scales if x.shifts is None else x.shifts
@@ -228,17 +237,18 @@ def _attention_launch(
     k_len: int,
 ) -> Launch:
     """Make the launch that calls of equal layouts share."""
+    from stem_attn.backends.triton.hopper_fp8_kernel import hopper_fp8_kernel
+
     (_, _, q_len, v_head_dim), strides = layouts[3]
     grid, numbers = geometry_of(layouts, q_len, k_len, logits, window)
     constants = {
         "DV": v_head_dim,
-        "D_PAD": layouts[0][0][3],
-        "DV_PAD": padded(v_head_dim),
-        "BLOCK": BLOCK,
+        "STAGES": 2,
         "WINDOW": window is not None,
         "LSE": lse,
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
     }
     numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
-    return Launch(fp8_attention_kernel, grid, numbers, constants, num_warps=8, num_stages=2)
+    # 384 threads share 64 Ki registers; the kernel deals them out anew.
+    return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=168)

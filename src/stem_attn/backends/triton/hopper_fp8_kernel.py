@@ -1,11 +1,17 @@
 """The attention kernel for Hopper with 8-bit products (e4m3), in Gluon; made like that of `hopper_kernel`.
 
 It reads what `quantize_kernels` wrote: whole blocks, so it knows neither pages nor strides. A block of values lies
-transposed, as the 8-bit instruction wants it, and its keys in the order in which `WEIGHT_ORDER` puts the weights: what
-a thread holds of a score tile is then what it must hold of the next product's left operand, and nothing moves.
+transposed, as the 8-bit instruction wants it, and its keys in the order in which `_pack` puts the weights: what a
+thread holds of a score tile is then what it must hold of the next product's left operand, and nothing moves.
 
 The tensor core adds 8-bit products in about 22 bits (14 of the sum's). So every tile's product with the values is a
-sum of its own, added in float32.
+sum of its own, added in float32. Its weights are relative to the tile's own maximum, so that tiles of small weights
+lose no digits.
+
+No exponential is computed. The bits of an e4m3 number, read as an integer, are 8 times its logarithm to base 2, with a
+straight line from each power of two to the next. So a logit, scaled and rounded to an integer, is its weight's bits: up
+to 6% too large, on average 4%, of which the same is in the sum that they are divided by. The sum is a product too, with
+a column of ones.
 """
 
 from __future__ import annotations
@@ -19,12 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.hopper_kernel import BLOCK, HALF, LN2, LOG2_E, load_box, warpgroup_barrier
+from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, warpgroup_barrier
 from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
-WEIGHT_LOG2 = gl.constexpr(8.0)
-"""Weights, at most 1, are multiplied with 2^8: e4m3 reaches from 2^-9 to 448, and 2^8 is exact."""
+BLOCK = gl.constexpr(128)
+TOP = gl.constexpr(126.0)
+"""The bits of a tile's largest weight, 448. 127 is NaN."""
+TOP_LOG2 = gl.constexpr(8.8073549)
+"""Its logarithm. Weights are above the line 2^(bits / 8 - 7) by 4%, and this one is too."""
+REACH = gl.constexpr(48.0)
+"""How far, as a power of two, a tile's maximum may rise above what sums are relative to before they get a new scale."""
 
 
 def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
@@ -81,8 +93,6 @@ def hopper_fp8_kernel(
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
-    EARLY: gl.constexpr,
-    ONES: gl.constexpr,
 ):
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)
@@ -124,10 +134,11 @@ def hopper_fp8_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
+    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK], k.dtype)
+    one = gl.full([8, BLOCK], 1.0, gl.float32, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+    ones = gl.allocate_shared_memory(k.dtype, [8, BLOCK], ones_layout, one.to(k.dtype))  # the least that there is
     fence_async_shared()
 
-    ones = (gl.allocate_shared_memory(k.dtype, [8, BLOCK], gl.NVMMASharedLayout.get_default_for([8, BLOCK], k.dtype), gl.full([8, BLOCK], 1.0, gl.float32, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])).to(gl.float8e4nv)),) if ONES else ()
-    fence_async_shared()
     tiles = (q_tiles, k_tiles, v_tiles, ones)
     barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, first_token)
@@ -136,10 +147,11 @@ def hopper_fp8_kernel(
     shift_at = (shifts,) if SINKS or LSE or TANH != "none" else ()
     geometry = (q_len, (first_token + offset - window,) if WINDOW else (), shift_at)
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
+    values = (tiles, barriers, blocks, geometry, factors, outputs)
     gl.warp_specialize(
         [
-            (_consume, (0, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, EARLY, ONES)),
-            (_consume, (1, tiles, barriers, blocks, geometry, factors, outputs, DV, STAGES, WINDOW, LSE, SINKS, TANH, EARLY, ONES)),
+            (_consume, (0, values, DV, STAGES, WINDOW, LSE, SINKS, TANH)),
+            (_consume, (1, values, DV, STAGES, WINDOW, LSE, SINKS, TANH)),
             (_produce, ((q, k, v), tiles, barriers, blocks, batch, row, head, kv_head, STAGES)),
         ],
         [4, 1],
@@ -176,35 +188,58 @@ def _produce(descriptors, tiles, barriers, blocks, batch, row, head, kv_head, ST
 
 
 @gluon.jit
+def _weigh(score, factor, peak):
+    """Return weights 2^(score * factor - peak), the largest 448, as bits of e4m3 above 1024 in float16.
+
+    Args:
+        score: float32 [64, BLOCK], dot products.
+        factor: float32 [64], what makes logits of them, in powers of two.
+        peak: float32 [64], the rows' largest logits.
+
+    Returns:
+        int32 [64, BLOCK / 2], two weights each.
+    """
+    top = TOP - peak * 8.0
+    top -= gl.abs(top) * 2.0**-22  # large logits lose digits: none may round to 127
+    bits = score * (factor * 8.0)[:, None] + top[:, None]
+    even, odd = bits.reshape([HALF, BLOCK // 2, 2]).split()
+    return gl.inline_asm_elementwise(
+        "{\n.reg .b32 bits, whole;\ncvt.rn.relu.f16x2.f32 bits, $2, $1;\n"
+        "mov.b32 whole, 0x64006400;\nadd.rn.f16x2 $0, bits, whole;\n}",
+        "=r,f,f",
+        [even, odd],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _pack(weight):
-    """Round float32 weights [HALF, BLOCK] to e4m3; return int32 [HALF, BLOCK / 4] of four each, moving nothing.
+    """Join what `_weigh` returns to int32 [64, BLOCK / 4] of four weights each, moving nothing.
 
     A thread holds columns 8 h + 2 t + e of a row's 16, h and e each 0 or 1 and t its number among four. As a left
     operand it must hold columns 4 t + 2 h + e. So that is where column 8 h + 2 t + e goes, as does the value it meets.
     """
-    ROWS: gl.constexpr = weight.type.shape[0]
-    FOURS: gl.constexpr = weight.type.shape[1] // 4
-    parts = weight.reshape([ROWS, FOURS // 4, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, FOURS, 2, 2])
-    even, odd = parts.split()
-    first, third = even.split()
-    second, fourth = odd.split()
+    pairs = weight.reshape([HALF, BLOCK // 16, 2, 4]).permute((0, 1, 3, 2)).reshape([HALF, BLOCK // 4, 2])
+    first, second = pairs.split()
     return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f", [first, second, third, fourth], dtype=gl.int32, is_pure=True, pack=1)
+        "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
-def _operand(packed, layout: gl.constexpr):
-    """Make an e4m3 operand of what `_pack` returns, moving nothing."""
+def _multiply(packed, values, ones, no_value, no_sum):
+    """Issue the products of weights from `_pack` with a block of values, and with ones; return both sums."""
     twice = gl.join(packed, packed)
-    fours = gl.join(twice, twice).reshape([packed.type.shape[0], packed.type.shape[1] * 4])
-    fours = gl.convert_layout(fours, layout, assert_trivial=True)
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4)
+    fours = gl.join(twice, twice).reshape([HALF, BLOCK])
+    fours = gl.convert_layout(fours, gl.DotOperandLayout(0, no_value.type.layout, 4), assert_trivial=True)
+    operand = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4
+    )
+    part = warpgroup_mma(operand, values.permute((1, 0)), no_value, use_acc=False, is_async=True)
+    operand = gl.convert_layout(operand, gl.DotOperandLayout(0, no_sum.type.layout, 4), assert_trivial=True)
+    return part, warpgroup_mma(operand, ones.permute((1, 0)), no_sum, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -228,11 +263,17 @@ def _cap(score, cap, TANH: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    half, tiles, barriers, blocks, geometry, factors, outputs, DV: gl.constexpr, STAGES: gl.constexpr,
-    WINDOW: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, TANH: gl.constexpr, EARLY: gl.constexpr,
-    ONES: gl.constexpr,
-):  # fmt: skip
+    half,
+    values,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    WINDOW: gl.constexpr,
+    LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,
+):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
+    tiles, barriers, blocks, geometry, factors, outputs = values
     q_tiles, k_tiles, v_tiles, ones = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
@@ -243,9 +284,9 @@ def _consume(
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 32])
     sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 4)
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    sum_rows: gl.constexpr = gl.SliceLayout(1, sum_layout)
 
     row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
@@ -271,84 +312,65 @@ def _consume(
     score = _cap(score, cap, TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     score = _see(score, row, column, oldest, indices, count, 0, WINDOW)
-    peak = gl.max(score, 1) * factor
-    weight = gl.exp2(score * factor[:, None] - (peak - WEIGHT_LOG2)[:, None])
-    packed = _pack(weight)
-    if ONES:
-        total = gl.zeros([HALF], gl.float32, score_rows)
-    else:
-        total = gl.sum(weight, 1)
+    base = gl.max(score, 1) * factor  # what sums are relative to
+    packed = _pack(_weigh(score, factor, base))
+    total = no_sum
     acc = no_value
     decay = gl.full([HALF], 1.0, gl.float32, score_rows)
-    zero = count >> 30
-
+    share = gl.full([HALF], 1.0, gl.float32, score_rows)
     mbarrier.wait(k_full.index(1), 0, pred=count > 1)
+
     for step in range(1, count):
         slot = step % STAGES
         last = (step - 1) % STAGES
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
-        operand = _operand(packed, weight_layout)
-        part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
-        if ONES:
-            part_sum = warpgroup_mma(gl.convert_layout(operand, gl.DotOperandLayout(0, sum_layout, 4), assert_trivial=True), ones[0].permute((1, 0)), no_sum, use_acc=False, is_async=True)
-            score = warpgroup_mma_wait(2, deps=(score,))
-        else:
-            score = warpgroup_mma_wait(1, deps=(score,))
+        part, part_sum = _multiply(packed, v_tiles.index(last), ones, no_value, no_sum)
+        score = warpgroup_mma_wait(2, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         score = _cap(score, cap, TANH)
         score = _see(score, row, column, oldest, indices, count, step, WINDOW)
-        new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
-        weight = gl.exp2(score * factor[:, None] - (new_peak - WEIGHT_LOG2)[:, None])
-        if EARLY:
-            next_packed = _pack(weight)
-        if not ONES:
-            total = total * gl.exp2(peak - new_peak) + gl.sum(weight, 1)
-        next_decay = gl.exp2(peak - new_peak)
-        peak = new_peak
-        # This wait ends a piece of code: the assembler would move the next one up, before the exponentials.
-        after = (step + 1) % STAGES
-        mbarrier.wait(k_full.index(after), (step + 1) // STAGES & 1, pred=step + 1 < count)
-        if ONES:
-            if EARLY:
-                part, part_sum, next_packed, packed = warpgroup_mma_wait(0, deps=(part, part_sum, next_packed, packed))
-            else:
-                part, part_sum, weight, packed = warpgroup_mma_wait(0, deps=(part, part_sum, weight, packed))
-            total = total * decay + gl.convert_layout(gl.max(part_sum, 1), score_rows)
-        elif EARLY:
-            part, next_packed, packed = warpgroup_mma_wait(0, deps=(part, next_packed, packed))
-        else:
-            part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
+        peak = gl.max(score, 1) * factor
+        if WINDOW:  # it may see nothing of this block
+            peak = gl.where(peak == float("-inf"), base, peak)
+        weight = _weigh(score, factor, peak)
+        acc = rescale(acc, gl.convert_layout(decay, out_rows))
+        new_base = gl.where(peak > base + REACH, peak, base)
+        next_decay = gl.exp2(base - new_base)
+        next_share = gl.exp2(peak - new_base)
+        base = new_base
+        total = total * gl.convert_layout(decay, sum_rows)[:, None]
+        # The assembler moves the wait for the value product up, before the weights, if nothing that branches stands
+        # between. So the wait for the next keys is here.
+        ahead = step + 1
+        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < count)
+        part, part_sum, weight, packed = warpgroup_mma_wait(0, deps=(part, part_sum, weight, packed))
+        total += part_sum * gl.convert_layout(share, sum_rows)[:, None]
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
-        acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part
+        acc += part * gl.convert_layout(share, out_rows)[:, None]
+        packed = _pack(weight)
+        share = next_share
         decay = next_decay
-        if EARLY:
-            packed = next_packed | zero
-        else:
-            packed = _pack(weight)
 
     last = (count - 1) % STAGES
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
-    operand = _operand(packed, weight_layout)
-    part = warpgroup_mma(operand, v_tiles.index(last).permute((1, 0)), no_value, use_acc=False, is_async=True)
-    part = warpgroup_mma_wait(0, deps=(part,))
-    acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part
-    if ONES:
-        part_sum = warpgroup_mma(gl.convert_layout(operand, gl.DotOperandLayout(0, sum_layout, 4), assert_trivial=True), ones[0].permute((1, 0)), no_sum, use_acc=False, is_async=True)
-        part_sum = warpgroup_mma_wait(0, deps=(part_sum,))
-        total = total * decay + gl.convert_layout(gl.max(part_sum, 1), score_rows)
+    part, part_sum = _multiply(packed, v_tiles.index(last), ones, no_value, no_sum)
+    part, part_sum, packed = warpgroup_mma_wait(0, deps=(part, part_sum, packed))
+    total = total * gl.convert_layout(decay, sum_rows)[:, None] + part_sum * gl.convert_layout(share, sum_rows)[:, None]
+    total = gl.convert_layout(gl.max(total, 1), score_rows)
+    acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part * gl.convert_layout(share, out_rows)[:, None]
 
     if (LSE or SINKS) and TANH == "none":
-        peak += gl.load(shift_at[0] + row) * scale_log2
+        base += gl.load(shift_at[0] + row) * scale_log2
     if SINKS:  # only now: weights that were small beside a sink's would lose digits in 8 bits
         sink = gl.load(sink_at[0]).to(gl.float32) * LOG2_E
-        whole_peak = gl.maximum(peak, sink)
-        decay = gl.exp2(peak - whole_peak)
-        total = total * decay + gl.exp2(sink - whole_peak + WEIGHT_LOG2)
+        whole_base = gl.maximum(base, sink)
+        decay = gl.exp2(base - whole_base)
+        total = total * decay + gl.exp2(sink - whole_base + TOP_LOG2)
         acc = acc * gl.convert_layout(decay, out_rows)[:, None]
-        peak = whole_peak
+        base = whole_base
     acc = acc * gl.convert_layout(v_scale / total, out_rows)[:, None]
     out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
     dims = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, out_layout))
@@ -357,4 +379,4 @@ def _consume(
     gl.store(out_at, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
         token = row + first_token
-        gl.store(lse + token, (peak - WEIGHT_LOG2 + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))
+        gl.store(lse + token, (base - TOP_LOG2 + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))

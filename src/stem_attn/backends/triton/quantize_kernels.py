@@ -10,7 +10,7 @@ the head's tokens. That takes the same from all dot products of a query, which a
 written where something else sees it: the log-sum-exp, a sink, a softcap.
 
 A KV head is marked, and must be computed in the precision that it came in, where 8 bits do not hold its numbers: where
-some are not finite, or where most numbers of a block are much smaller than the head's largest: of values, so small that
+some are not finite, or where most numbers of a tile are much smaller than the head's largest: of values, so small that
 e4m3 has fewer than four digits for them; of keys, a 256th, or so small that one token may have made the mean. A query
 that is not finite becomes NaN, as its output would.
 """
@@ -33,8 +33,7 @@ NORMAL = tl.constexpr(2.0**-6)
 def measure_kernel(
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of rotated k sums, maxima, minima; of v sums and maxima of magnitudes;
-    # written
+    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of rotated k sums, maxima, minima; of v's magnitudes sums, maxima
     block_table,  # int32 [pages of the sequence]; unused unless paged
     k_strides,  # (batch, head, token) in elements
     v_strides,
@@ -120,7 +119,7 @@ def combine_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["q_offset", "q_len", "k_len", "q_blocks", "k_blocks"],
+    do_not_specialize=["q_offset", "q_len", "k_len", "q_blocks", "k_blocks", "run"],
     do_not_specialize_on_alignment=["block_table"],
 )
 def quantize_kernel(
@@ -148,76 +147,90 @@ def quantize_kernel(
     k_len,
     q_blocks,
     k_blocks,
+    run,  # tiles a program
     D: tl.constexpr,
     DV: tl.constexpr,
     D_PAD: tl.constexpr,  # powers of two
     DV_PAD: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,  # a tile's; a multiple of 16 that divides BLOCK
     SHIFTS: tl.constexpr,
-    NATURAL: tl.constexpr,
     PAGE: tl.constexpr,  # tokens a page of k and v; 0: not paged
 ):
-    """Round one block of q, k or v."""
+    """Round a run of tiles of a head of q, k or v."""
     program = tl.program_id(0)
-    q_rows = batch_heads * q_blocks
-    k_rows = batch_kv_heads * k_blocks
+    q_tiles = q_blocks * (BLOCK // TOKENS)
+    k_tiles = k_blocks * (BLOCK // TOKENS)
+    q_runs = batch_heads * tl.cdiv(q_tiles, run)
+    k_runs = batch_kv_heads * tl.cdiv(k_tiles, run)
     # What differs in type between the branches has names of its own.
     dims = tl.arange(0, D_PAD)
-    slot = tl.arange(0, BLOCK)
-    if program < q_rows:
-        head = (program // q_blocks).to(tl.int64)
-        token = program % q_blocks * BLOCK - q_offset + slot
+    slot = tl.arange(0, TOKENS)
+    if program < q_runs:
+        head = (program // tl.cdiv(q_tiles, run)).to(tl.int64)
+        first = program % tl.cdiv(q_tiles, run) * run
         q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
-        q_at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
-        held = (token >= 0) & (token < q_len)
-        query = tl.load(q_at, mask=held[:, None] & (dims < D), other=0.0)
-        query = _rotate(query, _rotation(D_PAD, query.dtype))
-        q_scale = tl.maximum(tl.max(tl.abs(query), 1), SMALLEST) / LARGEST
-        q8_at = q8 + program.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
-        tl.store(q8_at, (query / q_scale[:, None]).to(tl.float8e4nv))
-        tl.store(q_scales + program.to(tl.int64) * BLOCK + slot, q_scale)
+        q_rotation = _rotation(D_PAD, q.dtype.element_ty)
         if SHIFTS:
             q_mean = tl.load(means + head // group * DIMS + dims)
-            tl.store(shifts + program.to(tl.int64) * BLOCK + slot, tl.sum(query * q_mean[None, :], 1))
-    elif program < q_rows + k_rows:
-        row = program - q_rows
-        head = (row // k_blocks).to(tl.int64)
+        for tile in range(first, min(first + run, q_tiles)):
+            token = tile * TOKENS - q_offset + slot
+            q_at = q + token.to(tl.int64)[:, None] * q_strides[2] + dims
+            held = (token >= 0) & (token < q_len)
+            query = tl.load(q_at, mask=held[:, None] & (dims < D), other=0.0)
+            query = _rotate(query, q_rotation)
+            q_scale = tl.maximum(tl.max(tl.abs(query), 1), SMALLEST) / LARGEST
+            q_row = (head * q_tiles + tile) * TOKENS + slot
+            tl.store(q8 + q_row[:, None] * D_PAD + dims, (query * (1.0 / q_scale)[:, None]).to(tl.float8e4nv))
+            tl.store(q_scales + q_row, q_scale)
+            if SHIFTS:
+                tl.store(shifts + q_row, tl.sum(query * q_mean[None, :], 1))
+    elif program < q_runs + k_runs:
+        program -= q_runs
+        head = (program // tl.cdiv(k_tiles, run)).to(tl.int64)
+        first = program % tl.cdiv(k_tiles, run) * run
         k += head % kv_heads * k_strides[1]
         if PAGE == 0:
             k += head // kv_heads * k_strides[0]
-        token = row % k_blocks * BLOCK + slot
-        held = token < k_len
-        page = token
-        if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=held, other=0)
-        k_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
-        key = tl.load(k_at, mask=held[:, None] & (dims < D), other=0.0)
-        key = _rotate(key, _rotation(D_PAD, key.dtype))
+        k_rotation = _rotation(D_PAD, k.dtype.element_ty)
         mean = tl.load(means + head * DIMS + dims)
-        key = tl.where(held[:, None], key - mean[None, :], 0.0) / tl.load(scales + head)
-        k8_at = k8 + row.to(tl.int64) * (BLOCK * D_PAD) + slot[:, None] * D_PAD + dims
-        tl.store(k8_at, key.to(tl.float8e4nv))
+        k_factor = 1.0 / tl.load(scales + head)
         limit = LARGEST / tl.minimum(tl.maximum(k_len / 2, 16.0), 256.0)
-        _mark_small(key, limit, unsafe + head, BLOCK * D_PAD)
+        for tile in range(first, min(first + run, k_tiles)):
+            token = tile * TOKENS + slot
+            held = token < k_len
+            page = token
+            if PAGE > 0:
+                page = tl.load(block_table + token // PAGE, mask=held, other=0)
+            k_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
+            key = tl.load(k_at, mask=held[:, None] & (dims < D), other=0.0)
+            key = _rotate(key, k_rotation)
+            key = tl.where(held[:, None], key - mean[None, :], 0.0) * k_factor
+            k8_at = k8 + (head * k_tiles + tile) * (TOKENS * D_PAD) + slot[:, None] * D_PAD + dims
+            tl.store(k8_at, key.to(tl.float8e4nv))
+            _mark_small(key, limit, unsafe + head, TOKENS * D_PAD)
     else:
-        row = program - q_rows - k_rows
-        head = (row // k_blocks).to(tl.int64)
+        program -= q_runs + k_runs
+        head = (program // tl.cdiv(k_tiles, run)).to(tl.int64)
+        first = program % tl.cdiv(k_tiles, run) * run
         v += head % kv_heads * v_strides[1]
         if PAGE == 0:
             v += head // kv_heads * v_strides[0]
-        token = row % k_blocks * BLOCK + (slot if NATURAL else _key_of_slot(slot))
-        held = token < k_len
-        page = token
-        if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=held, other=0)
         dims_v = tl.arange(0, DV_PAD)
-        v_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
-        value = tl.load(v_at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32)
-        value = value / tl.load(scales + batch_kv_heads + head)
-        v8_at = v8 + row.to(tl.int64) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK + slot
-        tl.store(v8_at, tl.trans(value.to(tl.float8e4nv)))
-        _mark_small(value, NORMAL, unsafe + head, BLOCK * DV)
+        v_factor = 1.0 / tl.load(scales + batch_kv_heads + head)
+        for tile in range(first, min(first + run, k_tiles)):
+            token = tile * TOKENS + _key_of_slot(slot)
+            held = token < k_len
+            page = token
+            if PAGE > 0:
+                page = tl.load(block_table + token // PAGE, mask=held, other=0)
+            v_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
+            value = tl.load(v_at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32) * v_factor
+            v8_at = v8 + (head * k_blocks + tile * TOKENS // BLOCK) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK
+            v8_at += tile * TOKENS % BLOCK + slot
+            tl.store(v8_at, tl.trans(value.to(tl.float8e4nv)))
+            _mark_small(value, NORMAL, unsafe + head, TOKENS * DV)
 
 
 @triton.jit
