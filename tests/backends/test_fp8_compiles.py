@@ -33,12 +33,12 @@ def compile_rounding(head_dim: int, page_size: int) -> Any:
     from stem_attn.backends.triton.quantize_kernels import quantize_kernel
 
     constants = dict.fromkeys(("D", "DV", "D_PAD", "DV_PAD", "DIMS"), head_dim)
-    constants |= {"BLOCK": 128, "SHIFTS": True, "PAGE": page_size}
+    constants |= {"BLOCK": 128, "TOKENS": 64, "SHIFTS": True, "PAGE": page_size}
     types: dict[str, Any] = dict.fromkeys(("q", "k", "v"), "*bf16") | dict.fromkeys(("q8", "k8", "v8"), "*fp8e4nv")
     types |= dict.fromkeys(("means", "scales", "q_scales", "shifts"), "*fp32")
     types |= dict.fromkeys(("unsafe", "block_table"), "*i32")
     types |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), ("i32",) * 3)
-    return compile_for_hopper(quantize_kernel, types, constants, num_warps=8)
+    return compile_for_hopper(quantize_kernel, types, constants, num_warps=8, num_stages=3)
 
 
 @pytest.mark.skipif(not cuobjdump().exists(), reason="this Triton does not bring cuobjdump")
@@ -47,7 +47,7 @@ def compile_rounding(head_dim: int, page_size: int) -> Any:
     [(128, 0, 0, "none"), (128, 1, 1, "none"), (64, 1, 0, "none"), (128, 1, 1, "fast"), (128, 0, 0, "short")],
 )
 def test_no_registers_spill(head_dim: int, lse: int, sinks: int, tanh: str, tmp_path: Path) -> None:
-    """And the products of one tile wait for nothing but each other: in code, that the assembler keeps them in groups."""
+    """And the products of one tile wait for nothing but each other: the assembler keeps them in groups."""
     run_alone(__file__, "attention", head_dim, 0, lse, sinks, tanh, tmp_path / "kernel")
     assert_no_spills(tmp_path / "kernel.cubin")
     code = subprocess.run([cuobjdump(), "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True).stdout
@@ -57,13 +57,13 @@ def test_no_registers_spill(head_dim: int, lse: int, sinks: int, tanh: str, tmp_
 
 @pytest.mark.parametrize("tanh", ["none", "fast"])
 def test_windows_compile(tanh: str, tmp_path: Path) -> None:
-    """The mask of a window takes registers that are not there: up to 16 of a thread's live in memory."""
+    """The mask of a window takes registers that are not there: up to 24 of a thread's live in memory."""
     run_alone(__file__, "attention", 128, 1, 1, 1, tanh, tmp_path / "kernel")
     if cuobjdump().exists():
         report = subprocess.run(
             [cuobjdump(), "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
         ).stdout
-        assert max(int(n) for n in re.findall(r"STACK:(\d+)", report)) <= 64
+        assert max(int(n) for n in re.findall(r"STACK:(\d+)", report)) <= 96
 
 
 @pytest.mark.parametrize("page_size", [0, 16])

@@ -182,7 +182,7 @@ def _rounding_launches(
     constants |= {"BLOCK": BLOCK, "TOKENS": TOKENS, "SHIFTS": shifts}
     q_runs, k_runs = (-(-blocks * (BLOCK // TOKENS) // RUN) for blocks in (q_blocks, k_blocks))
     grid = (rows * q_runs + 2 * kv_rows * k_runs, 1)
-    return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8, num_stages=2)
+    return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8, num_stages=3)
 
 
 def launch(

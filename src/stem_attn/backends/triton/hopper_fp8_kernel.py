@@ -10,8 +10,7 @@ lose no digits.
 
 No exponential is computed. The bits of an e4m3 number, read as an integer, are 8 times its logarithm to base 2, with a
 straight line from each power of two to the next. So a logit, scaled and rounded to an integer, is its weight's bits: up
-to 6% too large, on average 4%, of which the same is in the sum that they are divided by. The sum is a product too, with
-a column of ones.
+to 6% too large, on average 4%, of which the same is in the sum that they are divided by.
 """
 
 from __future__ import annotations
@@ -134,12 +133,9 @@ def hopper_fp8_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
-    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK], k.dtype)
-    one = gl.full([8, BLOCK], 1.0, gl.float32, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-    ones = gl.allocate_shared_memory(k.dtype, [8, BLOCK], ones_layout, one.to(k.dtype))  # the least that there is
     fence_async_shared()
 
-    tiles = (q_tiles, k_tiles, v_tiles, ones)
+    tiles = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, first_token)
     factors = (q_scales, k_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
@@ -163,7 +159,7 @@ def hopper_fp8_kernel(
 def _produce(descriptors, tiles, barriers, blocks, batch, row, head, kv_head, STAGES: gl.constexpr):
     """Copy Q once, then K one block ahead of V, in the order in which the consumers need them: last to first."""
     q, k, v = descriptors
-    q_tiles, k_tiles, v_tiles, _ = tiles
+    q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, _ = blocks
     DV_PAD: gl.constexpr = v.block_type.shape[2]
@@ -229,17 +225,41 @@ def _pack(weight):
 
 
 @gluon.jit
-def _multiply(packed, values, ones, no_value, no_sum):
-    """Issue the products of weights from `_pack` with a block of values, and with ones; return both sums."""
+def _multiply(packed, values, nothing):
+    """Issue the product of weights from `_pack` with a block of values; return their sum, nothing added to it yet."""
     twice = gl.join(packed, packed)
     fours = gl.join(twice, twice).reshape([HALF, BLOCK])
-    fours = gl.convert_layout(fours, gl.DotOperandLayout(0, no_value.type.layout, 4), assert_trivial=True)
+    fours = gl.convert_layout(fours, gl.DotOperandLayout(0, nothing.type.layout, 4), assert_trivial=True)
     operand = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4
     )
-    part = warpgroup_mma(operand, values.permute((1, 0)), no_value, use_acc=False, is_async=True)
-    operand = gl.convert_layout(operand, gl.DotOperandLayout(0, no_sum.type.layout, 4), assert_trivial=True)
-    return part, warpgroup_mma(operand, ones.permute((1, 0)), no_sum, use_acc=False, is_async=True)
+    return warpgroup_mma(operand, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_halves(a, b):
+    return gl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _sum(weight, layout: gl.constexpr):
+    """Sum the rows of what `_weigh` returns; float32 [64].
+
+    Times 128 the bits of an e4m3 number are those of a float16, 2^-8 of it. 128 of them are added in float16.
+    """
+    halves = gl.inline_asm_elementwise(
+        "mad.lo.u32 $0, $1, 128, 0xffce0000;", "=r,r", [weight], dtype=gl.int32, is_pure=True, pack=1
+    )  # less 1024.0's bits times 128, in both halves
+    total = gl.inline_asm_elementwise(
+        "{\n.reg .b16 low, high;\n.reg .f32 x, y;\nmov.b32 {low, high}, $1;\n"
+        "cvt.f32.f16 x, low;\ncvt.f32.f16 y, high;\nadd.f32 x, x, y;\nmul.f32 $0, x, 0f43800000;\n}",
+        "=f,r",
+        [gl.reduce(halves, 1, _add_halves)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return gl.convert_layout(total, layout)
 
 
 @gluon.jit
@@ -274,7 +294,7 @@ def _consume(
 ):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
     tiles, barriers, blocks, geometry, factors, outputs = values
-    q_tiles, k_tiles, v_tiles, ones = tiles
+    q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
     q_len, oldest, shift_at = geometry
@@ -283,16 +303,15 @@ def _consume(
     DV_PAD: gl.constexpr = v_tiles.type.shape[1]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 32])
-    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-    sum_rows: gl.constexpr = gl.SliceLayout(1, sum_layout)
 
-    row = half * HALF + gl.arange(0, HALF, layout=score_rows)  # in the block
+    # In the block. The assembler must not know which keys the first warpgroup never sees: weights that it knew to be
+    # zeros it joined wrongly.
+    row = (half + (count >> 30)) * HALF + gl.arange(0, HALF, layout=score_rows)
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
     no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
     no_value = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
-    no_sum = gl.zeros([HALF, 8], gl.float32, sum_layout)
     query = q_tiles.index(half)
     dot_scale = gl.load(q_scales + row) * k_scale
     if TANH == "none":
@@ -313,8 +332,9 @@ def _consume(
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     score = _see(score, row, column, oldest, indices, count, 0, WINDOW)
     base = gl.max(score, 1) * factor  # what sums are relative to
-    packed = _pack(_weigh(score, factor, base))
-    total = no_sum
+    weight = _weigh(score, factor, base)
+    packed = _pack(weight)
+    total = _sum(weight, score_rows)
     acc = no_value
     decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     share = gl.full([HALF], 1.0, gl.float32, score_rows)
@@ -325,8 +345,8 @@ def _consume(
         last = (step - 1) % STAGES
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
-        part, part_sum = _multiply(packed, v_tiles.index(last), ones, no_value, no_sum)
-        score = warpgroup_mma_wait(2, deps=(score,))
+        part = _multiply(packed, v_tiles.index(last), no_value)
+        score = warpgroup_mma_wait(1, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         score = _cap(score, cap, TANH)
@@ -340,13 +360,12 @@ def _consume(
         next_decay = gl.exp2(base - new_base)
         next_share = gl.exp2(peak - new_base)
         base = new_base
-        total = total * gl.convert_layout(decay, sum_rows)[:, None]
+        total = total * next_decay + _sum(weight, score_rows) * next_share
         # The assembler moves the wait for the value product up, before the weights, if nothing that branches stands
         # between. So the wait for the next keys is here.
         ahead = step + 1
         mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < count)
-        part, part_sum, weight, packed = warpgroup_mma_wait(0, deps=(part, part_sum, weight, packed))
-        total += part_sum * gl.convert_layout(share, sum_rows)[:, None]
+        part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
         acc += part * gl.convert_layout(share, out_rows)[:, None]
@@ -356,10 +375,8 @@ def _consume(
 
     last = (count - 1) % STAGES
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
-    part, part_sum = _multiply(packed, v_tiles.index(last), ones, no_value, no_sum)
-    part, part_sum, packed = warpgroup_mma_wait(0, deps=(part, part_sum, packed))
-    total = total * gl.convert_layout(decay, sum_rows)[:, None] + part_sum * gl.convert_layout(share, sum_rows)[:, None]
-    total = gl.convert_layout(gl.max(total, 1), score_rows)
+    part = _multiply(packed, v_tiles.index(last), no_value)
+    part, packed = warpgroup_mma_wait(0, deps=(part, packed))
     acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part * gl.convert_layout(share, out_rows)[:, None]
 
     if (LSE or SINKS) and TANH == "none":

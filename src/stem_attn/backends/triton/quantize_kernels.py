@@ -1,8 +1,9 @@
 """Round q, k and v to 8 bits (e4m3) for the attention kernel that multiplies such numbers.
 
-Rounded copies hold whole blocks: tokens that a block lacks are zeros. Numbers are divided by a scale, so that the
-largest is 448, e4m3's own: a query's by one of its own, a head's keys by one, and its values. (A number has four digits
-down to 2^-15 of the largest: a finer scale would gain nothing.)
+Rounded copies hold whole blocks: tokens that a block lacks are zeros. Numbers are divided by a scale, so that none is
+above 448, e4m3's largest: a query's by one of its own, a head's keys by one, and its values. A number has four digits
+down to 2^-15 of that, so a finer scale would gain nothing, and that of keys may be a bound: what a rotation can make of
+a key whose every dim is the furthest from the mean.
 
 Queries and keys are rotated first, by signs and a Hadamard matrix: that leaves their dot products as they are, and
 spreads dims that are much larger than others, whose rounding would be most of the error. Then keys lose their mean over
@@ -11,8 +12,8 @@ written where something else sees it: the log-sum-exp, a sink, a softcap.
 
 A KV head is marked, and must be computed in the precision that it came in, where 8 bits do not hold its numbers: where
 some are not finite, or where most numbers of a tile are much smaller than the head's largest: of values, so small that
-e4m3 has fewer than four digits for them; of keys, a 256th, or so small that one token may have made the mean. A query
-that is not finite becomes NaN, as its output would.
+e4m3 has fewer than four digits for them; of keys, a 256th of the bound's share of a dim, or so small that one token may
+have made the mean. A query that is not finite becomes NaN, as its output would.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ NORMAL = tl.constexpr(2.0**-6)
 def measure_kernel(
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
-    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of rotated k sums, maxima, minima; of v's magnitudes sums, maxima
+    measured,  # float32 [B * Hkv, CHUNKS, 5, DIMS]: of k sums, maxima, minima; of v's magnitudes sums, maxima
     block_table,  # int32 [pages of the sequence]; unused unless paged
     k_strides,  # (batch, head, token) in elements
     v_strides,
@@ -59,7 +60,6 @@ def measure_kernel(
     dims_v = tl.arange(0, DV_PAD)
     start = tl.program_id(0) * chunk
     stop = min(start + chunk, k_len)
-    rotation = _rotation(D_PAD, k.dtype.element_ty)
     sums = tl.zeros([TOKENS, D_PAD], tl.float32)
     highest = tl.full([TOKENS, D_PAD], float("-inf"), tl.float32)
     lowest = tl.full([TOKENS, D_PAD], float("inf"), tl.float32)
@@ -72,7 +72,7 @@ def measure_kernel(
         if PAGE > 0:
             page = tl.load(block_table + token // PAGE, mask=token < stop, other=0)
         key_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
-        key = _rotate(tl.load(key_at, mask=held & (dims < D), other=0.0), rotation)
+        key = tl.load(key_at, mask=held & (dims < D), other=0.0).to(tl.float32)
         sums += key
         highest = tl.where(held, tl.maximum(highest, key), highest)
         lowest = tl.where(held, tl.minimum(lowest, key), lowest)
@@ -108,13 +108,16 @@ def combine_kernel(
     mean = tl.sum(tl.load(at), 0) / k_len
     above = tl.max(tl.load(at + DIMS), 0) - mean
     below = mean - tl.min(tl.load(at + 2 * DIMS), 0)
-    size = tl.max(tl.maximum(above, below), 0)
+    furthest = tl.maximum(above, below)
+    size = tl.sqrt(tl.sum(furthest * furthest, 0))
     at_v = chunks + 3 * DIMS + tl.arange(0, DV_PAD)
     size_v = tl.max(tl.max(tl.load(at_v + DIMS), 0), 0)
-    tl.store(means + head * DIMS + dims, mean)
+    # The mean of rotated keys is the rotated mean.
+    rotated = tl.sum(mean[:, None] * _rotation(D_PAD, tl.float32), 0) * (1.0 / D_PAD**0.5)
+    tl.store(means + head * DIMS + dims, rotated)
     tl.store(scales + head, tl.maximum(size, SMALLEST) / LARGEST)
     tl.store(scales + tl.num_programs(0) + head, tl.maximum(size_v, SMALLEST) / LARGEST)
-    everything = tl.sum(tl.abs(mean), 0) + tl.sum(tl.sum(tl.load(at_v), 0), 0)
+    everything = size + tl.sum(tl.abs(mean), 0) + tl.sum(tl.sum(tl.load(at_v), 0), 0)
     tl.store(unsafe + head, (everything < float("inf")).to(tl.int32) ^ 1)  # NaN is not less
 
 
@@ -196,7 +199,7 @@ def quantize_kernel(
         k_rotation = _rotation(D_PAD, k.dtype.element_ty)
         mean = tl.load(means + head * DIMS + dims)
         k_factor = 1.0 / tl.load(scales + head)
-        limit = LARGEST / tl.minimum(tl.maximum(k_len / 2, 16.0), 256.0)
+        limit = LARGEST / D_PAD**0.5 / tl.minimum(tl.maximum(k_len / 2, 16.0), 256.0)
         for tile in range(first, min(first + run, k_tiles)):
             token = tile * TOKENS + slot
             held = token < k_len
