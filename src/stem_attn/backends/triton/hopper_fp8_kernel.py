@@ -319,7 +319,10 @@ def _consume(
         cap = ()
     else:
         factor = scale_log2 + gl.zeros_like(dot_scale)
-        cap = (dot_scale * tanh_factor[0], gl.load(shift_at[0] + row) * tanh_factor[0])
+        cap = (  # type: ignore[assignment]
+            dot_scale * tanh_factor[0],
+            gl.load(shift_at[0] + row) * tanh_factor[0],
+        )
 
     # The diagonal block. Every query sees a key in it, so that no maximum is infinite.
     mbarrier.wait(q_full.index(0), 0)
