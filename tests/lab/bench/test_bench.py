@@ -138,8 +138,9 @@ def test_backends_run_with_the_inputs_precision_and_with_the_configs(right, monk
     def rounding(self, call, *rest):
         if call.precision == "fp8":
             x = call.layout
-            dtype = torch.float8_e4m3fn if right else torch.float8_e8m0fnu  # powers of two
-            rounded = (t.abs().to(dtype).to(t.dtype).copysign(t) for t in (x.q, x.k, x.v))
+            inputs = x.q, x.k, x.v
+            powers = (t.abs().log2().round().exp2().copysign(t) for t in inputs)
+            rounded = (t.to(torch.float8_e4m3fn).to(t.dtype) for t in inputs) if right else powers
             call = dataclasses.replace(call, layout=Layout.dense(*rounded), precision="auto")
         attend(self, call, *rest)
 
