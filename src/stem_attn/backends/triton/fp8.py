@@ -80,9 +80,9 @@ def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, 
     note_on_device(
         "triton: heads whose numbers 8 bits do not hold are computed in the inputs' precision", x.unsafe.sum()
     )
-    others = (selection.counts.unflatten(1, (k.shape[1], -1)) * x.unsafe[:, :, None, None]).flatten(1, 2)
+    others = x.unsafe.bool().repeat_interleave(q.shape[1] // k.shape[1], 1, output_size=q.shape[1])[:, :, None]
     table = None if part.pages is None else part.pages[None]
-    launch_hopper(Operands(call, q, k, v, scale, indices, others, out, lse, part.k_len, table))
+    launch_hopper(Operands(call, q, k, v, scale, indices, selection.counts, out, lse, part.k_len, table, wanted=others))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
