@@ -37,7 +37,7 @@ MEASURED = 32
 """Keys and values that are measured at once."""
 TOKENS = 64
 """Queries, keys or values that are rounded at once: two programs of 8 warps share a multiprocessor."""
-RUN = 8
+RUN = 16
 """Such tiles a program, which makes the rotation once."""
 
 

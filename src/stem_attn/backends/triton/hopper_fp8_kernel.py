@@ -339,14 +339,20 @@ def _consume(
     packed = _pack(weight)
     total = _sum(weight, score_rows)
     acc = no_value
+    # What the last tile and the one before it do to the sums; every variable made anew, or a loop would not carry it.
+    part = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
     decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     share = gl.full([HALF], 1.0, gl.float32, score_rows)
+    old_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
+    old_share = gl.full([HALF], 0.0, gl.float32, score_rows)
     mbarrier.wait(k_full.index(1), 0, pred=count > 1)
 
     for step in range(1, count):
         slot = step % STAGES
         last = (step - 1) % STAGES
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
+        acc = rescale(acc, gl.convert_layout(old_decay, out_rows))
+        acc += part * gl.convert_layout(old_share, out_rows)[:, None]
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
         part = _multiply(packed, v_tiles.index(last), no_value)
         score = warpgroup_mma_wait(1, deps=(score,))
@@ -358,7 +364,6 @@ def _consume(
         if WINDOW:  # it may see nothing of this block
             peak = gl.where(peak == float("-inf"), base, peak)
         weight = _weigh(score, factor, peak)
-        acc = rescale(acc, gl.convert_layout(decay, out_rows))
         new_base = gl.where(peak > base + REACH, peak, base)
         next_decay = gl.exp2(base - new_base)
         next_share = gl.exp2(peak - new_base)
@@ -371,11 +376,13 @@ def _consume(
         part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
-        acc += part * gl.convert_layout(share, out_rows)[:, None]
         packed = _pack(weight)
+        old_share = share
+        old_decay = decay
         share = next_share
         decay = next_decay
 
+    acc = acc * gl.convert_layout(old_decay, out_rows)[:, None] + part * gl.convert_layout(old_share, out_rows)[:, None]
     last = (count - 1) % STAGES
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
     part = _multiply(packed, v_tiles.index(last), no_value)
