@@ -267,8 +267,7 @@ def _see(score, row, column, oldest, indices, count, step, WINDOW: gl.constexpr)
     """Leave out the keys of a step's block that a query's window does not reach; `oldest` is the first query's."""
     if WINDOW:
         before = oldest[0] - gl.load(indices + count - 1 - step) * BLOCK
-        if before + BLOCK > 0:  # most blocks lie inside the windows of all queries
-            score = gl.where(column[None, :] > (row + before)[:, None], score, float("-inf"))
+        score = gl.where(column[None, :] > (row + before)[:, None], score, float("-inf"))
     return score
 
 
