@@ -11,14 +11,13 @@ alike, any choice of blocks is right. No test of pytest: it takes two servers a 
 """
 
 import argparse
-import contextlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from servers import server
+from servers import server, together
 
 from stem_attn.integrations.vllm.settings import CHOOSER
 
@@ -37,7 +36,7 @@ OPTIONS = {
     "no_enable_prefix_caching": True,
 }
 OPTIONS |= (
-    {"dtype": "bfloat16", "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**31, "max_model_len": 9216}
+    {"dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30, "max_model_len": 9216}
     if GPU
     else {"enforce_eager": True, "max_model_len": 2048}
 )
@@ -102,26 +101,28 @@ def measure(model, size, out):
     flags = {} if size == "one" else {FLAGS[size[:2]]: int(size[2:])}
     options = {**OPTIONS, **flags}
     dense = {**options, "attention_backend": "FLASH_ATTN"} if GPU else options
-    many, texts = prompts(model)
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        managers = [
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(prompts, model)  # while the servers start
+        servers = together(
             server(model, out / f"{size}-dense.log", **dense),
             server(model, out / f"{size}-stem.log", STEM, logits_processors=CHOOSER, **options),
-        ]
-        plain, stem = [future.result() for future in [pool.submit(m.__enter__) for m in managers]]
-        for manager in managers:
-            stack.push(manager)
-        found = {
-            "size": size,
-            "dense": answers(plain, many),
-            "everything": answers(stem, many, vllm_xargs={"stem": EVERYTHING}),
-        }
-        counts = stem.stats()
-        assert all(one["density"] == 1 and one["sparse_tokens"] for one in counts), counts
-        stem.request("/collective_rpc", {"method": "stem_reset_stats"})
-        found["dense_judged"], found["stem_judged"] = judged(plain, texts), judged(stem, texts)
-        found["counts"] = stem.stats()
-        (out / f"{size}.json").write_text(json.dumps(found))
+        )
+        with servers as (plain, stem):
+            ask(plain, stem, *made.result(), size, out)
+
+
+def ask(plain, stem, many, texts, size, out):
+    found = {
+        "size": size,
+        "dense": answers(plain, many),
+        "everything": answers(stem, many, vllm_xargs={"stem": EVERYTHING}),
+    }
+    counts = stem.stats()
+    assert all(one["density"] == 1 and one["sparse_tokens"] for one in counts), counts
+    stem.request("/collective_rpc", {"method": "stem_reset_stats"})
+    found["dense_judged"], found["stem_judged"] = judged(plain, texts), judged(stem, texts)
+    found["counts"] = stem.stats()
+    (out / f"{size}.json").write_text(json.dumps(found))
 
 
 def compare(out):

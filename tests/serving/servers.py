@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,18 @@ def server(model, log, stem=None, metrics=None, **options):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextlib.contextmanager
+def together(*servers):
+    """Start several servers at the same time."""
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            started = [pool.submit(one.__enter__) for one in servers]
+        for one, future in zip(servers, started, strict=True):
+            if future.exception() is None:
+                stack.push(one)
+        yield [future.result() for future in started]
 
 
 def _wait(running):

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from engines import BLOCK, SPARSE
-from servers import server
+from servers import server, together
 from tiny_families import prompt, save
 
 from stem_attn.integrations.vllm.settings import CHOOSER
@@ -27,7 +27,11 @@ PAGE = 32
 OPTIONS = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "block_size": PAGE, "served_model_name": "tiny"}
 # The example keeps whole prompts that one step reads, by their tokens alone.
 OPTIONS |= {"no_enable_prefix_caching": True}
-OPTIONS |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.2} if GPU else {"enforce_eager": True}
+OPTIONS |= (
+    {"dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
+    if GPU
+    else {"enforce_eager": True}
+)
 DENSE = {"attention_backend": "FLASH_ATTN"} if GPU else {}
 
 
@@ -61,10 +65,9 @@ def test_decode_answers_from_the_pages_that_sparse_prefill_made(tmp_path):
     pages.mkdir()
     prefill = {**OPTIONS, **connector("kv_producer", pages), "logits_processors": CHOOSER}
     decode = {**OPTIONS, **connector("kv_consumer", pages), **DENSE}
-    with (
-        server(model, tmp_path / "prefill.txt", SPARSE, **prefill) as reader,
-        server(model, tmp_path / "decode.txt", **decode) as writer,
-    ):
+    with together(
+        server(model, tmp_path / "prefill.txt", SPARSE, **prefill), server(model, tmp_path / "decode.txt", **decode)
+    ) as (reader, writer):
         for ids in PROMPTS:
             dense, likely = complete(writer, ids, NEW_TOKENS)
             found = {}

@@ -77,6 +77,11 @@ class FlashAttentionImpl(Parent):
     def get_name(cls): ...
     def forward(self, layer, /, *rest, output=None, **more): ...
 """,
+    "vllm/model_executor/layers/attention/attention.py": """
+def set_default_quant_scales(layer, register_buffer=False):
+    if register_buffer:
+        layer.register_buffer("_k_scale", 1.0)
+""",
     "vllm/config/__init__.py": """
 try:
     from somewhere import get_layers_from_vllm_config
@@ -98,6 +103,7 @@ def test_sources_are_read_from_a_folder_and_from_a_wheel(tmp_path):
     offer = read_offer(tmp_path)
     assert offer == {
         FLASH: {"__init__": ["num_heads", "head_size"], "forward": ["layer", "*rest", "output", "**more"]},
+        "vllm.model_executor.layers.attention.attention:": {"_k_scale": None},
         "vllm.config:": {"get_layers_from_vllm_config": None, "get_current_vllm_config": []},
     }
     assert read_offer(zipfile.Path(wheel)) == offer

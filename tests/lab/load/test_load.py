@@ -88,8 +88,8 @@ def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, t
     assert cli.run(["load", *arguments, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "load.json").read_text())
     assert found["command"] == "load"
-    unloaded, *rates, short = found["records"]
-    assert [record["kind"] for record in found["records"]] == ["unloaded", "rate", "rate", "short"]
+    unloaded, short, *rates = found["records"]
+    assert [record["kind"] for record in found["records"]] == ["unloaded", "short", "rate", "rate"]
     assert unloaded["limit"] == 3 * sorted(one["dense"] for one in unloaded["first_token_seconds"])[1]
     assert [rate["share"] for rate in rates] == [0.2, 0.4]
     for rate in rates:
@@ -119,6 +119,16 @@ def test_arrivals_are_a_poisson_process_and_prompts_have_the_lengths(folder):
     assert {len(request.ids) for request in made} == set(range(10, 21))
     assert {request.tokens for request in made} == {1, 2, 3}
     assert made == Prompts(AutoTokenizer.from_pretrained(folder), 0).requests(2000, 5.0, (10, 20), (1, 3))
+
+
+def test_another_rate_is_the_same_but_for_the_pace_and_the_texts(folder):
+    from transformers import AutoTokenizer
+
+    prompts = Prompts(AutoTokenizer.from_pretrained(folder), 0)
+    slow, fast = prompts.requests(20, 1.0, (100, 200), (1, 9)), prompts.requests(30, 2.0, (100, 200), (1, 9))
+    assert [a.at for a in slow] == pytest.approx([2 * b.at for b in fast[:20]])
+    assert [(len(a.ids), a.tokens) for a in slow] == [(len(b.ids), b.tokens) for b in fast[:20]]
+    assert not any(a.ids == b.ids for a, b in zip(slow, fast, strict=False))  # which a cache of prefixes would know
 
 
 def test_an_answer_that_failed_is_outside_every_limit():

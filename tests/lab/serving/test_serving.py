@@ -10,10 +10,13 @@ from stem_attn.lab.shapes import MODELS
 
 STAND_IN = '''
 """As much of vLLM as the benchmark asks."""
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 RUNNING = Path(__file__).with_name("running")
+STARTING = Path(__file__).with_name("starting")
 
 __version__ = "0.32.1"
 
@@ -28,16 +31,28 @@ class LLM:
         self.chunk = options["max_num_batched_tokens"]
         self.devices = options["tensor_parallel_size"]
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: RUNNING.unlink(missing_ok=True)))
+        self.cache = options.get("kv_cache_memory_bytes")
+        self.chooses = "logits_processors" in options
+        if self.cache:  # its starting lasts until another engine's begins
+            STARTING.mkdir(exist_ok=True)
+            (STARTING / str(os.getpid())).touch()
+            end = time.monotonic() + 60
+            while len(list(STARTING.iterdir())) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+        self.together = self.cache and len(list(STARTING.iterdir()))
         self.alone = not RUNNING.exists()
         RUNNING.touch()
 
     def collective_rpc(self, name):
         assert self.stem is not None
-        return [{"config": self.stem["stem"], "chunk": self.chunk, "alone": self.alone, "devices": self.devices}]
+        told = {"config": self.stem["stem"], "chunk": self.chunk, "alone": self.alone, "devices": self.devices}
+        return [told | {"cache": self.cache, "together": self.together, "asked": getattr(self, "asked", None)}]
 
     def generate(self, prompts, asked, use_tqdm):
         tokens = len(prompts[0]["prompt_token_ids"])
-        first = tokens / (2000 if self.stem else 1000)
+        self.asked = asked.extra_args
+        assert self.chooses or not self.asked
+        first = tokens / (2000 if self.stem and not self.asked else 1000)
         return [SimpleNamespace(metrics=SimpleNamespace(
             first_token_latency=first, first_token_ts=1.0, last_token_ts=1.0 + asked.max_tokens - 1
         ))]
@@ -98,6 +113,32 @@ def test_in_turn_the_second_engine_has_the_devices_alone(vllm, tmp_path, capfd):
         assert [(run["stats"]["alone"], run["stats"]["devices"]) for run in record["runs"]["stem"]] == [(True, 4)] * 2
 
 
+def test_with_a_cache_of_a_size_both_engines_start_at_once(vllm, tmp_path, capfd):
+    arguments = ["--shape", "smollm2", "--lengths", "300", "--chunks", "128", "--rounds", "1", "--cache", "0.5"]
+    assert cli.run(["serving", *arguments, "--out", str(tmp_path)]) == 0, capfd.readouterr().err
+    (record,) = json.loads((tmp_path / "vllm_prefill.json").read_text())["records"]
+    (run,) = record["runs"]["stem"]
+    assert (run["stats"]["cache"], run["stats"]["together"]) == (2**29, 2)
+
+
+def test_one_engine_answers_dense_and_sparse_where_requests_ask_for_it(vllm, tmp_path, capfd):
+    arguments = ["--shape", "smollm2", "--lengths", "300", "--chunks", "128", "--rounds", "2"]
+    assert cli.run(["serving", *arguments, "--sides", "by-request,stem", "--out", str(tmp_path)]) == 0
+    (record,) = json.loads((tmp_path / "vllm_prefill.json").read_text())["records"]
+    assert record["first_token_seconds"] == {"by-request": 0.3, "stem": 0.15}
+    assert [run["stats"]["asked"] for run in record["runs"]["by-request"]] == [{"stem": "dense"}] * 2
+    assert [(run["stats"]["asked"], run["stats"]["alone"]) for run in record["runs"]["stem"]] == [(None, True)] * 2
+    said = capfd.readouterr().out
+    assert "first token dense by request 0.300 s, Stem 0.150 s, ratio 2.00; in the warm-up" in said
+
+
+def test_one_side_alone_is_timed(vllm, tmp_path, capfd):
+    arguments = ["--shape", "smollm2", "--lengths", "300", "--chunks", "128", "--rounds", "1", "--sides", "dense"]
+    assert cli.run(["serving", *arguments, "--out", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert said == "300 tokens in chunks of 128: first token dense 0.300 s; in the warm-up before, 0.300 s\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -108,6 +149,10 @@ def test_in_turn_the_second_engine_has_the_devices_alone(vllm, tmp_path, capfd):
         (["--shape", "smollm2", "--execution", "fast"], "--execution must be one of eager, graphs, compiled"),
         (["--shape", "smollm2", "--stem", "{"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", "[]"], "--stem takes a JSON object"),
+        (["--shape", "smollm2", "--stem", '{"budget_ration": 1}'], "--stem: unknown key budget_ration"),
+        (["--shape", "smollm2", "--cache", "0"], "--cache takes GiB above 0, got 0"),
+        (["--shape", "smollm2", "--sides", "dense,fast"], "--sides takes some of dense, stem, by-request, each once"),
+        (["--shape", "smollm2", "--sides", "stem,stem"], "--sides takes some of dense, stem, by-request, each once"),
         (["--shape", "smollm2", "--chunks", "1k"], "--chunks takes positive whole numbers"),
     ],
 )
@@ -116,3 +161,4 @@ def test_wrong_options_end_in_one_line(vllm, arguments, said, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+    assert not (tmp_path / "running").exists()  # no engine has started

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from stem_attn.integrations.vllm.compat import Requests, Told, is_draft_layer, p
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
-from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
+from stem_attn.integrations.vllm.plan import DECODE, Request, Rest, Span, Split, split_batch
 from stem_attn.integrations.vllm.settings import CHOOSER, KEY, Settings, allows_choice, choose, settings_of
 from stem_attn.policy import USUAL_REASONS
 
@@ -62,13 +62,10 @@ StepPlan = Mapping[StemImpl, LayerPlan]
 
 
 class StemBuilder:
-    """Stand before an `AttentionMetadataBuilder` class, and add a `StepPlan` to what it builds.
+    """Stand before an `AttentionMetadataBuilder` class, and note a `StepPlan` on what it builds, as its `plan`.
 
-    `metadata_class` is the parent's metadata dataclass with one more field, `plan: StepPlan | None`. It is None where
-    Stem is not selected.
+    Where Stem is not selected, nothing is noted.
     """
-
-    metadata_class: ClassVar[Any]
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kwargs: Any
@@ -106,10 +103,9 @@ class StemBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build the metadata of a step; see vLLM's `AttentionMetadataBuilder.build`."""
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        if self._settings is None:
-            return whole
-        plan = self._plan(common_attn_metadata, self._settings)
-        return self.metadata_class(**{f.name: getattr(whole, f.name) for f in fields(whole)}, plan=plan)
+        if self._settings is not None:
+            whole.plan = self._plan(common_attn_metadata, self._settings)
+        return whole
 
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch."""
@@ -127,6 +123,11 @@ class StemBuilder:
             _say(for_all)
             counters.count_step(0, {for_all: len(self._sparse) * tokens}, 0)
             return {}
+        if not common.is_prefilling.any():  # most steps; the host has little time in them
+            tokens = int(common.query_start_loc_cpu[len(common.is_prefilling)])  # without what pads the batch
+            counters.count_step(0, {DECODE: len(self._sparse) * tokens}, 0)
+            _say(DECODE)
+            return {}
         requests = self._read(common, settings)
         plan: dict[StemImpl, LayerPlan] = {}
         for dense, impls in self._alike(requests).items():
@@ -141,7 +142,7 @@ class StemBuilder:
         starts = common.query_start_loc_cpu.tolist()
         k_lens = common.seq_lens_cpu_upper_bound.tolist()  # exact for rows in their prompts
         prefilling = common.is_prefilling.tolist()  # rows that pad a batch for a CUDA graph may be missing
-        told = self._requests.of(common) if any(prefilling) else [Told(None)] * len(prefilling)
+        told = self._requests.of(common)
         return [
             Request(
                 q_start=starts[row],

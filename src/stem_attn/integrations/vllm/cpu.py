@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,12 +18,11 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
 
 from stem_attn.api import block_sparse_attention, select_blocks
-from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
+from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import instruction_set
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
@@ -32,17 +30,8 @@ from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.settings import settings_of
 
 
-@dataclass
-class StemCpuMetadata(CPUAttentionMetadata):  # type: ignore[misc]
-    """The parent's metadata with Stem's plan."""
-
-    plan: StepPlan | None = None
-
-
 class StemCpuBuilder(StemBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]
     """Build the parent's metadata with Stem's plan."""
-
-    metadata_class = StemCpuMetadata
 
 
 class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -20,7 +19,6 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
-    FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
 
@@ -28,7 +26,7 @@ from stem_attn import backends
 from stem_attn.api import stem_attention_paged
 from stem_attn.backends.triton.fp8_pages import widen_pages
 from stem_attn.call import Call
-from stem_attn.integrations.vllm.builder import StemBuilder, StepPlan
+from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import names_backends
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
@@ -44,17 +42,9 @@ FP8 = ("fp8", "fp8_e4m3")
 """vLLM's names of caches that FlashAttention reads in fp8; they are the same."""
 
 
-@dataclass
-class StemCudaMetadata(FlashAttentionMetadata):  # type: ignore[misc]
-    """The parent's metadata with Stem's plan."""
-
-    plan: StepPlan | None = None
-
-
 class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
     """Build the parent's metadata with Stem's plan."""
 
-    metadata_class = StemCudaMetadata
     # Whole-batch graphs hold decodes only: a batch with prompts in it runs its attention eagerly.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     # The plan's dense rest has a block table of its own, which vLLM would not update.

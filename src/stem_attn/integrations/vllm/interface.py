@@ -27,6 +27,7 @@ _LAYER_ARGUMENTS = (
     "num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, "
     "attn_type, kv_sharing_target_layer_name, sinks"
 )
+_LAYER = ("head_size", "scale", "kv_cache_dtype", "logits_soft_cap", "sinks")
 _FORWARD = "layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
 _BUILD = "common_prefix_len, common_attn_metadata, fast_build"
 _BUILDER = "kv_cache_spec, layer_names, vllm_config, device"
@@ -40,6 +41,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.config.vllm:VllmConfig": (
             "attention_config",
             "additional_config",
+            "device_config",
             "model_config",
             "parallel_config",
             "scheduler_config",
@@ -54,6 +56,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm.config.parallel:ParallelConfig": ("use_ubatching", "decode_context_parallel_size"),
         "vllm.config.scheduler:SchedulerConfig": ("max_num_batched_tokens",),
+        "vllm.config.device:DeviceConfig": ("device_type",),
         "vllm.logger:": ("init_logger(name)",),
         "vllm.logger:_VllmLogger": ("info_once", "warning_once"),
         "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": ("impl",),
@@ -61,6 +64,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.platforms.interface:Platform": ("is_cpu()", "is_cuda()"),
         "vllm.v1.kv_cache_interface:FullAttentionSpec": (),
         "vllm.v1.kv_cache_interface:AttentionSpec": ("num_kv_heads", "head_size"),
+        "vllm.v1.kv_cache_interface:KVCacheSpec": ("block_size",),
         "vllm.v1.attention.backends.registry:": ("register_backend(backend, class_path)",),
         "vllm.v1.attention.backends.registry:AttentionBackendEnum": (
             "CUSTOM",
@@ -70,6 +74,9 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         f"{_ATTENTION}:AttentionType": ("DECODER",),
         f"{_ATTENTION}:AttentionMetadataBuilder": (
+            "kv_cache_spec",
+            "vllm_config",
+            "device",
             "supports_update_block_table",
             "_init_reorder_batch_threshold(reorder_batch_threshold, supports_spec_as_decode)",
         ),
@@ -94,7 +101,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         f"{_FLASH}:FlashAttentionBackend": ("=get_name()", "=get_impl_cls()", "=get_builder_cls()"),
-        f"{_FLASH}:FlashAttentionImpl": (f"=__init__({_LAYER_ARGUMENTS})", f"=forward({_FORWARD})"),
+        f"{_FLASH}:FlashAttentionImpl": (f"=__init__({_LAYER_ARGUMENTS})", f"=forward({_FORWARD})", *_LAYER),
         f"{_FLASH}:FlashAttentionMetadata": ("block_table",),
         f"{_FLASH}:FlashAttentionMetadataBuilder": (
             f"=__init__({_BUILDER})",
@@ -102,10 +109,11 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "_cudagraph_support",
             "num_heads_q",
         ),
+        "vllm.model_executor.layers.attention.attention:": ("_q_scale", "_k_scale", "_v_scale"),  # of fp8 caches
     },
     "cpu": {
         f"{_CPU}:CPUAttentionBackend": ("=get_impl_cls()", "=get_builder_cls()"),
-        f"{_CPU}:CPUAttentionBackendImpl": (f"=__init__({_LAYER_ARGUMENTS})", f"=forward({_FORWARD})"),
+        f"{_CPU}:CPUAttentionBackendImpl": (f"=__init__({_LAYER_ARGUMENTS})", f"=forward({_FORWARD})", *_LAYER),
         f"{_CPU}:CPUAttentionMetadata": ("block_table",),
         f"{_CPU}:CPUAttentionMetadataBuilder": (
             f"=__init__({_BUILDER})",
@@ -254,6 +262,7 @@ def _members(body: list[ast.stmt], *, in_class: bool) -> dict[str, list[str] | N
     for statement in _flat(body):
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
             found.update({} if not in_class else dict.fromkeys(_set_on_self(statement)))
+            found.update(dict.fromkeys(_buffers(statement)))
             found[statement.name] = _parameters(statement, in_class)
         else:
             found.update(dict.fromkeys(_assigned(statement)))
@@ -285,6 +294,13 @@ def _set_on_self(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[s
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             yield node.attr
+
+
+def _buffers(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Yield the names of the buffers that a function registers on a module, its own or another one."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "register_buffer":
+            yield from (x.value for x in node.args[:1] if isinstance(x, ast.Constant) and isinstance(x.value, str))
 
 
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> list[str] | None:

@@ -14,6 +14,9 @@ from stem_attn.backends.base import Backend, Geometry
 from stem_attn.blocks import BlockGrid
 from stem_attn.integrations.vllm.settings import Settings
 
+DECODE = "decode"
+"""Why the tokens of answers are dense."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -127,7 +130,7 @@ def split_batch(
             else:
                 reasons[found] += prompt_tokens
         if prompt_tokens < request.q_len:
-            reasons["decode"] += request.q_len - prompt_tokens
+            reasons[DECODE] += request.q_len - prompt_tokens
         if sparse_tokens < request.q_len:
             rests.append(Rest(row, request.q_start + sparse_tokens, request.q_len - sparse_tokens))
     return Split(tuple(spans), tuple(rests), dict(reasons), unknown)

@@ -31,10 +31,11 @@ def load(
             help="Rates, in percent of what the dense server gets through when all come at once.",
             rich_help_panel=PROMPT,
         ),
-    ] = "45,52,58,64,70,76,82,88",
+    ] = "52,62,70,78,86,94,104,116",
     burst: Annotated[int, typer.Option(min=1, help="How many come at once to find that.", rich_help_panel=PROMPT)] = 24,
     short: Annotated[
-        int, typer.Option(min=0, help="Short prompts at the end, whose tokens are compared.", rich_help_panel=PROMPT)
+        int,
+        typer.Option(min=0, help="Short prompts before the rates, whose tokens are compared.", rich_help_panel=PROMPT),
     ] = 1000,
     short_seconds: Annotated[float, typer.Option(help="In which they come, above 0.", rich_help_panel=PROMPT)] = 20.0,
     seed: SeedOption = 0,

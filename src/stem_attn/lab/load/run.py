@@ -31,10 +31,12 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self._ids: list[int] = tokenizer(public_text()[0]).input_ids
-        self._rng = random.Random(seed)
+        self._seed, self._starts = seed, random.Random(seed)
 
     def requests(self, count: int, rate: float, lengths: tuple[int, int], tokens: tuple[int, int]) -> list[Request]:
         """Return requests at the times of a Poisson process.
+
+        Those of another rate are the same but for the pace and the texts, so that rates can be compared.
 
         Args:
             count: How many.
@@ -42,13 +44,14 @@ class Prompts:
             lengths: Tokens of the shortest and the longest prompt; those between are as likely.
             tokens: Likewise of the answers.
         """
+        rng = random.Random(self._seed)
         at, made = 0.0, []
         for _ in range(count):
-            at += self._rng.expovariate(rate)
-            length = self._rng.randint(*lengths)
-            start = self._rng.randrange(len(self._ids))
+            at += rng.expovariate(1) / rate
+            length = rng.randint(*lengths)
+            start = self._starts.randrange(len(self._ids))
             ids = (self._ids[start:] + self._ids * (length // len(self._ids) + 1))[:length]
-            made.append(Request(at, ids, self._rng.randint(*tokens)))
+            made.append(Request(at, ids, rng.randint(*tokens)))
         return made
 
 
@@ -61,7 +64,7 @@ def compare_servers(
         servers: One by each name of `SERVERS`.
         prompts: Where requests come from.
         settings: What the command was asked for; see `command.load`.
-        on_record: Given a record of what the dense server takes without load, one a rate, and one of short prompts.
+        on_record: Given a record of what the dense server takes without load, one of short prompts, and one a rate.
 
     Raises:
         InputError: A server answers nothing before it is loaded.
@@ -78,6 +81,12 @@ def compare_servers(
     capacity = {name: len(burst) / seconds for name, seconds in done.items()}
     limit = 3 * sorted(one["dense"] for one in alone)[1]
     on_record({"kind": "unloaded", "first_token_seconds": alone, "requests_a_second": capacity, "limit": limit})
+    if settings["short"]:
+        short = prompts.requests(settings["short"], settings["short"] / settings["short_seconds"], _SHORT, tokens)
+        answers = both(servers, short, with_ids=True)
+        found = {name: told(given, limit) for name, given in answers.items()}
+        on_record({"kind": "short", **found, "differ": differing(servers["dense"], short, answers)})
+
     for share in settings["shares"]:
         rate = share * capacity["dense"]
         count = max(1, round(rate * settings["seconds"]))
@@ -86,11 +95,6 @@ def compare_servers(
         on_record({"kind": "rate", "requests_a_second": rate, "share": share, **found})
         if all(one["within_limit"] < WITHIN / 2 for one in found.values()):
             break
-    if settings["short"]:
-        short = prompts.requests(settings["short"], settings["short"] / settings["short_seconds"], _SHORT, tokens)
-        answers = both(servers, short, with_ids=True)
-        found = {name: told(given, limit) for name, given in answers.items()}
-        on_record({"kind": "short", **found, "differ": differing(servers["dense"], short, answers)})
 
 
 def both(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,14 @@ def serving(
         int, typer.Option(min=1, help="Devices that share every layer, for each engine.", rich_help_panel=MODEL)
     ] = 1,
     memory: Annotated[float, typer.Option(help="Share of the memory for each engine.", rich_help_panel=MODEL)] = 0.3,
+    cache: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB of keys and values for each engine, instead of what its share of the memory leaves. Nothing has "
+            "to be measured then, and the engines start at the same time.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     in_turn: Annotated[
         bool,
         typer.Option(
@@ -62,8 +71,16 @@ def serving(
         str, typer.Option(help="The plugin's backend: STEM, or CUSTOM where vLLM lacks it.", rich_help_panel=METHOD)
     ] = "STEM",
     stem: Annotated[str, typer.Option(help="The plugin's config, JSON.", rich_help_panel=METHOD)] = "{}",
+    sides: Annotated[
+        str,
+        typer.Option(
+            help="What is timed, separated by commas: dense (vLLM's own backend), stem, by-request (dense attention "
+            "that requests ask Stem's engine for).",
+            rich_help_panel=METHOD,
+        ),
+    ] = "dense,stem",
 ) -> None:
-    """Time prompts in vLLM, its own attention backend against Stem, in two engines on the same devices.
+    """Time prompts in vLLM, its own attention backend against Stem, in engines on the same devices.
 
     Prompts are public text, or with --shape random tokens for a model of random weights. The prefix cache is off.
     A line for each chunk size and length; every number goes to the file.
@@ -71,7 +88,7 @@ def serving(
     require("vllm", extra="vllm")
     from stem_attn.lab.devices import pick_device
     from stem_attn.lab.serving.report import line
-    from stem_attn.lab.serving.run import EXECUTION, compare_engines, random_prompt, text_prompt
+    from stem_attn.lab.serving.run import EXECUTION, SIDES, compare_engines, random_prompt, text_prompt
 
     if (model is None) == (shape is None):
         raise InputError("give --model or --shape, one of them")
@@ -79,6 +96,11 @@ def serving(
         raise InputError(f"--shape must be one of {', '.join(MODELS)}, got {shape!r}")
     if execution not in EXECUTION:
         raise InputError(f"--execution must be one of {', '.join(EXECUTION)}, got {execution!r}")
+    if cache is not None and not 0 < cache < math.inf:
+        raise InputError(f"--cache takes GiB above 0, got {cache:g}")
+    timed = sides.split(",")
+    if not set(timed) <= set(SIDES) or len(set(timed)) < len(timed):
+        raise InputError(f"--sides takes some of {', '.join(SIDES)}, each once, got {sides!r}")
     settings: Record = {
         "model": model,
         "shape": shape,
@@ -86,6 +108,7 @@ def serving(
         "execution": execution,
         "tensor_parallel_size": tensor_parallel_size,
         "memory": memory,
+        "cache": cache,
         "in_turn": in_turn,
         "lengths": whole_numbers("--lengths", lengths),
         "chunks": whole_numbers("--chunks", chunks),
@@ -93,7 +116,8 @@ def serving(
         "warm": warm,
         "rounds": rounds,
         "backend": backend,
-        "stem": _object("--stem", stem),
+        "stem": _stem(stem),
+        "sides": timed,
     }
     make_folder(out)
     file = out / "vllm_prefill.json"
@@ -113,11 +137,18 @@ def serving(
         compare_engines(settings, prompts, chunk, on_record)
 
 
-def _object(option: str, text: str) -> Record:
+def _stem(text: str) -> Record:
+    """Return the plugin's config, checked as an engine will."""
+    from stem_attn.integrations.vllm.settings import parse
+
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{option} takes a JSON object, got {text!r}: {error}") from error
+        raise InputError(f"--stem takes a JSON object, got {text!r}: {error}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{option} takes a JSON object, got {text!r}")
+        raise InputError(f"--stem takes a JSON object, got {text!r}")
+    try:
+        parse(found)
+    except ValueError as error:
+        raise InputError(f"--stem: {error}") from error
     return found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from stem_attn.lab.results import Record
@@ -25,25 +25,42 @@ class Engine:
     def __init__(self, pool: ProcessPoolExecutor, counted: bool) -> None:
         self._pool, self._counted = pool, counted
 
-    def answer(self, ids: list[int], tokens: int) -> Record:
-        """Answer a prompt greedily; tell how long it took, and what Stem did if it counts."""
-        return self._pool.submit(_answer, ids, tokens, self._counted).result()
+    def answer(self, ids: list[int], tokens: int, asked: Record) -> Record:
+        """Answer a prompt greedily; tell how long it took, and what Stem did if it counts.
+
+        Args:
+            ids: The prompt's tokens.
+            tokens: Of the answer.
+            asked: The request's `extra_args`.
+        """
+        return self._pool.submit(_answer, ids, tokens, asked, self._counted).result()
 
 
 @contextmanager
-def running_engine(options: Record, *, counted: bool) -> Iterator[Engine]:
-    """Start an engine with vLLM's options, and stop it at the end of a `with` block.
+def running_engines(options: Mapping[str, Record], *, at_once: bool) -> Iterator[dict[str, Engine]]:
+    """Start engines with vLLM's options, and stop them at the end of a `with` block.
 
     Args:
-        options: Of `vllm.LLM`.
-        counted: Whether Stem's worker extension is among them.
+        options: Of `vllm.LLM`, by a name for each engine. Stem counts where its worker extension is among them.
+        at_once: Start them at the same time; else one after the other, as they must where each measures what memory
+            the others have left.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(_start, options).result()
-        try:
-            yield Engine(pool, counted)
-        finally:
-            pool.submit(_stop).result()
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in options}
+        started = []
+        for name, pool in pools.items():
+            stack.callback(_ask_to_stop, pool)
+            started.append(pool.submit(_start, options[name]))
+            if not at_once:
+                started[-1].result()
+        for engine in started:
+            engine.result()
+        yield {name: Engine(pool, "worker_extension_cls" in options[name]) for name, pool in pools.items()}
+
+
+def _ask_to_stop(pool: ProcessPoolExecutor) -> None:
+    pool.submit(_stop).result()
 
 
 def _start(options: Record) -> None:
@@ -53,18 +70,21 @@ def _start(options: Record) -> None:
 
 
 def _stop() -> None:
-    """Stop this process's engine, whose own processes would keep this one from ending."""
-    _engines.pop().llm_engine.engine_core.shutdown()
+    """Stop this process's engine if it has started: its own processes would keep this one from ending."""
+    if _engines:
+        _engines.pop().llm_engine.engine_core.shutdown()
 
 
-def _answer(ids: list[int], tokens: int, counted: bool) -> Record:
+def _answer(ids: list[int], tokens: int, asked: Record, counted: bool) -> Record:
     from vllm import SamplingParams
 
     (llm,) = _engines
     if counted:
         llm.collective_rpc("stem_reset_stats")
-    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    (out,) = llm.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=asked or None
+    )
+    (out,) = llm.generate([{"prompt_token_ids": ids}], greedy, use_tqdm=False)
     times = out.metrics
     return {
         "first_token_seconds": times.first_token_latency,

@@ -5,19 +5,21 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from stem_attn.integrations.vllm.settings import CHOOSER, DENSE, KEY
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.models import load_tokenizer
 from stem_attn.lab.prompts import public_text
 from stem_attn.lab.results import Record
-from stem_attn.lab.serving.engines import WORKER, Engine, running_engine
+from stem_attn.lab.serving.engines import WORKER, Engine, running_engines
 from stem_attn.lab.shapes import MODELS
 
+SIDES = ("dense", "stem", "by-request")
+"""What is timed: vLLM's own backend, Stem's, and Stem's where each request asks for dense attention."""
 EXECUTION: dict[str, Record] = {
     "eager": {"enforce_eager": True},
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
@@ -28,9 +30,9 @@ EXECUTION: dict[str, Record] = {
 def compare_engines(
     settings: Record, prompts: Sequence[list[int]], chunk: int, on_record: Callable[[Record], None]
 ) -> None:
-    """Time prompts in chunks of one size. The engines take turns: every round times one prompt in each.
+    """Time prompts in chunks of one size. The sides take turns: every round times one prompt in each.
 
-    Where they run one after the other (`in_turn`), each answers all prompts before the next one starts.
+    Where their engines run one after the other (`in_turn`), each answers all prompts before the next one starts.
 
     Args:
         settings: What the command was asked for; see `command.serving`.
@@ -42,20 +44,36 @@ def compare_engines(
     with tempfile.TemporaryDirectory() as folder:
         options = _options(settings, chunk, max(map(len, prompts)) + settings["max_tokens"], Path(folder))
         for together in [[name] for name in options] if settings["in_turn"] else [list(options)]:
-            with ExitStack() as stack:
-                engines = {
-                    name: stack.enter_context(running_engine(options[name], counted=name == "stem"))
-                    for name in together
+            chosen = {name: options[name] for name in together}
+            with running_engines(chosen, at_once=settings["cache"] is not None) as engines:
+                sides = {
+                    side: _Side(engines[_engine(side)], side) for side in settings["sides"] if _engine(side) in engines
                 }
                 for ids, found in zip(prompts, times, strict=True):
-                    found.update(_time(engines, ids, settings))
-                    if len(found) == len(options):
-                        on_record(_record(chunk, len(ids), found))
+                    found.update(_time(sides, ids, settings))
+                    if len(found) == len(settings["sides"]):
+                        on_record(_record(chunk, len(ids), {side: found[side] for side in settings["sides"]}))
+
+
+def _engine(side: str) -> str:
+    """Name the engine that a side's prompts go to."""
+    return "dense" if side == "dense" else "stem"
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """Who answers, and what is asked for beside the prompt."""
+
+    engine: Engine
+    name: str
+
+    def answer(self, ids: list[int], tokens: int) -> Record:
+        return self.engine.answer(ids, tokens, {KEY: DENSE} if self.name == "by-request" else {})
 
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    """What one engine took for a prompt.
+    """What one side took for a prompt.
 
     Args:
         warm_up_seconds: Time to the first token of the prompt before it.
@@ -66,14 +84,14 @@ class _Times:
     runs: list[Record]
 
 
-def _time(engines: Mapping[str, Engine], ids: list[int], settings: Record) -> dict[str, _Times]:
-    """Ask engines in turn, a warm-up first."""
+def _time(sides: Mapping[str, _Side], ids: list[int], settings: Record) -> dict[str, _Times]:
+    """Ask the sides in turn, a warm-up first."""
     tokens, warm = settings["max_tokens"], settings["warm"]
     before = (ids[-warm:] if warm else ids)[::-1]
-    times = {name: _Times(engine.answer(before, tokens)["first_token_seconds"], []) for name, engine in engines.items()}
+    times = {name: _Times(side.answer(before, tokens)["first_token_seconds"], []) for name, side in sides.items()}
     for _ in range(settings["rounds"]):
-        for name, engine in engines.items():
-            times[name].runs.append(engine.answer(ids, tokens))
+        for name, side in sides.items():
+            times[name].runs.append(side.answer(ids, tokens))
     return times
 
 
@@ -108,7 +126,7 @@ def random_prompt(shape: str, length: int) -> list[int]:
 
 
 def _options(settings: Record, chunk: int, positions: int, folder: Path) -> dict[str, Record]:
-    """Return vLLM's options of the dense engine and of Stem's; a model of random weights is written to the folder."""
+    """Return vLLM's options of the engines that are wanted; a model of random weights is written to the folder."""
     if settings["shape"] is None:
         model: Record = {"model": settings["model"]}
     else:
@@ -125,12 +143,17 @@ def _options(settings: Record, chunk: int, positions: int, folder: Path) -> dict
         "max_num_batched_tokens": chunk,
         "disable_log_stats": False,  # the engine's own clock times the tokens
     }
+    if settings["cache"] is not None:
+        shared["kv_cache_memory_bytes"] = int(settings["cache"] * 2**30)
     selected = {
         "attention_backend": settings["backend"],
         "additional_config": {"stem": settings["stem"]},
         "worker_extension_cls": WORKER,
     }
-    return {"dense": shared, "stem": {**shared, **selected}}
+    if "by-request" in settings["sides"]:
+        selected["logits_processors"] = [CHOOSER]
+    engines = {_engine(side) for side in settings["sides"]}
+    return {name: one for name, one in {"dense": shared, "stem": {**shared, **selected}}.items() if name in engines}
 
 
 def _random_model(shape: str, positions: int, folder: Path) -> Record:

@@ -221,8 +221,10 @@ def _serving(record: Record, file: str) -> Iterator[Speed | Accuracy]:
     preset = fields.pop("preset", "default")
     words = settings_in_words(plain_settings(*make_settings(fields, preset)))
     for case in record["records"]:
-        stats = case["runs"]["stem"][0]["stats"]
         seconds = case["first_token_seconds"]
+        if not {"dense", "stem"} <= seconds.keys():
+            continue
+        stats = case["runs"]["stem"][0]["stats"]
         yield Speed(
             "first token in vLLM",
             case["length"],
