@@ -22,7 +22,7 @@ class SparseCall:
 
     Args:
         state: The model's settings and counters.
-        config: The layer's; of another method only `residual`.
+        config: The layer's; of another method only `residual` and `precision`.
         how: What attention is asked for: `scale`, `softcap` and `sinks` of the public functions.
     """
 
@@ -53,8 +53,8 @@ class SparseCall:
             )
         else:
             selection = state.method.select(q, k, v, scale=how["scale"], prompt_len=lens)
-            residual = config.residual
-            out = block_sparse_attention(q, k, v, selection, residual=residual, backend=state.backend, **how)
+            asked: Any = {"residual": config.residual, "precision": config.precision, "backend": state.backend}
+            out = block_sparse_attention(q, k, v, selection, **asked, **how)
         self.kept.append(Kept.of(selection))
         if state.policy.audit_rows:
             self._call = call = self._exactly(q, k, v)
