@@ -92,6 +92,46 @@ def test_the_check_finds_a_file_that_may_not_be_written(tmp_path, monkeypatch):
         results.check_writable(path)
 
 
+def test_two_results_of_one_path_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a.json")
+    for other in ("a.json", "link"):
+        with pytest.raises(InputError, match=r"cannot write .*: two results would go there"):
+            results.check_writable(tmp_path / "a.json", tmp_path / other)
+    with pytest.raises(InputError, match="two results would go there"):
+        results.check_outputs(str(tmp_path / "a.json"), tmp_path / "a.json")
+    results.check_writable(Path("/dev/null"), Path("/dev/null"))
+    results.check_outputs("-", tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    for json_path, plot in ((str(tmp_path / "a"), None), (None, tmp_path / "a")):
+        with pytest.raises(InputError, match=r"cannot write .*a: it is read, too"):
+            results.check_outputs(json_path, plot, inputs=[None, tmp_path / "a"])
+    results.check_outputs(str(tmp_path / "b"), None, inputs=[tmp_path / "a"])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_made_by_what_is_written_into_it(tmp_path, there):
+    folder = tmp_path / "one" / "two"
+    if there:
+        folder.mkdir(parents=True)
+    results.check_folder(folder, folder / "a.json")
+    with pytest.raises(InputError, match="two results would go there"):
+        results.check_folder(folder, folder / "a.json", folder / "a.json")
+    assert folder.exists() == (tmp_path / "one").exists() == there
+    results.write_files({folder / "a.json": "{}"})
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out .*file/a: Not a directory"):
+        results.check_folder(tmp_path / "file" / "a")
+    with pytest.raises(InputError, match=r"--out .*file: File exists"):
+        results.check_folder(tmp_path / "file")
+
+
 def test_what_cannot_be_written_after_all_is_printed(tmp_path, full_disk, capsys):
     path = tmp_path / "a.json"
     path.write_text("old")

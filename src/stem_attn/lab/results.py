@@ -52,8 +52,10 @@ def check_writable(*paths: Path) -> None:
     """Check, before any work, that results can be written.
 
     Raises:
-        InputError: A path is a folder, its folder is missing or cannot be written, or the disk is full.
+        InputError: A path is a folder, its folder is missing or cannot be written, or the disk is full; or two of them
+            are one.
     """
+    seen: set[Path] = set()
     for path in paths:
         if path.name == "-":
             raise InputError(f"cannot write {path}: only --json - stands for stdout")
@@ -62,6 +64,9 @@ def check_writable(*paths: Path) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise InputError(f"cannot write {path}: {os.strerror(errno.EACCES)}")
         if _is_plain(path):
+            if path.resolve() in seen:
+                raise InputError(f"cannot write {path}: two results would go there")
+            seen.add(path.resolve())
             part = _part(path)
             try:
                 part.write_bytes(bytes(_PROBE_BYTES))
@@ -71,22 +76,43 @@ def check_writable(*paths: Path) -> None:
                 part.unlink(missing_ok=True)
 
 
-def check_json(json_path: str | None) -> None:
-    """Check what `--json` says; see `check_writable`."""
-    if json_path not in (None, "-"):
-        check_writable(Path(str(json_path)))
+def check_outputs(json_path: str | None, *others: Path | None, inputs: Sequence[Path | None] = ()) -> None:
+    """Check what `--json` says and where other results go; see `check_writable`.
+
+    Args:
+        json_path: None: nowhere; `-`: stdout.
+        *others: None: not asked for.
+        inputs: Files that are read, and must not be written over.
+    """
+    outputs = [path for path in others if path is not None]
+    outputs += [Path(json_path)] if json_path not in (None, "-") else []
+    read = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path.resolve() in read:
+            raise InputError(f"cannot write {path}: it is read, too")
+    check_writable(*outputs)
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of `--out` if it is not there.
+def check_folder(folder: Path, *paths: Path) -> None:
+    """Check, before any work, that the folder of `--out` can be made and written to; `write_files` makes it.
+
+    Args:
+        folder: It need not be there.
+        paths: What will be written, in it or elsewhere.
 
     Raises:
-        InputError: It cannot be made.
+        InputError: It cannot be made, or `check_writable` raises it.
     """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_writable(*paths)
     except OSError as error:
         raise InputError(f"--out {folder}: {error.strerror}") from error
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()
 
 
 def write_files(files: Mapping[Path, str | bytes]) -> None:
@@ -188,6 +214,7 @@ def _write(path: Path, content: bytes) -> None:
         return
     path = path.resolve()  # a link stays, and the file that it leads to is replaced
     part = _part(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.write_bytes(content)
         if path.exists():

@@ -175,9 +175,11 @@ def test_goodput_is_the_highest_rate_with_enough_in_time():
     ],
 )
 def test_wrong_options_end_in_one_line(arguments, said, tmp_path, capsys):
-    nobody = ["--dense", "http://127.0.0.1:1", "--stem", "http://127.0.0.1:1", "--model", "m", "--out", str(tmp_path)]
+    out = tmp_path / "out"
+    nobody = ["--dense", "http://127.0.0.1:1", "--stem", "http://127.0.0.1:1", "--model", "m", "--out", str(out)]
     assert cli.run(["load", *nobody, *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_model_without_a_tokenizer_is_told(urls, tmp_path, capsys):

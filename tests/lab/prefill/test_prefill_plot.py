@@ -42,3 +42,8 @@ def test_nothing_is_run_where_the_plot_cannot_be_written(folder, tmp_path, monke
     monkeypatch.setattr("stem_attn.lab.models.load", lambda *args, **kwargs: pytest.fail("it began"))
     assert command(folder, "--plot", str(tmp_path / "missing" / "p.png")) == 2
     assert "missing/p.png: its folder does not exist" in capsys.readouterr().err
+
+
+def test_nothing_is_run_where_the_plot_and_the_record_have_one_path(folder, tmp_path, capsys):
+    assert command(folder, "--plot", str(tmp_path / "p"), "--json", str(tmp_path / "p")) == 2
+    assert "two results would go there" in capsys.readouterr().err

@@ -110,6 +110,21 @@ def test_the_report_tells_densities_apart_and_refuses_other_settings_under_one_n
     assert "two methods called xattention+tail" in capsys.readouterr().err
 
 
+def test_no_result_is_written_over_another_or_over_what_is_read(folder, tmp_path, capsys):
+    answers, file = tmp_path / "answers.jsonl", tmp_path / "one.png"
+    answers.write_text("kept")
+    for options, said in (
+        (["report", str(answers), "--json", str(file), "--plot", str(file)], "two results would go there"),
+        (["report", str(answers), "--json", str(answers)], "it is read, too"),
+        (["report", str(answers), "--plot", str(answers)], "it is read, too"),
+    ):
+        assert cli.run(["eval", *options]) == 2
+        assert said in capsys.readouterr().err
+    assert command(folder, "--tasks", "fwe", "--out", str(answers), "--json", str(answers), name="tasks") == 2
+    assert "it is read, too" in capsys.readouterr().err
+    assert (answers.read_text(), file.exists()) == ("kept", False)
+
+
 def test_a_run_without_time_begins_nothing(folder, capsys):
     assert command(folder, "--tasks", "fwe", "--lengths", "1536", "--minutes", "0") == 2
     assert "no prompt was answered" in capsys.readouterr().err

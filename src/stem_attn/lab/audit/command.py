@@ -23,7 +23,7 @@ from stem_attn.lab.options import (
     TextFileOption,
     load_model,
 )
-from stem_attn.lab.results import Record, check_json, deliver, new_record
+from stem_attn.lab.results import Record, check_outputs, deliver, new_record
 
 _ROWS = 256
 
@@ -52,7 +52,7 @@ def audit(
     if not policy.audit_rows:
         raise InputError("--set audit_rows=0 audits nothing: take at least 1")
     check_dtype(dtype)
-    check_json(json_path)
+    check_outputs(json_path)
 
     from stem_attn.lab.audit import run
     from stem_attn.lab.audit.report import render

@@ -29,8 +29,8 @@ from stem_attn.lab.options import (
 )
 from stem_attn.lab.results import (
     Record,
+    check_folder,
     check_writable,
-    make_folder,
     new_record,
     print_text,
     show,
@@ -259,12 +259,14 @@ def _files(out: Path | None, json_path: str | None, csv_path: Path | None, plot:
     """Return the files asked for by what they hold; find out before any work whether they can be written."""
     files = {"json": None if json_path in (None, "-") else Path(str(json_path)), "csv": csv_path, "png": plot}
     if out is not None:
-        make_folder(out)
         files = {kind: files.get(kind) or out / f"bench.{kind}" for kind in ("json", "csv", "png", "txt")}
     wanted = {kind: path for kind, path in files.items() if path is not None}
     if "png" in wanted:
         require("matplotlib", extra="bench")
-    check_writable(*wanted.values())
+    if out is None:
+        check_writable(*wanted.values())
+    else:
+        check_folder(out, *wanted.values())
     return wanted
 
 

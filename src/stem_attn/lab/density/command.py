@@ -11,7 +11,7 @@ import typer
 from stem_attn.lab.devices import pick_device
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.options import DeviceOption, densities, listed, whole_numbers
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, show, to_json, write_files
+from stem_attn.lab.results import Record, check_folder, new_record, show, to_json, write_files
 
 
 def density(
@@ -43,9 +43,8 @@ def density(
         "rounds": rounds,
     }
     where = pick_device(device)
-    make_folder(out)
     file = out / "equal_density.json"
-    check_writable(file)
+    check_folder(out, file)
     report: Record = {**new_record("density", settings, where), "records": []}
     for tokens in settings["lengths"]:
         for share in settings["densities"]:

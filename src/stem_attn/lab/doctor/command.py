@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from stem_attn.lab.options import JsonOption
-from stem_attn.lab.results import Record, check_json, deliver, new_record
+from stem_attn.lab.results import Record, check_outputs, deliver, new_record
 
 
 def doctor(json_path: JsonOption = None) -> None:
@@ -15,7 +15,7 @@ def doctor(json_path: JsonOption = None) -> None:
 
     Exit code 1 if something that is available computes something wrong.
     """
-    check_json(json_path)
+    check_outputs(json_path)
 
     from stem_attn.lab.devices import pick_device
     from stem_attn.lab.doctor import run

@@ -28,7 +28,7 @@ from stem_attn.lab.options import (
     listed,
     load_model,
 )
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, show, write_files
+from stem_attn.lab.results import Record, check_folder, new_record, show, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.fidelity.paper_tests import PaperTest
@@ -115,8 +115,7 @@ def fidelity(
     shares = densities("--densities", wanted)
     tests = _paper_tests(paper_tests)
     candidates = _candidates(compared, as_published, shares, tests, block_size)
-    make_folder(out)
-    check_writable(out / "fidelity.json")
+    check_folder(out, out / "fidelity.json")
 
     import torch
 

@@ -26,7 +26,7 @@ from stem_attn.lab.options import (
     listed,
     load_model,
 )
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, write_files
+from stem_attn.lab.results import Record, check_folder, new_record, print_text, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
@@ -102,8 +102,7 @@ def inspect(
     chosen = _methods(methods, variant or [], block_size)
     check_dtype(dtype)
     own = read_text(prompt_file) if prompt_file is not None else None
-    make_folder(out)
-    check_writable(out / "inspect.json", out / "inspect.html", *(out / name for name in _PICTURES))
+    check_folder(out, out / "inspect.json", out / "inspect.html", *(out / name for name in _PICTURES))
 
     from stem_attn.lab.inspect.pack import rows_to_show
     from stem_attn.lab.inspect.report import contents, numbers, sentence

@@ -10,7 +10,7 @@ import typer
 
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import METHOD, MODEL, OUTPUT, PROMPT, SeedOption, whole_numbers
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, to_json, write_files
+from stem_attn.lab.results import Record, check_folder, new_record, print_text, to_json, write_files
 
 
 def load(
@@ -60,9 +60,8 @@ def load(
         "short_seconds": short_seconds,
         "seed": seed,
     }
-    make_folder(out)
     file = out / "load.json"
-    check_writable(file)
+    check_folder(out, file)
 
     import torch
 

@@ -27,7 +27,7 @@ from stem_attn.lab.options import (
     SetOption,
     load_model,
 )
-from stem_attn.lab.results import Record, check_json, check_writable, deliver, new_record, write_files
+from stem_attn.lab.results import Record, check_outputs, deliver, new_record, write_files
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
@@ -97,10 +97,9 @@ def prefill(
     # Everything that can be refused without the model is refused before it loads.
     config, policy = settings_from_options(preset, override or [], config_file, own_presets={"demo": DEMO})
     check_dtype(dtype)
-    check_json(json_path)
     if plot is not None:
         require("matplotlib", extra="eval")
-        check_writable(plot)
+    check_outputs(json_path, plot, inputs=[prompt_file])
     own = read_text(prompt_file) if prompt_file is not None else None
 
     from stem_attn.lab.prefill.measure import memory_method

@@ -11,7 +11,7 @@ import typer
 
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import METHOD, MODEL, OUTPUT, PROMPT, whole_numbers
-from stem_attn.lab.results import Record, check_writable, make_folder, new_record, print_text, to_json, write_files
+from stem_attn.lab.results import Record, check_folder, new_record, print_text, to_json, write_files
 from stem_attn.lab.shapes import MODELS
 
 
@@ -119,9 +119,8 @@ def serving(
         "stem": _stem(stem),
         "sides": timed,
     }
-    make_folder(out)
     file = out / "vllm_prefill.json"
-    check_writable(file)
+    check_folder(out, file)
     from stem_attn.integrations.vllm.compat import VLLM_VERSION
 
     prompts = [text_prompt(model, n) if model else random_prompt(str(shape), n) for n in settings["lengths"]]

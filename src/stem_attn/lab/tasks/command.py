@@ -27,7 +27,7 @@ from stem_attn.lab.options import (
     load_model,
     whole_numbers,
 )
-from stem_attn.lab.results import Record, check_json, deliver, new_record
+from stem_attn.lab.results import Record, check_outputs, deliver, new_record
 
 if TYPE_CHECKING:
     from stem_attn.lab.models import LoadedModel
@@ -154,7 +154,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
             named.build(block_size)
             if density is not None and named.fields.get("layer_budgets"):
                 raise InputError(f"method {named.name}: budgets by layer have no one --density; leave it out")
-        check_json(json_path)
+        check_outputs(json_path, inputs=[out])
         store = Store(out)
         loaded = load_model(model, gguf, device, dtype)
         if max(settings.lengths) > loaded.context_tokens:

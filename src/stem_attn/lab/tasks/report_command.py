@@ -10,7 +10,7 @@ import typer
 
 from stem_attn.lab.errors import InputError, require
 from stem_attn.lab.options import OUTPUT, JsonOption
-from stem_attn.lab.results import Record, check_json, check_writable, deliver, new_record, write_files
+from stem_attn.lab.results import Record, check_outputs, deliver, new_record, write_files
 
 
 def report(
@@ -33,14 +33,13 @@ def report(
     require("transformers", "wonderwords", extra="eval")
     if plot is not None:
         require("matplotlib", extra="eval")
-        check_writable(plot)
+    check_outputs(json_path, plot, inputs=files)
     import torch
 
     from stem_attn.lab.tasks.report import render
     from stem_attn.lab.tasks.store import read_answers
     from stem_attn.lab.tasks.summary import summarize
 
-    check_json(json_path)
     stored = {text: record for file in files for text, record in read_answers(file).items()}
     records = [{**record, **record["key"], "method": record["name"]} for record in stored.values()]
     if not records:
