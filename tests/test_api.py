@@ -155,7 +155,8 @@ FIELD_CHANGES = {
 NEEDS = {"spread_weight": {"score": "mass"}, "head_floor": {"budget_scope": "layer"}, "tail_ratio": {"tail_blocks": 3}}
 
 
-@pytest.mark.parametrize("field", field_names())
+# The precision has one on a Hopper GPU: tests/backends/test_fp8.py.
+@pytest.mark.parametrize("field", [name for name in field_names() if name != "precision"])
 def test_every_field_has_an_effect(field):
     base = dataclasses.replace(SMALL, **NEEDS.get(field, {}))
     q, k, v = make_qkv(400)

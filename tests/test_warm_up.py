@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import stem_attn
-from stem_attn import StemConfig, stem_attention, stem_attention_paged, warm_up
+from stem_attn import StemConfig, run, stem_attention, stem_attention_paged, warm_up
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 from stem_attn.warm_up import _calls
 
 SHAPE = {"query_heads": 4, "kv_heads": 2, "head_dim": 64}
@@ -37,6 +39,8 @@ def test_it_runs_on_a_cpu(page_size):
         ({"sinks": torch.int32}, "sinks"),
         ({"page_size": 16, "sinks": torch.int32}, "sinks"),
         ({"backend": "none"}, "none"),
+        ({"audit_rows": -1}, "audit_rows"),
+        ({"audit_rows": 64, "page_size": 16}, "audit_rows=64 and page_size=16: prefills in pages are not audited"),
     ],
 )
 def test_bad_input(given, message):
@@ -86,6 +90,37 @@ def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeyp
             table = torch.arange(pages, dtype=torch.int32, device="cuda")[None]
             stem_attention_paged(q, k, v, cu_seqlens_q=[0, q_len], seq_lens=[k_len], block_table=table, **asked)
     assert [kwargs["repr"] for kwargs in compiled] == []
+
+
+@GPU
+@pytest.mark.slow
+@pytest.mark.parametrize("sinks", [None, torch.bfloat16])
+def test_no_audit_is_compiled_after_it(sinks, monkeypatch):
+    import triton
+
+    warm_up(**SHAPE, max_len=20_000, sinks=sinks, audit_rows=320)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
+    asked = {} if sinks is None else {"sinks": torch.zeros(4, dtype=sinks, device="cuda")}
+    for length in (20_000, 16_384, 9001, 300):
+        q, k, v = (torch.randn(1, heads, length, 64, device="cuda").bfloat16() for heads in (4, 2, 2))
+        call = Call(Layout.dense(q, k, v), 128, 0.125, **asked)
+        out, kept = stem_attention(q, k, v, return_selection=True, **asked)
+        sums = run.audit(call, [kept], out, "auto", rows=320, seed=1)
+        for target in ({"min_recall": 0.9, "max_error": None}, {"min_recall": None, "max_error": 0.4}):
+            run.attend_if(call, run.misses(call, sums, "auto", **target), out, "auto")
+    assert [kwargs["repr"] for kwargs in compiled] == []
+
+
+def test_audits_are_warmed_up_where_they_are_asked_for(monkeypatch):
+    audited, audit = [], run.audit
+    monkeypatch.setattr(run, "audit", lambda call, *args, **how: audited.append(how) or audit(call, *args, **how))
+    shape = {**SHAPE, "max_len": 100, "config": StemConfig(block_size=16, stride=4)}
+    warm_up(**shape, dtype=torch.float32, device="cpu")
+    assert audited == []
+    warm_up(**shape, dtype=torch.float32, device="cpu", audit_rows=24)
+    assert len(audited) == len(list(_calls(100, 100, 16)))
+    assert {how["rows"] for how in audited} == {24}
 
 
 def test_it_is_public():

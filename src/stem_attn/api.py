@@ -13,7 +13,7 @@ from stem_attn import run, traced
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.call import Call
 from stem_attn.checks import resolve_config, resolve_scale
-from stem_attn.config import Residual, StemConfig
+from stem_attn.config import Precision, Residual, StemConfig
 from stem_attn.layout import Layout
 from stem_attn.method import Method
 
@@ -81,7 +81,7 @@ def stem_attention(
         v: [B, Hkv, Tk, Dv].
         config: The method's settings: a `StemConfig`, or a preset's name.
         method: Another method that selects the blocks, for instance from `stem_attn.methods.make`. Of `config` only
-            `residual` is read then.
+            `residual` and `precision` are read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
         softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
         sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
@@ -111,6 +111,7 @@ def stem_attention(
             wanted="out selection" if return_selection else "out",
             scale=scale,
             residual=config.residual,
+            precision=config.precision,
             softcap=softcap,
             sinks=sinks,
         )
@@ -120,7 +121,8 @@ def stem_attention(
     choice, block_size = _choice(config, method)
     layout = Layout.dense(q, k, v, prompt_len)
     scale = resolve_scale(scale, q.shape[-1])
-    call = Call(layout, block_size, scale, residual=config.residual, softcap=softcap, sinks=sinks)
+    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
+    call = Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
     out, selections = run.prefill(call, choice, backend)
     return (out, selections[0]) if return_selection else out
 
@@ -194,6 +196,7 @@ def block_sparse_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
     residual: Residual = "none",
+    precision: Precision = "auto",
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -211,6 +214,7 @@ def block_sparse_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
     residual: Residual = "none",
+    precision: Precision = "auto",
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -227,6 +231,7 @@ def block_sparse_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
     residual: Residual = "none",
+    precision: Precision = "auto",
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -243,6 +248,8 @@ def block_sparse_attention(
         window: Tokens: keep only keys `i - window < j <= i`, inside edge blocks too. Default: no window.
         residual: What stands for pruned blocks before a query's own: `"none"`, or `"mean"`: each joins as one key and
             one value, the means of its tokens, with the weight of that many. Not with a window.
+        precision: Of the products: `"auto"`, that of q, k and v; or `"fp8"`: 8 bits (e4m3), on Hopper GPUs, and not
+            with a residual.
         return_lse: Whether to return the log-sum-exp too.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
@@ -260,12 +267,13 @@ def block_sparse_attention(
     if torch.compiler.is_compiling():
         wanted = "out lse" if return_lse else "out"
         properties: dict[str, Any] = {  # in one piece: PyTorch 2.6 cannot trace |=
-            "scale": scale, "window": window, "residual": residual, "softcap": softcap, "sinks": sinks
+            "scale": scale, "window": window, "residual": residual, "softcap": softcap, "sinks": sinks,
+            "precision": precision,
         }  # fmt: skip
         out, lse, _, _ = traced.prefill(q, k, v, selection=selection, backend=backend, wanted=wanted, **properties)
     else:
         layout, scale = Layout.dense(q, k, v), resolve_scale(scale, q.shape[-1])
-        call = Call(layout, selection.block_size, scale, window, residual, softcap, sinks)
+        call = Call(layout, selection.block_size, scale, window, residual, softcap, sinks, precision)
         out, lse = run.attend(call, [selection], backend, return_lse=return_lse)
     if not return_lse:
         return out
@@ -338,7 +346,7 @@ def stem_attention_varlen(
         cu_seqlens_k: The same for keys, from 0 to Tk; a sequence's queries are the last of its keys. Default: as
             for queries.
         config: The method's settings: a `StemConfig`, or a preset's name.
-        method: Another method that selects the blocks. Of `config` only `residual` is read then.
+        method: Another method that selects the blocks. Of `config` only `residual` and `precision` are read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
         softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
         sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
@@ -367,6 +375,7 @@ def stem_attention_varlen(
             wanted="out",
             scale=scale,
             residual=config.residual,
+            precision=config.precision,
             softcap=softcap,
             sinks=sinks,
         )
@@ -374,7 +383,8 @@ def stem_attention_varlen(
     choice, block_size = _choice(config, method)
     layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompt_len)
     scale = resolve_scale(scale, q.shape[-1])
-    call = Call(layout, block_size, scale, residual=config.residual, softcap=softcap, sinks=sinks)
+    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
+    call = Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
     out, selections = run.prefill(call, choice, backend)
     out = out[0].transpose(0, 1)
     return (out, selections) if return_selection else out
@@ -455,8 +465,8 @@ def stem_attention_paged(
         block_table: int32 [N, pages of the longest]; the page of every page_size tokens of a sequence. What lies past
             a sequence's end, in the table and in its last page, is not read.
         config: The method's settings: a `StemConfig`, or a preset's name. A block may be smaller or larger than a page.
-        method: Another method that selects the blocks, from gathered keys and values. Of `config` only `residual` is
-            read then.
+        method: Another method that selects the blocks, from gathered keys and values. Of `config` only `residual` and
+            `precision` are read then.
         scale: Factor of the logits; default `1 / sqrt(D)`.
         softcap: Above 0: a scaled logit x becomes `softcap * tanh(x / softcap)`. Default: it stays x.
         sinks: [Hq], floating: one more logit a query head in the softmax's sum, without a value. Default: none.
@@ -491,6 +501,7 @@ def stem_attention_paged(
             wanted="out",
             scale=scale,
             residual=config.residual,
+            precision=config.precision,
             softcap=softcap,
             sinks=sinks,
         )
@@ -498,7 +509,8 @@ def stem_attention_paged(
     choice, block_size = _choice(config, method)
     layout = Layout.paged(q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, prompt_len)
     scale = resolve_scale(scale, q.shape[-1])
-    call = Call(layout, block_size, scale, residual=config.residual, softcap=softcap, sinks=sinks)
+    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
+    call = Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
     shape = (*q.shape[:2], v_cache.shape[3])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
@@ -517,9 +529,10 @@ def _choice(config: StemConfig, method: Method | None) -> tuple[StemConfig | Met
         return config, config.block_size
     if not callable(getattr(method, "select", None)) or type(getattr(method, "block_size", None)) is not int:
         raise ValueError(f"method must have block_size and select(q, k, v), got {type(method).__name__}")
-    if dataclasses.replace(config, residual="none") != _DEFAULT:
+    if dataclasses.replace(config, residual="none", precision="auto") != _DEFAULT:
         raise ValueError(
-            "with another method, config gives residual only: set the method's own fields where it is made"
+            "with another method, config gives residual and precision only: "
+            "set the method's own fields where it is made"
         )
     return method, method.block_size
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
-from stem_attn.exact_rows import compare_rows
+from stem_attn.exact_rows import add_up as add_up_rows
+from stem_attn.exact_rows import compare_rows, strata
 from stem_attn.layout import Part
 
 _QUERIES_A_CELL = 128  # at least, so that no more than one query of 64 is sampled and short chunks cost little
 _LEAST_FREEDOM = 2.0
 
 CompareRows = Callable[[Call, Part, BlockSelection, Tensor, Tensor], Tensor]
+AddUp = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ def audit(
     rows: int,
     seed: int,
     compare: CompareRows = compare_rows,
+    add_up: AddUp = add_up_rows,
 ) -> AuditSums:
     """Attend exactly with some query rows, and compare with what was kept and what came out.
 
@@ -115,6 +118,7 @@ def audit(
             beyond that no more than one for 64 queries.
         seed: Decides which rows; calls whose sums are added should differ in it.
         compare: Attends exactly with the sampled rows; a backend's `compare_rows`.
+        add_up: Adds up what that found; a backend's `add_up`.
 
     Returns:
         The sums over all parts.
@@ -122,7 +126,7 @@ def audit(
     generator = torch.Generator("cpu").manual_seed(seed)
     parts = zip(call.parts, selections, strict=True)
     first, *others = (
-        _audit_part(call, part, kept, out[:, :, part.tokens], rows, generator, compare) for part, kept in parts
+        _audit_part(call, part, kept, out[:, :, part.tokens], rows, generator, compare, add_up) for part, kept in parts
     )
     return sum(others, first)
 
@@ -135,23 +139,15 @@ def _audit_part(
     rows: int,
     generator: torch.Generator,
     compare: CompareRows,
+    add_up: AddUp,
 ) -> AuditSums:
     batch, heads = part.q.shape[:2]
-    strata = max(min(-(-rows // (2 * heads)), part.q_len // _QUERIES_A_CELL), 1)
-    edges = torch.arange(strata + 1, device="cpu") * part.q_len // strata
-    sizes = edges.diff()
-    drawn = torch.rand(batch, heads, strata, 2, generator=generator, dtype=torch.float64, device="cpu")
-    places = edges[:-1, None] + (drawn * sizes[:, None]).long()
-    device = part.q.device
-    places, weights = (x.to(device, non_blocking=True) for x in (places.flatten(2), sizes.double()))
-    # [3, B, Hq, strata, 2]: kept share, lost and whole power of every sampled row.
-    found = compare(call, part, selection, out, places).double().view(3, batch, heads, strata, 2)
-    recall, lost, power = (found.mean(4) * weights).flatten(1).sum(1)
-    split = (found[..., 0] - found[..., 1]) * (weights / 2)
-    spread = torch.stack((split[0], split[1] - lost / power * split[2])).square().nan_to_num(0.0).flatten(1)
-    variance, squares = spread.sum(1), spread.square().sum(1)
-    values = torch.stack((recall, variance[0], squares[0], lost, power, variance[1], squares[1]))
-    return AuditSums(batch * heads * part.q_len, batch * heads * strata * 2, values)
+    count = max(min(-(-rows // (2 * heads)), part.q_len // _QUERIES_A_CELL), 1)
+    edges = strata(part.q_len, count)
+    drawn = torch.rand(batch, heads, count, 2, generator=generator, dtype=torch.float64, device="cpu")
+    places = (edges[:-1, None] + (drawn * edges.diff()[:, None]).long()).flatten(2)
+    found = compare(call, part, selection, out, places.to(part.q.device, non_blocking=True))
+    return AuditSums(batch * heads * part.q_len, batch * heads * count * 2, add_up(found, part.q_len))
 
 
 def _half_width(variance: float, squares: float, whole: float, rows: int) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.checks import check_residual, check_sinks, check_softcap, check_window, shape_of
-from stem_attn.config import Residual
+from stem_attn.checks import check_precision, check_residual, check_sinks, check_softcap, check_window, shape_of
+from stem_attn.config import Precision, Residual
 from stem_attn.layout import Layout, Part
 
 
@@ -31,6 +31,7 @@ class Call:
         sinks: [Hq] in any floating dtype: of every query head one more logit in the softmax's
             sum, which has no value and neither scale nor softcap. The log-sum-exp includes it. -inf is no sink; NaN and
             inf make NaN of the head's output, as softmax does, and of no other's. None: no sinks.
+        precision: Of the products: `"auto"`, that of q, k and v; or `"fp8"`, 8 bits (e4m3).
 
     Raises:
         ValueError: A property is out of its range, or two exclude each other.
@@ -43,12 +44,14 @@ class Call:
     residual: Residual = "none"
     softcap: float | None = None
     sinks: Tensor | None = None
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         check_window(self.window)
         check_residual(self.residual, self.window)
         check_softcap(self.softcap)
         check_sinks(self.sinks, self.q)
+        check_precision(self.precision, self.residual)
 
     @property
     def q(self) -> Tensor:

@@ -18,6 +18,7 @@ DecayStart = Literal["first_row", "plateau"]
 ForcedBlocks = Literal["inside", "on_top"]
 BudgetScope = Literal["head", "group", "layer"]
 Residual = Literal["none", "mean"]
+Precision = Literal["auto", "fp8"]
 RatioSteps = tuple[tuple[int | None, float], ...]
 
 
@@ -66,6 +67,8 @@ class StemConfig:
         forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
         residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its
             means, weighted by its number of tokens.
+        precision: Of attention's products: `"auto"`, that of the inputs; or `"fp8"`: q, k, v and the weights are
+            rounded to 8 bits (e4m3), which needs a Hopper GPU. Blocks are selected as ever.
 
     Raises:
         ValueError: A field has the wrong type or lies outside its range.
@@ -94,6 +97,7 @@ class StemConfig:
     local_blocks: int = 2
     forced_blocks: ForcedBlocks = "inside"
     residual: Residual = "none"
+    precision: Precision = "auto"
     # Ready-made: torch.compile cannot trace json, and every layer of a model asks caches by config.
     _json: str = field(init=False, repr=False, compare=False)
     _hash: int = field(init=False, repr=False, compare=False)
@@ -124,6 +128,7 @@ class StemConfig:
         check_float("head_floor", self.head_floor, 0.0, 1.0)
         _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
         _check_choice("residual", self.residual, Residual)
+        _check_choice("precision", self.precision, Precision)
         values = {name: getattr(self, name) for name in field_names()}
         object.__setattr__(self, "_json", json.dumps(values))
         object.__setattr__(self, "_hash", hash(tuple(values.values())))

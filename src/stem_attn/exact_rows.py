@@ -1,4 +1,4 @@
-"""Attend exactly with single query rows, in plain torch, and compare with what was kept and what came out."""
+"""Attend exactly with single query rows, in plain torch, compare with what was kept and came out, and add up."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ def compare_rows(call: Call, part: Part, selection: BlockSelection, out: Tensor,
             found[1, b, q] = (given - exact).square().sum(2)
             found[2, b, q] = exact.square().sum(2)
     return found
+
+
+def strata(q_len: int, count: int) -> Tensor:
+    """Return the edges of equal stretches of the queries: int64 [count + 1] on the host."""
+    return torch.arange(count + 1, device="cpu") * q_len // count
+
+
+def add_up(found: Tensor, q_len: int) -> Tensor:
+    """See `Backend.add_up`."""
+    cells = found.double().view(*found.shape[:3], -1, 2)  # [3, B, Hq, strata, 2]
+    sizes = strata(q_len, cells.shape[3]).diff().double().to(found.device)
+    recall, lost, power = (cells.mean(4) * sizes).flatten(1).sum(1)
+    split = (cells[..., 0] - cells[..., 1]) * (sizes / 2)
+    spread = torch.stack((split[0], split[1] - lost / power * split[2])).square().nan_to_num(0.0).flatten(1)
+    variance, squares = spread.sum(1), spread.square().sum(1)
+    return torch.stack((recall, variance[0], squares[0], lost, power, variance[1], squares[1]))
 
 
 def _attend(call: Call, which: slice, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

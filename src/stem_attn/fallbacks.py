@@ -5,13 +5,33 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+import torch
+from torch import Tensor
+
 log = logging.getLogger("stem_attn")
 _counts: Counter[str] = Counter()
+_on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def counts() -> dict[str, int]:
-    """Return how often each reason was noted."""
-    return dict(_counts)
+    """Return how often each reason was noted. Where devices have counted, this waits for them."""
+    total = Counter(_counts)
+    for (reason, _), count in _on_devices.items():
+        total[reason] += int(count)
+    return {reason: count for reason, count in total.items() if count}
+
+
+def note_on_device(reason: str, count: Tensor) -> None:
+    """Count what only a device knows, without waiting for it, and without a log.
+
+    Args:
+        reason: As in `note`.
+        count: One int.
+    """
+    key = reason, count.device
+    if key not in _on_devices:
+        _on_devices[key] = torch.zeros((), dtype=torch.int64, device=count.device)
+    _on_devices[key] += count
 
 
 def note(what: str, reason: str) -> None:

@@ -71,8 +71,21 @@ def audit(
     call: Call, selections: Sequence[BlockSelection], out: Tensor, backend: str, *, rows: int, seed: int
 ) -> AuditSums:
     """Attend exactly with some query rows of a call that has run, and compare; see `stem_attn.audit.audit`."""
-    compare = backends.for_call(backend, call, again=True).compare_rows
-    return audit_rows(call, selections, out, rows=rows, seed=seed, compare=compare)
+    chosen = backends.for_call(backend, call, again=True)
+    return audit_rows(call, selections, out, rows=rows, seed=seed, compare=chosen.compare_rows, add_up=chosen.add_up)
+
+
+def misses(
+    call: Call, sums: AuditSums, backend: str, *, min_recall: float | None, max_error: float | None
+) -> Tensor | None:
+    """Tell on the device whether the audit of a call that has run misses a target; see `Backend.misses`."""
+    chosen = backends.for_call(backend, call, again=True)
+    return chosen.misses(sums.values, sums.queries, sums.rows, min_recall, max_error)
+
+
+def attend_if(call: Call, wanted: Tensor, out: Tensor, backend: str) -> None:
+    """Attend over all blocks of a call that has run if a flag says so; see `Backend.attend_if`."""
+    backends.for_call(backend, call, again=True).attend_if(call, wanted, out)
 
 
 def _select(call: Call, choice: StemConfig | Method, attender: Backend) -> list[BlockSelection]:

@@ -16,7 +16,7 @@ from stem_attn import run
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.call import Call
 from stem_attn.checks import check_qkv, resolve_scale
-from stem_attn.config import Residual, StemConfig
+from stem_attn.config import Precision, Residual, StemConfig
 from stem_attn.layout import Layout
 
 
@@ -108,6 +108,7 @@ def _op(
     residual: str = "none",
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts = None if prompt_len is None else prompt_len.tolist()
     if prompts is not None and len(prompts) == 1:
@@ -118,7 +119,8 @@ def _op(
         layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompts)
     else:
         layout = Layout.paged(q, k, v, cu_seqlens_q, seq_lens, block_table, prompts)
-    call = Call(layout, block_size, scale, window, cast(Residual, residual), softcap, sinks)
+    choices = cast(Residual, residual), softcap, sinks, cast(Precision, precision)
+    call = Call(layout, block_size, scale, window, *choices)
     nothing = q.new_empty(0, dtype=torch.float32)
     ints = q.new_empty(0, dtype=torch.int32)
     if indices is not None and counts is not None:
@@ -159,6 +161,7 @@ def _(
     residual: str = "none",
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cu_seqlens_q is None:  # tokens come before heads in memory, as in `Call.new_output`
         batch, heads, tokens, _ = q.shape

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from stem_attn import run
 from stem_attn.api import Config, stem_attention, stem_attention_paged
+from stem_attn.call import Call
 from stem_attn.checks import resolve_config
+from stem_attn.config import check_int
+from stem_attn.layout import Layout
 
 
 def warm_up(
@@ -21,6 +26,7 @@ def warm_up(
     config: Config = "default",
     softcap: float | None = None,
     sinks: torch.dtype | None = None,
+    audit_rows: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
     backend: str = "auto",
@@ -40,25 +46,36 @@ def warm_up(
         config: The method's settings: a `StemConfig`, or a preset's name.
         softcap: As in `stem_attention`.
         sinks: Their dtype; default: there are none.
+        audit_rows: As in `PrefillPolicy`, where prefills will be audited, with a target or without.
         dtype: Of queries, keys and values.
         device: Where prefills will run.
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
     Raises:
-        ValueError: A number is not positive, or the backend cannot take such calls.
+        ValueError: A number is not positive, the backend cannot take such calls, or audits of pages are asked for.
         RuntimeError: The named backend is not available here.
     """
     sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "max_len": max_len}
     for name, size in {**sizes, "chunk": chunk, "page_size": page_size}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be positive, got {size}")
+    check_int("audit_rows", audit_rows, 0)
+    if audit_rows and page_size is not None:
+        raise ValueError(f"audit_rows={audit_rows} and page_size={page_size}: prefills in pages are not audited")
     config = resolve_config(config)
     sink = None if sinks is None else torch.zeros(query_heads, dtype=sinks, device=device)
     for q_len, k_len in _calls(max_len, chunk or max_len, config.block_size):
         if page_size is None:
             q = torch.zeros(1, query_heads, q_len, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, kv_heads, k_len, head_dim, dtype=dtype, device=device)
-            stem_attention(q, k, k, config=config, softcap=softcap, sinks=sink, backend=backend)
+            asked: dict[str, Any] = {"softcap": softcap, "sinks": sink}
+            out, kept = stem_attention(q, k, k, config=config, backend=backend, return_selection=True, **asked)
+            if audit_rows:
+                call = Call(Layout.dense(q, k, k), config.block_size, head_dim**-0.5, **asked)
+                sums = run.audit(call, [kept], out, backend, rows=audit_rows, seed=0)
+                missed = run.misses(call, sums, backend, min_recall=0.5, max_error=0.5)
+                if missed is not None:
+                    run.attend_if(call, missed, out, backend)
         else:
             q = torch.zeros(q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)

@@ -19,6 +19,7 @@ def compile_kernels(target: tuple[str, Any, int], number: str, head_dim: int, pa
     """Compile for blocks of 128, with the tile that these get."""
     from stem_attn.backends.triton.exact_rows_kernel import compare_kernel, exact_kernel
     from stem_attn.backends.triton.tiles import choose_exact_rows_tile
+    from stem_attn.backends.triton.verdict_kernel import sums_kernel, verdict_kernel
 
     item_bytes = 4 if number == "fp32" else 2
     tile = choose_exact_rows_tile(block_size=128, head_dim=head_dim, item_bytes=item_bytes)
@@ -34,7 +35,10 @@ def compile_kernels(target: tuple[str, Any, int], number: str, head_dim: int, pa
     types |= {"out_strides": ("i32",) * 3}
     constants = {"DV": head_dim, "DV_PAD": head_dim, "BLOCK": 128, "KEYS": tile.keys, "SLOTS": 128}
     constants |= {"CHUNKS": 64, "SINKS": True}
-    return [exact, compile_for(target, compare_kernel, types, constants)]
+    compared = compile_for(target, compare_kernel, types, constants)
+    summed = compile_for(target, sums_kernel, {"found": "*fp32", "sums": "*fp64"}, {"CELLS": 1024})
+    types = {"sums": "*fp64", "missed": "*i1", "min_recall": "fp32", "max_error": "fp32"}
+    return [exact, compared, summed, compile_for(target, verdict_kernel, types, {}, num_warps=1)]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -19,7 +19,7 @@ def compile_kernel() -> None:
 
     tile = choose_tile(block_size=128, head_dim=HEAD_DIM, item_bytes=4, tma=True)
     constants = dict.fromkeys(("D", "DV", "D_PAD", "DV_PAD"), HEAD_DIM) | {"BLOCK": 128, "KEYS": tile.keys, "PAGE": 0}
-    constants |= {"TMA": True, "PACKED": False, "WINDOW": False, "LSE": True, "PRECISION": "ieee"}
+    constants |= {"TMA": True, "PACKED": False, "WINDOW": False, "LSE": True, "PRECISION": "ieee", "MAY_SKIP": False}
     constants |= {"SINKS": True, "TANH": "exact"}
     tokens = {"q": 128, "k": tile.keys, "v": tile.keys}
     types: dict[str, Any] = {n: f"tensordesc<fp32[1, 1, {t}, {HEAD_DIM}]>" for n, t in tokens.items()}

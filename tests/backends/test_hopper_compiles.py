@@ -15,7 +15,14 @@ SHARED_BYTES = 227 << 10  # what a Hopper program may take
 
 
 def compile_kernel(
-    block: int, head_dim: int, v_head_dim: int, window: bool, page_size: int, sinks: bool, tanh: str
+    block: int,
+    head_dim: int,
+    v_head_dim: int,
+    window: bool,
+    page_size: int,
+    sinks: bool,
+    tanh: str,
+    may_skip: bool,
 ) -> Any:
     """Compile for compute capability 9.0, with the tile that such head dims get."""
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
@@ -26,6 +33,7 @@ def compile_kernel(
     boxes |= {n: box_shape(tile.keys, dim, page_size) for n, dim in (("k", head_dim), ("v", v_head_dim))}
     constants = {"DV": v_head_dim, "DV_PAD": v_head_dim, "KEYS": tile.keys, "PAGE": page_size, "STAGES": tile.stages}
     constants |= {"WINDOW": window, "LSE": True, "SINKS": sinks, "TANH": tanh, "BLOCK": block}
+    constants["MAY_SKIP"] = may_skip
     dtype = "fp16" if tanh == "short" else "bf16"
     types: dict[str, Any] = {"out": f"*{dtype}", "lse": "*fp32", "sinks": "*bf16"}
     types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32")
@@ -48,34 +56,45 @@ def assert_products_run_beside_exponentials(binary: Path, consumers: int, expone
 
 @pytest.mark.skipif(not cuobjdump().exists(), reason="this Triton does not bring cuobjdump")
 @pytest.mark.parametrize(
-    ("block", "head_dim", "v_head_dim", "window", "page_size", "sinks", "tanh"),
+    ("block", "head_dim", "v_head_dim", "window", "page_size", "sinks", "tanh", "may_skip"),
     [
-        (128, 128, 128, 0, 0, 0, "none"),
-        (128, 256, 256, 1, 0, 0, "none"),
-        (128, 128, 128, 0, 16, 0, "none"),
-        (128, 256, 256, 0, 16, 0, "none"),
-        (128, 128, 128, 0, 128, 0, "none"),
-        (128, 64, 64, 1, 0, 1, "none"),
-        (128, 256, 256, 1, 16, 1, "fast"),
-        (128, 128, 128, 1, 0, 1, "short"),
-        (128, 128, 256, 0, 0, 0, "none"),
-        (64, 128, 128, 0, 0, 0, "none"),
-        (64, 128, 128, 1, 16, 1, "fast"),
+        (128, 128, 128, 0, 0, 0, "none", 0),
+        (128, 256, 256, 1, 0, 0, "none", 0),
+        (128, 128, 128, 0, 16, 0, "none", 0),
+        (128, 256, 256, 0, 16, 0, "none", 0),
+        (128, 128, 128, 0, 128, 0, "none", 0),
+        (128, 64, 64, 1, 0, 1, "none", 0),
+        (128, 256, 256, 1, 16, 1, "fast", 0),
+        (128, 128, 128, 1, 0, 1, "short", 0),
+        (128, 128, 256, 0, 0, 0, "none", 0),
+        (64, 128, 128, 0, 0, 0, "none", 0),
+        (64, 128, 128, 1, 16, 1, "fast", 0),
+        (128, 128, 128, 0, 0, 0, "none", 1),
+        (64, 128, 128, 1, 16, 1, "fast", 1),
     ],
 )
 def test_no_registers_spill(
-    block: int, head_dim: int, v_head_dim: int, window: int, page_size: int, sinks: int, tanh: str, tmp_path: Path
+    block: int,
+    head_dim: int,
+    v_head_dim: int,
+    window: int,
+    page_size: int,
+    sinks: int,
+    tanh: str,
+    may_skip: int,
+    tmp_path: Path,
 ) -> None:
     binary = tmp_path / "kernel.cubin"
-    run_alone(__file__, block, head_dim, v_head_dim, window, page_size, sinks, tanh, binary)
+    run_alone(__file__, block, head_dim, v_head_dim, window, page_size, sinks, tanh, may_skip, binary)
     assert_no_spills(binary)
     assert_products_run_beside_exponentials(binary, block // 64, 64 if block == 128 and v_head_dim <= 128 else 32)
 
 
 if __name__ == "__main__":
     block, head_dim, v_head_dim, window, page_size, sinks = map(int, sys.argv[1:7])
-    tanh, binary = sys.argv[7:]
-    made = compile_kernel(block, head_dim, v_head_dim, window == 1, page_size, sinks == 1, tanh)
+    tanh, may_skip, binary = sys.argv[7:]
+    flags = window == 1, page_size, sinks == 1, tanh, may_skip == "1"
+    made = compile_kernel(block, head_dim, v_head_dim, *flags)
     assert made.metadata.shared <= SHARED_BYTES
     assert "wgmma.mma_async" in made.asm["ptx"]
     assert ("tanh.approx" in made.asm["ptx"]) == (tanh == "fast")

@@ -28,7 +28,7 @@ def compile_attention(target: tuple[str, Any, int], dtype: str, tanh: str) -> An
     tile = choose_tile(block_size=64, head_dim=DIM, item_bytes=2, tma=False)
     constants = dict.fromkeys(("D", "DV", "D_PAD", "DV_PAD"), DIM) | {"BLOCK": 64, "KEYS": tile.keys, "PAGE": 0}
     constants |= {"TMA": False, "PACKED": False, "WINDOW": True, "LSE": True, "SINKS": True, "TANH": tanh}
-    constants |= {"PRECISION": "tf32"}
+    constants |= {"PRECISION": "tf32", "MAY_SKIP": True}
     types: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | {"lse": "*fp32", "sinks": "*bf16"}
     types |= dict.fromkeys(("scale_log2", "tanh_factor"), "fp32")
     tables = ("indices", "counts", "row_sequence", "first_rows", "q_starts", "k_starts", "block_table")

@@ -291,3 +291,26 @@ def test_everything_needs_no_indices() -> None:
     assert torch.equal(
         out, attend(q, k, v, selection=BlockSelection(everything.indices, everything.counts, 64, 111, 200))
     )
+
+
+@pytest.mark.parametrize(("size", "packed"), [(128, False), (64, True)])
+@pytest.mark.parametrize("asked", [{}, {"window": 20}, {"softcap": 1.5}, {"scale": -0.2}])
+def test_all_blocks_if_a_flag_on_the_device_says_so(size: int, packed: bool, asked: dict[str, float]) -> None:
+    """And otherwise not one number is written, though nobody on the host knows."""
+    batch, dim = (1, 64) if packed or not GPU else (2, 128)
+    q, k, v = on_device(*make_qkv(150, 270, batch=batch, heads=2, kv_heads=1, dim=dim, v_dim=dim, dtype=DTYPES[-1]))
+    layout = Layout.dense(q, k, v)
+    if packed:
+        layout = Layout.packed(*(x[0].transpose(0, 1) for x in (q, k, v)), [0, 41, 150], [0, 99, 270])
+    call = Call(layout, size, **{"scale": 0.125, **asked})
+    expected, given = call.new_output(), torch.full((batch, 150, 2, dim), 7.0, dtype=q.dtype, device=DEVICE)
+    out = given.transpose(1, 2)
+    for wanted in (False, True):
+        BACKEND.attend_if(call, torch.tensor(wanted, device=DEVICE), out)
+        if not wanted:
+            assert (out == 7).all()
+    everything = [
+        BlockSelection.everything(batch=batch, heads=2, grid=call.grid(part), device=DEVICE) for part in call.parts
+    ]
+    BACKEND.attend(call, everything, expected, None)
+    assert torch.equal(out, expected)

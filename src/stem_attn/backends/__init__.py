@@ -104,6 +104,8 @@ def expected(name: str, device_type: str) -> Backend | None:
 def _automatic(call: Call, again: bool) -> Backend:
     """Take the first backend made for the device that can run the call; say once why a better one could not."""
     backend, passed_over = _fastest(call)
+    if backend is None and call.precision != "auto":  # asked for by name: nothing stands in for it
+        raise ValueError(f"no backend can run this call with precision={call.precision!r}: {'; '.join(passed_over)}")
     if not again:
         for reason in passed_over:
             fallback_notes.note("automatic choice passes over a faster backend", reason)

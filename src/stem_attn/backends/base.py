@@ -14,7 +14,7 @@ from stem_attn.blocks import BlockSelection
 from stem_attn.budget import Budget
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
-from stem_attn.exact_rows import compare_rows
+from stem_attn.exact_rows import add_up, compare_rows
 from stem_attn.layout import Part
 from stem_attn.residual import add_means
 from stem_attn.scoring import row_scores
@@ -125,6 +125,56 @@ class Backend(ABC):
             (what a sink takes is no part of it), and `|out - exact|^2` and `|exact|^2` of its output.
         """
         return compare_rows(call, part, selection, out, places)
+
+    def add_up(self, found: Tensor, q_len: int) -> Tensor:
+        """Add up what `compare_rows` found, for an audit; in plain torch unless a backend overrides it.
+
+        Args:
+            found: [3, B, Hq, R], contiguous. Every head's rows lie two by two in R / 2 equal stretches of the queries.
+            q_len: Queries of a head.
+
+        Returns:
+            float64 [7], see `AuditSums`.
+        """
+        return add_up(found, q_len)
+
+    def misses(
+        self, sums: Tensor, queries: int, rows: int, min_recall: float | None, max_error: float | None
+    ) -> Tensor | None:
+        """Tell on the device whether an audit's sums fail to show what is asked for; None: the host must read them.
+
+        Args:
+            sums: See `AuditSums`, as the next two.
+            queries: Likewise.
+            rows: Likewise.
+            min_recall: What the recall's lower limit must reach, or None.
+            max_error: What the error's upper limit may be, or None.
+
+        Returns:
+            bool [] on the device of the sums.
+        """
+        return None
+
+    def attend_if(self, call: Call, wanted: Tensor, out: Tensor) -> None:
+        """Attend over all blocks if a flag on the device says so, and otherwise leave the output as it is.
+
+        This waits for the flag unless a backend overrides it.
+
+        Args:
+            call: The call.
+            wanted: bool [] on the call's device.
+            out: As in `attend`.
+        """
+        if wanted:
+            self.attend(call, self._everything(call), out, None)
+
+    def _everything(self, call: Call) -> list[BlockSelection]:
+        batch, heads = call.q.shape[:2]
+        device = call.q.device
+        return [
+            BlockSelection.everything(batch=batch, heads=heads, grid=call.grid(part), device=device)
+            for part in call.parts
+        ]
 
 
 class BlockedBackend(Backend):

@@ -52,6 +52,8 @@ class Fa4Backend(BlockedBackend):
             return "it has no sliding window over block lists"
         if call.softcap is not None or call.sinks is not None:
             return "softcap and sinks were never tried with it over block lists"
+        if call.precision != "auto":
+            return f"it has no kernel with 8-bit products (precision={call.precision!r})"
         if call.residual != "none":
             return f"it has no kernel that merges the means of pruned blocks (residual={call.residual!r})"
         return None

@@ -1,8 +1,9 @@
 """The correctness gate: what is not right is not timed.
 
 Query rows are sampled. Attention is compared with float64 over the same kept keys, and may lose at most twice what
-torch's dense SDPA of the same dtype loses on those very rows and keys. A selection must be the one that float64
-scores give, up to blocks whose scores tie with the cutoff within rounding.
+torch's dense SDPA of the same dtype loses on those very rows and keys, or what rounding inputs and weights to 8 bits
+costs where that is the precision. A selection must be the one that float64 scores give, up to blocks whose scores tie
+with the cutoff within rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import budget_of
-from stem_attn.config import StemConfig
+from stem_attn.config import Precision, StemConfig
 from stem_attn.reference import capped, reference_row
 from stem_attn.scoring import block_scores
 
@@ -73,6 +74,7 @@ class AttentionGate:
         *,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        precision: Precision = "auto",
     ) -> None:
         """Compute the exact rows.
 
@@ -85,6 +87,7 @@ class AttentionGate:
             softcap: Of the logits, or None. SDPA knows none: then what may be lost is what dense attention loses whose
                 logits and sums are float32, as with sinks.
             sinks: [Hq], or None.
+            precision: Of the products.
         """
         self.selection = selection
         self._samples = samples
@@ -99,7 +102,11 @@ class AttentionGate:
                 sink = None if sinks is None else sinks[s.head]
                 weights, total = _weights(row.double(), k_row.double(), softcap, sink)
                 exact.append((weights @ v_row.double() / total).flatten())
-                if softcap is None and sinks is None:
+                if precision == "fp8":
+                    row, k_row, v_row = map(_e4m3, (row, k_row, v_row))
+                    weights, total = _weights(row, k_row, softcap, sink)
+                    dense.append((_e4m3(weights) @ v_row / total).flatten())
+                elif softcap is None and sinks is None:
                     dense.append(F.scaled_dot_product_attention(row, k_row, v_row).flatten())
                 else:
                     weights, total = _weights(row.float(), k_row.float(), softcap, sink)
@@ -128,6 +135,12 @@ class AttentionGate:
     def _errors(self, rows: Tensor) -> Errors:
         relative = (rows.double() - self._exact) / self._unit
         return Errors(float(relative.abs().max()), float(relative.square().mean().sqrt()))
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    """Round to 8 bits, with a scale that makes the largest 448: float32."""
+    scale = x.float().abs().amax().clamp(min=1e-15) / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def _weights(row: Tensor, keys: Tensor, softcap: float | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:

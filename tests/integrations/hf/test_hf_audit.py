@@ -1,6 +1,7 @@
 """Verified prefill: what the audit of a model's layers finds, and what misses a target is dense."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from hf_models import KEEP_ALL, SPARSE, relative_error, skip_where_models_cannot_be_traced, tiny_model, tokens
 from stem_attn import PrefillPolicy, select_blocks
+from stem_attn.audit import AuditSums
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import Choice
 from stem_attn.lab.intercept import intercept
@@ -16,6 +18,7 @@ from stem_attn.methods import Stem
 
 LENGTH = 1024
 ROWS = 64
+SHORT = 96  # for Triton's interpreter
 
 
 def policy(**fields):
@@ -127,6 +130,83 @@ def test_a_layer_that_meets_its_target_stays_sparse(target):
     logits_of(model, ids)
     stats = hf.stats(model)
     assert (stats.sparse, stats.redone, stats.density) == (2, {}, 1.0)
+
+
+def on_kernels(model, backend="triton", **target):
+    """Enable on the backend that decides without waiting: on a GPU, or in Triton's interpreter."""
+    pytest.importorskip("triton")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    hf.enable(model, SPARSE, backend=backend, policy=policy(audit_rows=2 * ROWS, **target))
+
+
+@pytest.fixture
+def nobody_waits(monkeypatch):
+    """During a forward no host may ask what an audit found. Short prompts have as many rows as long ones."""
+    monkeypatch.setattr("stem_attn.audit._QUERIES_A_CELL", 3)
+    forward = torch.nn.Module.__call__
+
+    def guarded(module, *args, **kwargs):
+        with monkeypatch.context() as inside:
+            inside.setattr(AuditSums, "read", lambda _: pytest.fail("somebody waits for the device"))
+            return forward(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", guarded)
+
+
+@pytest.mark.parametrize(
+    "target", [{"min_recall": 0.95}, pytest.param({"min_recall": 0.01, "max_error": 0.2}, marks=pytest.mark.slow)]
+)
+@pytest.mark.usefixtures("nobody_waits")
+def test_the_device_decides_alone(target, caplog):
+    model, ids = tiny_model("llama"), tokens(2, SHORT)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    on_kernels(model, **target)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    with caplog.at_level("INFO", "stem_attn.hf"):
+        out = logits_of(model, ids, mask)
+        assert "audit missed" not in caplog.text  # nobody knows yet
+        stats = hf.stats(model)
+        assert caplog.text.count("dense attention: audit missed the target") == 1
+    hf.disable(model)
+    real = mask.bool()
+    assert relative_error(out[real], logits_of(model, ids, mask)[real]) < 1e-4
+    assert stats.redone == {0: 1, 1: 1}
+    assert stats.dense == {"audit missed the target": 2}
+    assert (stats.sparse, stats.density, stats.calls) == (0, None, 2)
+    assert stats.tokens == {"sparse": 0, "banded": 0, "dense": 4 * SHORT}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nobody_waits")
+def test_the_device_leaves_alone_what_meets_its_target():
+    model, ids = tiny_model("llama"), tokens(1, SHORT)
+    on_kernels(model)
+    ids = ids.to(model.device)
+    plain, density = logits_of(model, ids), hf.stats(model).density
+    on_kernels(model, min_recall=0.01, max_error=2.0)
+    assert torch.equal(logits_of(model, ids), plain)
+    stats = hf.stats(model)
+    assert (stats.sparse, stats.redone, stats.dense, stats.density) == (2, {}, {}, density)
+
+
+def test_what_the_device_decides_is_counted_as_what_the_host_does(monkeypatch):
+    """Over two chunks, of which the layers miss the target or do not."""
+    monkeypatch.setattr("stem_attn.audit._QUERIES_A_CELL", 3)
+    model, ids = tiny_model("llama"), tokens(1, SHORT)
+    counted = []
+    for backend in ("cpu", "triton"):
+        on_kernels(model, backend, min_recall=0.9, layer_budgets=(1.0, 40.0))
+        with torch.no_grad():
+            seen = model(ids[:, :48].to(model.device))
+            model(ids[:, 48:].to(model.device), past_key_values=seen.past_key_values)
+        copied = copy.deepcopy(model)
+        stats = hf.stats(model)
+        assert hf.stats(copied) == stats == hf.stats(model)  # the misses are counted once
+        counted.append(dataclasses.replace(stats, audit={}))
+    assert counted[0] == counted[1]
+    assert set(stats.redone) == {0}
+    assert stats.sparse == 4 - stats.redone[0] > 0
 
 
 def test_one_missed_layer_leaves_the_others_sparse():

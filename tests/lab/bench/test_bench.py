@@ -18,6 +18,7 @@ from stem_attn.lab.bench.cases import Case
 from stem_attn.lab.bench.run import run_case
 from stem_attn.lab.gate import AttentionGate, GateError, check_selection, draw_samples
 from stem_attn.lab.shapes import MODELS, Shape
+from stem_attn.layout import Layout
 from stem_attn.selection import select_top_blocks
 
 CPU = torch.device("cpu")
@@ -126,6 +127,31 @@ def test_a_backend_that_forgets_softcap_or_sinks_is_not_timed(forgotten, monkeyp
         ("cpu softcap sinks", "attention"),
         ("cpu softcap sinks", "whole"),
     ]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_backends_run_with_the_inputs_precision_and_with_the_configs(right, monkeypatch):
+    """Eight bits may lose what rounding to e4m3 costs, and more than that is not timed."""
+    backend = type(backends.by_name("cpu"))
+    attend = backend.attend
+
+    def rounding(self, call, *rest):
+        if call.precision == "fp8":
+            x = call.layout
+            inputs = x.q, x.k, x.v
+            powers = (t.abs().log2().round().exp2().copysign(t) for t in inputs)
+            rounded = (t.to(torch.float8_e4m3fn).to(t.dtype) for t in inputs) if right else powers
+            call = dataclasses.replace(call, layout=Layout.dense(*rounded), precision="auto")
+        attend(self, call, *rest)
+
+    monkeypatch.setattr(backend, "attend", rounding)
+    monkeypatch.setattr(backend, "why_unsupported", lambda self, call: None)
+    record = run(make_case(700, 700), dataclasses.replace(SMALL, precision="fp8"), ("cpu",))
+    parts = ("attention", "selection", "whole")
+    wrong = [] if right else ["attention", "whole"]
+    names = [("cpu", part) for part in parts] + [("cpu fp8", part) for part in parts if part not in wrong]
+    assert [(m["name"], m["part"]) for m in record["methods"]] == names
+    assert [(f["name"], f["part"]) for f in record["failed"]] == [("cpu fp8", part) for part in wrong]
 
 
 def test_ratios_are_ratios_of_medians():

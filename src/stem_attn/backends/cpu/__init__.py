@@ -27,6 +27,11 @@ class CpuBackend(BlockedBackend):
         reason = native.why_not()
         return f"in plain torch, which is slower: {reason}" if reason else "a kernel compiled for this CPU"
 
+    def why_unsupported(self, call: Call) -> str | None:
+        if call.precision != "auto":
+            return f"it multiplies in the inputs' precision, got precision={call.precision!r}"
+        return None
+
     def break_even(self, geometry: Geometry, config: StemConfig) -> float:
         # Zen 4, float32, 8192 tokens, head dim 64 (docs/log.md), plain torch: attention is 3.1 times as fast as SDPA at
         # density .28, so d costs 1.2 d, and the selection a tenth of it; what is left is a margin for other machines.

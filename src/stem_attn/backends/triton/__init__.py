@@ -62,6 +62,10 @@ class TritonBackend(Backend):
             return f"its head dims go up to 256, got {q.shape[3]} and {call.v.shape[3]}"
         if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
             return f"it needs an NVIDIA GPU since Ampere, got {torch.cuda.get_device_name(q.device)}"
+        if call.precision == "fp8":
+            from stem_attn.backends.triton.fp8 import why_unsupported
+
+            return why_unsupported(call)
         return None
 
     def break_even(self, geometry: Geometry, config: StemConfig) -> float:
@@ -75,17 +79,32 @@ class TritonBackend(Backend):
         return select(call, part, config, budget)
 
     def attend(self, call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
-        if call.residual == "none":
-            from stem_attn.backends.triton.attention import attend
-        else:
-            from stem_attn.backends.triton.residual import attend
+        from stem_attn.backends.triton import attention, fp8, residual
 
-        attend(call, selections, out, lse)
+        chosen = fp8 if call.precision == "fp8" else attention if call.residual == "none" else residual
+        chosen.attend(call, selections, out, lse)
+
+    def attend_if(self, call: Call, wanted: Tensor, out: Tensor) -> None:
+        from stem_attn.backends.triton.attention import attend
+
+        attend(call, self._everything(call), out, None, wanted)
 
     def compare_rows(self, call: Call, part: Part, selection: BlockSelection, out: Tensor, places: Tensor) -> Tensor:
         from stem_attn.backends.triton.exact_rows import compare_rows
 
         return compare_rows(call, part, selection, out, places)
+
+    def add_up(self, found: Tensor, q_len: int) -> Tensor:
+        from stem_attn.backends.triton.verdict import add_up
+
+        return add_up(found, q_len)
+
+    def misses(
+        self, sums: Tensor, queries: int, rows: int, min_recall: float | None, max_error: float | None
+    ) -> Tensor:
+        from stem_attn.backends.triton.verdict import misses
+
+        return misses(sums, queries, rows, min_recall, max_error)
 
 
 def _interpreting() -> bool:

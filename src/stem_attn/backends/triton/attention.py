@@ -51,6 +51,7 @@ class Operands:
         k_len: Tokens of the sequence, where there is one.
         block_table: int32 [sequences, pages of the longest], last stride 1; None where nothing is in pages.
         packing: Where several sequences' rows and tokens start, from `_pack`; None for one part that is not in pages.
+        wanted: bool on q's device, [] or [B, Hq, 1]: the kernels write only where it holds. None: everywhere.
     """
 
     call: Call
@@ -65,6 +66,7 @@ class Operands:
     k_len: int
     block_table: Tensor | None = None
     packing: tuple[Tensor, ...] | None = None
+    wanted: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -72,15 +74,33 @@ class Operands:
         return 0 if self.block_table is None else self.k.shape[2]
 
     @property
+    def kept(self) -> Tensor:
+        """The counts; 0 where the output is not wanted."""
+        return self.counts if self.wanted is None else self.counts * self.wanted
+
+    @property
     def logits(self) -> Logits:
         """How the kernels make logits."""
         return Logits.of(self.call, self.scale)
 
 
-def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:
+def attend(
+    call: Call,
+    selections: Sequence[BlockSelection],
+    out: Tensor,
+    lse: Tensor | None,
+    wanted: Tensor | None = None,
+) -> None:
     """Attend over the kept blocks; see `Backend.attend`.
 
     Several sequences go in one launch of the portable kernel, or in one launch each where they are long.
+
+    Args:
+        call: The call.
+        selections: The kept blocks of every part.
+        out: [B, Hq, T, Dv].
+        lse: float32 [B, Hq, T], or None.
+        wanted: bool [] on the call's device: nothing is written unless it holds. None: it does.
     """
     parts = call.parts
     if len(parts) > 1:
@@ -89,30 +109,33 @@ def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: T
         if not fits or q.shape[2] < LONG_TOKENS * len(parts):
             assert lse is None  # of packed and paged calls nobody can ask for it
             indices, counts, packing = _pack(call, selections, parts)
-            operands = Operands(call, q, k, v, scale, indices, counts, out, None, 0, call.layout.block_table, packing)
+            where = 0, call.layout.block_table, packing
+            operands = Operands(call, q, k, v, scale, indices, counts, out, None, *where, wanted)
             launch(operands, portable_tile(q, v, call.block_size))
             return
         for part, selection in zip(parts, selections, strict=True):
-            attend_part(call, part, selection, out[:, :, part.tokens], None)
+            attend_part(call, part, selection, out[:, :, part.tokens], None, wanted)
         return
-    attend_part(call, parts[0], selections[0], out, lse)
+    attend_part(call, parts[0], selections[0], out, lse, wanted)
 
 
-def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None) -> None:
+def attend_part(
+    call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None, wanted: Tensor | None = None
+) -> None:
     """Attend within one part; out [B, Hq, Tq, Dv] and lse, float32 [B, Hq, Tq] contiguous, are the part's own."""
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
     table = None if part.pages is None else part.pages[None]
     long = table is None or part.q_len >= LONG_TOKENS
     if long and hopper_fits(q, k, v, call.block_size, call.layout.page_size):
-        rows = _rows(selection), selection.counts
-        launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, table))
+        rows = rows_of(selection), selection.counts
+        launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, table, None, wanted))
         return
     packing = None
     if table is None:
-        indices, counts = _rows(selection), selection.counts
+        indices, counts = rows_of(selection), selection.counts
     else:  # what reads pages reads packed sequences, be it one
         indices, counts, packing = _pack(call, [selection], [part])
-    operands = Operands(call, q, k, v, scale, indices, counts, out, lse, part.k_len, table, packing)
+    operands = Operands(call, q, k, v, scale, indices, counts, out, lse, part.k_len, table, packing, wanted)
     launch(operands, portable_tile(q, v, call.block_size))
 
 
@@ -125,7 +148,7 @@ def addressable(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     return q, k, v, scale
 
 
-def _rows(selection: BlockSelection) -> Tensor:
+def rows_of(selection: BlockSelection) -> Tensor:
     """Return a selection's indices, last stride 1; what keeps everything has one row for all."""
     if not selection.keeps_everything:
         return unit_stride(selection.indices)
@@ -170,21 +193,21 @@ def portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
 
 def launch(x: Operands, tile: Tile) -> None:
     """Run the portable kernel on q's device, on its current stream."""
-    q, k, v, lse = x.q, x.k, x.v, x.lse
-    table = x.counts if x.block_table is None else x.block_table
-    sinks = sinks_of(x.call, x.counts)
-    tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts, *(x.packing or (x.counts,) * 4))
+    q, k, v, lse, counts = x.q, x.k, x.v, x.lse, x.kept
+    table = counts if x.block_table is None else x.block_table
+    sinks = sinks_of(x.call, counts)
+    tensors = (x.out, lse if lse is not None else x.out, x.indices, counts, *(x.packing or (counts,) * 4))
     # Smaller pages would take several copies a tile, which the portable kernel's descriptors cannot join.
     tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and x.page_size % tile.keys == 0
-    key = _layouts(q, k, v, x.out, x.indices, x.counts, table), q.dtype, q.device, _alignment(q, k, v, *tensors)
-    flags = lse is not None, x.packing is not None, x.page_size, tma
+    key = layouts_of(q, k, v, x.out, x.indices, counts, table), q.dtype, q.device, alignment_of(q, k, v, *tensors)
+    flags = lse is not None, x.packing is not None, x.page_size, tma, x.wanted is not None
     plan = _portable_launch(*key, x.call.block_size, x.logits, x.call.window, *flags, tile)
     inputs: tuple[Any, ...] = (q, k, v)
     if tma:
         pad, pad_v = padded(q.shape[3]), padded(v.shape[3])
         shapes = ((x.call.block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
         inputs = tuple(TensorDescriptor(t, *_described(t, *shape)) for t, shape in zip(inputs, shapes, strict=True))
-    _run(plan, q.device, *inputs, *tensors, table, sinks)
+    run_on(q.device, plan, *inputs, *tensors, table, sinks)
 
 
 @lru_cache(maxsize=1024)
@@ -200,11 +223,12 @@ def _portable_launch(
     packed: bool,
     page_size: int,
     tma: bool,
+    may_skip: bool,
     tile: Tile,
 ) -> Launch:
     """Make the launch that calls of equal layouts share."""
     head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
-    grid, numbers = _geometry(layouts, layouts[1][0][2], logits, window)
+    grid, numbers = geometry_of(layouts, layouts[0][0][2], layouts[1][0][2], logits, window)
     constants = {
         "D": head_dim,
         "DV": v_head_dim,
@@ -220,6 +244,7 @@ def _portable_launch(
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "MAY_SKIP": may_skip,
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:  # not every target knows the option
@@ -260,17 +285,17 @@ def launch_hopper(x: Operands) -> None:
     """Run the Hopper kernel, over one part, on q's device, on its current stream."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    q, k, v, lse = x.q, x.k, x.v, x.lse
-    sinks = sinks_of(x.call, x.counts)
-    tensors = (x.out, lse if lse is not None else x.out, x.indices, x.counts)
-    key = _layouts(q, k, v, x.out, x.indices, x.counts), q.dtype, q.device, _alignment(*tensors)
+    q, k, v, lse, counts = x.q, x.k, x.v, x.lse, x.kept
+    sinks = sinks_of(x.call, counts)
+    tensors = (x.out, lse if lse is not None else x.out, x.indices, counts)
+    key = layouts_of(q, k, v, x.out, x.indices, counts), q.dtype, q.device, alignment_of(*tensors)
     tile = choose_hopper_tile(x.call.block_size, padded(q.shape[3]), padded(v.shape[3]))
-    flags = x.call.window, lse is not None, x.k_len, x.page_size, x.call.block_size
+    flags = x.call.window, lse is not None, x.k_len, x.page_size, x.call.block_size, x.wanted is not None
     plan, boxes = _hopper_launch(*key, x.logits, *flags, tile)
     inputs = (
         GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip((q, k, v), boxes, strict=True)
     )
-    _run(plan, q.device, *inputs, *tensors, x.counts if x.block_table is None else x.block_table[0], sinks)
+    run_on(q.device, plan, *inputs, *tensors, counts if x.block_table is None else x.block_table[0], sinks)
 
 
 @lru_cache(maxsize=1024)
@@ -285,13 +310,14 @@ def _hopper_launch(
     k_len: int,
     page_size: int,
     block_size: int,
+    may_skip: bool,
     tile: HopperTile,
 ) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
     """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
 
     pad, pad_v = padded(layouts[0][0][3]), padded(layouts[2][0][3])
-    grid, numbers = _geometry(layouts, k_len, logits, window)
+    grid, numbers = geometry_of(layouts, layouts[0][0][2], k_len, logits, window)
     constants = {
         "DV": layouts[2][0][3],
         "DV_PAD": pad_v,
@@ -303,6 +329,7 @@ def _hopper_launch(
         "SINKS": logits.sinks is not None,
         "TANH": logits.tanh(dtype, device),
         "BLOCK": block_size,
+        "MAY_SKIP": may_skip,
     }
     strides = (layouts[3][1], *layouts[4][1][:3], *layouts[5][1])
     # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
@@ -312,22 +339,23 @@ def _hopper_launch(
     return plan, [(box, box_layout(box)) for box in boxes]
 
 
-def _geometry(
-    layouts: Layouts, k_len: int, logits: Logits, window: int | None
+def geometry_of(
+    layouts: Layouts, q_len: int, k_len: int, logits: Logits, window: int | None
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
-    """Return the grid, and the numbers that both kernels take after the strides."""
-    (batch, heads, q_len, _), kv_heads, rows = layouts[0][0], layouts[1][0][1], layouts[5][0][2]
+    """Return the grid, and the numbers that all kernels take after the strides."""
+    (batch, heads, _, _), kv_heads, rows = layouts[0][0], layouts[1][0][1], layouts[5][0][2]
     # Maxima are taken of what the last factor multiplies: a dot product, or a tanh.
     factors = (logits.factor, 0.0) if logits.softcap is None else (logits.cap, logits.factor)
     numbers = (rows, min(rows, LEAD_ROWS), heads // kv_heads, q_len, k_len, *factors, window or 0)
     return (rows * heads, batch, 1), numbers
 
 
-def _layouts(*tensors: Tensor) -> Layouts:
+def layouts_of(*tensors: Tensor) -> Layouts:
+    """Return shapes and strides."""
     return tuple((x.shape, x.stride()) for x in tensors)
 
 
-def _alignment(*tensors: Tensor) -> tuple[bool, ...]:
+def alignment_of(*tensors: Tensor) -> tuple[bool, ...]:
     """Say which tensors start at a multiple of 16 bytes: kernels are compiled for it."""
     return tuple(x.data_ptr() % 16 == 0 for x in tensors)
 
@@ -363,7 +391,7 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _run(plan: Launch, device: torch.device, *tensors: Any) -> None:
+def run_on(device: torch.device, plan: Launch, *tensors: Any) -> None:
     """Launch, and log a call that had to compile, or to read Triton's cache."""
     start_s = time.perf_counter()
     with on_device(device):

@@ -82,6 +82,7 @@ def attention_kernel(
     SINKS: tl.constexpr,
     TANH: tl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     PRECISION: tl.constexpr,  # of the products: "tf32" (ignored for 16-bit inputs) or "ieee"
+    MAY_SKIP: tl.constexpr,  # whether a row may keep nothing: what it would write is then left alone
 ):
     heads = tl.num_programs(0) // rows
     row_slot, head = row_and_head(rows, lead)
@@ -90,6 +91,9 @@ def attention_kernel(
     kv_head = head // group
     indices += batch * index_batch + head * index_head + row_slot.to(tl.int64) * index_row
     count = tl.load(counts + batch * count_batch + head * count_head + row_slot * count_row)
+    if MAY_SKIP:  # noqa: SIM102 - known when it is compiled
+        if count == 0:
+            return
     lse += (batch * heads + head) * q_len
 
     if PACKED:

@@ -15,6 +15,8 @@ from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.layout import Part
 
+ROWS = 32
+"""Sampled queries a program."""
 PROGRAMS = 512
 """About how many the work is cut into: a few for every multiprocessor."""
 CHUNKS = 64
@@ -26,7 +28,7 @@ def compare_rows(call: Call, part: Part, selection: BlockSelection, out: Tensor,
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
     (batch, heads, _, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     group, sampled, size = heads // kv_heads, places.shape[2], call.block_size
-    grid, rows = call.grid(part), 32
+    grid, rows = call.grid(part), ROWS
     tile = choose_exact_rows_tile(block_size=size, head_dim=padded(max(dim, v_dim)), item_bytes=q.element_size())
     keys = tile.keys
     page_size = 0 if part.pages is None else k.shape[2]

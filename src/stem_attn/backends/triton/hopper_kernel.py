@@ -104,6 +104,7 @@ def hopper_attention_kernel(
     SINKS: gl.constexpr,
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     BLOCK: gl.constexpr,  # tokens a block: 64 or 128
+    MAY_SKIP: gl.constexpr,  # whether a row may keep nothing: what it would write is then left alone
 ):
     CONSUMERS: gl.constexpr = BLOCK // HALF
     heads = gl.num_programs(0) // rows
@@ -113,6 +114,9 @@ def hopper_attention_kernel(
     indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
     indices += row.to(gl.int64) * index_row
     count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
+    if MAY_SKIP:  # noqa: SIM102 - known when it is compiled
+        if count == 0:
+            return
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     first_token = (offset // BLOCK + row) * BLOCK - offset

@@ -45,6 +45,7 @@ _BUDGET_FIELDS = (
     "tail_ratio",
     "head_floor",
     "residual",
+    "precision",
 )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from stem_attn import plots
@@ -17,7 +19,8 @@ from stem_attn.policy import USUAL_REASONS
 
 log = logging.getLogger("stem_attn.hf")
 
-_EXPECTED = USUAL_REASONS | {"audit missed the target"}
+MISSED = "audit missed the target"
+_EXPECTED = USUAL_REASONS | {MISSED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,9 @@ class Counters:
         self._kept_blocks: dict[str, Tensor] = {}  # by device, int64, so that counting never waits for the device
         self._audits: dict[int, AuditSums] = {}
         self._redone: Counter[int] = Counter()
+        # By layer and device, int64 [4]: what the sparse calls that missed a target, as only the device knows yet,
+        # are counted with too much: calls, query tokens, causal blocks, and calls of an unknown prompt length.
+        self._missed: dict[tuple[int, str], Tensor] = {}
         self._audits_begun = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,38 +130,67 @@ class Counters:
         with self._lock:
             self._zero()
 
-    def kept(self, kept: Kept) -> None:
-        """Note the density of one sparse call, or of one batch row of it."""
-        device = str(kept.blocks.device)
-        with self._lock:
-            self._kept_blocks[device] = self._kept_blocks.get(device, 0) + kept.blocks
-            self._causal_blocks += kept.causal
-
     def next_audit_seed(self) -> int:
         """Return another seed on every call, and the same ones again after a reset."""
         with self._lock:
             self._audits_begun += 1
             return self._audits_begun
 
-    def audit(self, layer: int | None, sums: AuditSums, *, redone: bool) -> None:
-        """Note what an audit found of one sparse call, and whether it was then attended densely."""
-        key = -1 if layer is None else layer
+    def audit(self, layer: int | None, sums: AuditSums) -> None:
+        """Note what an audit found of one sparse call."""
+        key = _key(layer)
         with self._lock:
             self._audits[key] = self._audits[key] + sums if key in self._audits else sums
-            self._redone.update([key] * redone)
 
-    def unknown_prompt_len(self) -> None:
-        """Note a sparse call with a prefix whose whole prompt length is unknown, and warn once."""
+    def redone(self, layer: int | None) -> None:
+        """Note a call that missed the target; `dense` notes what then ran."""
         with self._lock:
-            self._unknown_prompt_len += 1
-        message = "whole prompt length unknown, chunks are budgeted by the tokens seen so far: see prompt_length()"
-        self._say(message, logging.WARNING)
+            self._redone[_key(layer)] += 1
 
-    def attended(self, kind: str, tokens: int) -> None:
-        """Note one sparse or banded call of `tokens` query tokens."""
+    def sparse(
+        self,
+        tokens: int,
+        kept: Sequence[Kept],
+        *,
+        unknown_prompt_len: bool,
+        layer: int | None,
+        missed: Literal[False] | Tensor,
+    ) -> None:
+        """Note one sparse call.
+
+        Args:
+            tokens: Its query tokens.
+            kept: What its parts kept.
+            unknown_prompt_len: Whether it has a prefix, and the whole prompt's length is unknown; warns once.
+            layer: The layer's index.
+            missed: bool [] on the device: whether it missed the target and was attended again, which nobody waits for.
+        """
+        causal = sum(k.causal for k in kept)
+        too_much = None
+        if missed is not False:
+            numbers = torch.tensor([1, tokens, causal, int(unknown_prompt_len)], device="cpu")
+            too_much = missed * numbers.to(missed.device, non_blocking=True)
         with self._lock:
-            self._calls[kind] += 1
-            self._tokens[kind] += tokens
+            self._calls["sparse"] += 1
+            self._tokens["sparse"] += tokens
+            self._causal_blocks += causal
+            self._unknown_prompt_len += unknown_prompt_len
+            for blocks in (k.blocks for k in kept):
+                device = str(blocks.device)
+                stands = blocks if missed is False else blocks * ~missed
+                self._kept_blocks[device] = self._kept_blocks.get(device, 0) + stands
+            if too_much is not None:
+                key = _key(layer), str(too_much.device)
+                self._missed[key] = self._missed[key] + too_much if key in self._missed else too_much
+        if unknown_prompt_len:
+            message = "whole prompt length unknown, chunks are budgeted by the tokens seen so far: see prompt_length()"
+            self._say(message, logging.WARNING)
+
+    def banded(self, tokens: int) -> None:
+        """Note one banded call of `tokens` query tokens."""
+        with self._lock:
+            self._calls["banded"] += 1
+            self._tokens["banded"] += tokens
 
     def dense(self, reason: str, tokens: int) -> None:
         """Note one dense call, and log its reason if it is new for this model."""
@@ -163,6 +198,9 @@ class Counters:
             self._calls["dense"] += 1
             self._tokens["dense"] += tokens
             self._dense[reason] += 1
+        self._say_dense(reason)
+
+    def _say_dense(self, reason: str) -> None:
         self._say(f"dense attention: {reason}", logging.INFO if reason in _EXPECTED else logging.WARNING)
 
     def _say(self, message: str, level: int) -> None:
@@ -172,8 +210,27 @@ class Counters:
         if new:
             log.log(level, "%s (said once per model)", message)
 
+    def _settle(self) -> None:
+        """Count as dense what missed a target; waits for the device."""
+        with self._lock:
+            missed, self._missed = self._missed, {}
+            for (layer, _), too_much in missed.items():
+                calls, tokens, causal, unknown = too_much.tolist()
+                if calls:
+                    self._redone[layer] += calls
+                    self._dense[MISSED] += calls
+                    for counts, number in ((self._calls, calls), (self._tokens, tokens)):
+                        counts["sparse"] -= number
+                        counts["dense"] += number
+                    self._causal_blocks -= causal
+                    self._unknown_prompt_len -= unknown
+            any_missed = MISSED in self._dense
+        if any_missed:
+            self._say_dense(MISSED)
+
     def stats(self, method: str) -> Stats:
-        """Return the counts so far, of the method of this name."""
+        """Return the counts so far, of the method of this name; waits for the device."""
+        self._settle()
         with self._lock:
             kept = sum(int(n) for n in self._kept_blocks.values())
             return Stats(
@@ -188,3 +245,7 @@ class Counters:
                 audit={layer: self._audits[layer].read() for layer in sorted(self._audits)},
                 redone=dict(sorted(self._redone.items())),
             )
+
+
+def _key(layer: int | None) -> int:
+    return -1 if layer is None else layer

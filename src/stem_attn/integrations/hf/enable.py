@@ -43,8 +43,8 @@ def enable(
 
     Args:
         model: A transformers model.
-        config: Stem's settings, or a preset's name. With another method only `residual` may differ from the default:
-            the rest is the method's own, `block_size` too. (`"uniform"` takes all of it.)
+        config: Stem's settings, or a preset's name. With another method only `residual` and `precision` may
+            differ from the default: the rest is the method's own, `block_size` too. (`"uniform"` takes all of it.)
         policy: Which prompts and layers are sparse. Default: the preset's, or `PrefillPolicy()` beside a `StemConfig`.
             Its `crossover` holds for Stem only, whose density is known in advance: other methods always run sparse
             from `min_seq_len` tokens on.
@@ -132,11 +132,12 @@ def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[Stem
         return method.config, None
     if method == "uniform":
         return config, Uniform(config=config)
-    ignored = [f for f in field_names() if f != "residual" and getattr(config, f) != getattr(_DEFAULT, f)]
+    others = [f for f in field_names() if f not in ("residual", "precision")]
+    ignored = [f for f in others if getattr(config, f) != getattr(_DEFAULT, f)]
     if ignored:
         raise ValueError(
-            f"config.{ignored[0]} has no effect on method {method!r}: with a method, config gives residual only; "
-            "set the method's own fields with methods.make(name, ...)"
+            f"config.{ignored[0]} has no effect on method {method!r}: with a method, config gives residual and "
+            "precision only; set the method's own fields with methods.make(name, ...)"
         )
     if isinstance(method, str):
         return config, methods.make(method)

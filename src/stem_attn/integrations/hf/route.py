@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from stem_attn import backends
 from stem_attn.api import block_sparse_attention
 from stem_attn.backends.base import Geometry
 from stem_attn.blocks import BlockGrid, BlockSelection
+from stem_attn.integrations.hf.counters import MISSED
 from stem_attn.integrations.hf.dense import attend_densely, check_keys
 from stem_attn.integrations.hf.masks import Layout, layout
 from stem_attn.integrations.hf.properties import Properties
@@ -94,50 +95,61 @@ def route(
         assert window is not None
         return _banded(state, q, k, v, window, how)
 
+    parts = list(_parts(rows, lens, seen, q_len, keys))
+
     def run(attend: Attend) -> Tensor:
-        return _without_padding(attend, query, key[:, :, :keys], value[:, :, :keys], rows, lens, seen)
+        return _without_padding(attend, query, key, value, parts)
 
     if whole is not None:
         state.counters.dense(whole, batch * q_len)
         return run(all_blocks)
     if window is not None:
-        state.counters.attended("banded", batch * q_len)
+        state.counters.banded(batch * q_len)
         return run(banded)
     out = run(sparse.attend)
-    if not sparse.stands(layer):
-        missed = "audit missed the target"
+    missed = sparse.misses(layer)
+    if missed is True:
+        state.counters.redone(layer)
         if not properties.any:
-            return _dense(state, module, query, key, value, mask, scale, properties, missed)
-        state.counters.dense(missed, batch * q_len)
+            return _dense(state, module, query, key, value, mask, scale, properties, MISSED)
+        state.counters.dense(MISSED, batch * q_len)
         return run(all_blocks)
-    state.counters.attended("sparse", batch * q_len)
-    if told_lens is None and seen > q_len:
-        state.counters.unknown_prompt_len()
+    if missed is not False:
+        for which, queries, present, _ in parts:
+            q, k, v = query[which, :, queries], key[which, :, present], value[which, :, present]
+            sparse.attend_if(missed, q, k, v, out[which, queries].transpose(1, 2))
+    unknown = told_lens is None and seen > q_len
+    state.counters.sparse(batch * q_len, sparse.kept, unknown_prompt_len=unknown, layer=layer, missed=missed)
     return out
 
 
-def _without_padding(
-    attend: Attend,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: tuple[tuple[int, int], ...],
-    lens: list[int],
-    seen: int,
-) -> Tensor:
-    """Attend to all batch rows, those that are padded alike together, each cut to its real tokens: [B, L, Hq, Dv]."""
-    batch, heads, q_len, _ = query.shape
+_Part = tuple[slice, slice, slice, list[int]]
+"""Batch rows that are padded alike, their real tokens among queries and among keys, and their prompts' lengths."""
+
+
+def _parts(rows: tuple[tuple[int, int], ...], lens: list[int], seen: int, q_len: int, k_len: int) -> Iterator[_Part]:
+    """Yield the parts of a call that have queries."""
     alike = len(set(rows)) == 1
-    if alike and rows[0] == (0, seen):
-        return attend(query, key, value, lens).transpose(1, 2).contiguous()
-    out = query.new_zeros(batch, q_len, heads, value.shape[3])
-    parts = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
-    for which, (first, end) in parts:
+    spans = [(slice(None), rows[0])] if alike else [(slice(b, b + 1), row) for b, row in enumerate(rows)]
+    for which, (first, end) in spans:
         queries = _present(first, end, seen, q_len)
         if queries.start < queries.stop:
-            present = _present(first, end, seen, key.shape[2])
-            part = attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens[which])
-            out[which, queries] = part.transpose(1, 2)
+            yield which, queries, _present(first, end, seen, k_len), lens[which]
+
+
+def _without_padding(attend: Attend, query: Tensor, key: Tensor, value: Tensor, parts: list[_Part]) -> Tensor:
+    """Attend to all parts, each cut to its real tokens: [B, L, Hq, Dv], zeros elsewhere."""
+    batch, heads, q_len, _ = query.shape
+
+    def attended(part: _Part) -> Tensor:
+        which, queries, present, lens = part
+        return attend(query[which, :, queries], key[which, :, present], value[which, :, present], lens).transpose(1, 2)
+
+    if [part[:2] for part in parts] == [(slice(None), slice(0, q_len))]:  # nothing is padded
+        return attended(parts[0]).contiguous()
+    out = query.new_zeros(batch, q_len, heads, value.shape[3])
+    for part in parts:
+        out[part[0], part[1]] = attended(part)
     return out
 
 

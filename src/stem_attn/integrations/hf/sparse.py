@@ -14,7 +14,7 @@ from stem_attn.config import StemConfig
 from stem_attn.integrations.hf.counters import Kept
 from stem_attn.integrations.hf.state import State
 from stem_attn.layout import Layout
-from stem_attn.run import audit
+from stem_attn.run import attend_if, audit, misses
 
 
 class SparseCall:
@@ -22,7 +22,7 @@ class SparseCall:
 
     Args:
         state: The model's settings and counters.
-        config: The layer's; of another method only `residual`.
+        config: The layer's; of another method only `residual` and `precision`.
         how: What attention is asked for: `scale`, `softcap` and `sinks` of the public functions.
     """
 
@@ -30,7 +30,8 @@ class SparseCall:
         self._state = state
         self._config = config
         self._how = how
-        self._kept: list[Kept] = []
+        self.kept: list[Kept] = []
+        self._call: Call | None = None
         self._audit: AuditSums | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
@@ -52,29 +53,41 @@ class SparseCall:
             )
         else:
             selection = state.method.select(q, k, v, scale=how["scale"], prompt_len=lens)
-            residual = config.residual
-            out = block_sparse_attention(q, k, v, selection, residual=residual, backend=state.backend, **how)
-        self._kept.append(Kept.of(selection))
+            asked: Any = {"residual": config.residual, "precision": config.precision, "backend": state.backend}
+            out = block_sparse_attention(q, k, v, selection, **asked, **how)
+        self.kept.append(Kept.of(selection))
         if state.policy.audit_rows:
-            asked = {**how, "scale": resolve_scale(how["scale"], q.shape[3])}
-            call = Call(Layout.dense(q, k, v, lens), state.block_size, **asked)
+            self._call = call = self._exactly(q, k, v)
             seed = state.counters.next_audit_seed()
             sums = audit(call, [selection], out, state.backend, rows=state.policy.audit_rows, seed=seed)
             self._audit = sums if self._audit is None else self._audit + sums
         return out
 
-    def stands(self, layer: int | None) -> bool:
-        """Count the call, and tell whether it meets the policy's target. Where there is one, this waits for the device.
+    def misses(self, layer: int | None) -> bool | Tensor:
+        """Count the audit, and tell whether the call misses the policy's target.
 
         Args:
             layer: The layer's index.
+
+        Returns:
+            bool [] on the device if the backend can tell there, so that nobody waits; otherwise a bool.
         """
-        counters, policy = self._state.counters, self._state.policy
-        if self._audit is not None:
-            missed = policy.has_target and policy.misses(self._audit.read())
-            counters.audit(layer, self._audit, redone=missed)
-            if missed:
-                return False
-        for kept in self._kept:
-            counters.kept(kept)
-        return True
+        policy, sums = self._state.policy, self._audit
+        if sums is None:
+            return False
+        self._state.counters.audit(layer, sums)
+        if not policy.has_target:
+            return False
+        assert self._call is not None
+        target = {"min_recall": policy.min_recall, "max_error": policy.max_error}
+        missed = misses(self._call, sums, self._state.backend, **target)
+        return policy.misses(sums.read()) if missed is None else missed
+
+    def attend_if(self, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Attend to all blocks if a flag says so: bool [] on the device; out [B, Hq, Tq, Dv] is then overwritten."""
+        attend_if(self._exactly(q, k, v), wanted, out, self._state.backend)
+
+    def _exactly(self, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        """Return the call that the sparse one stands for."""
+        asked = {**self._how, "scale": resolve_scale(self._how["scale"], q.shape[3])}
+        return Call(Layout.dense(q, k, v), self._state.block_size, **asked)

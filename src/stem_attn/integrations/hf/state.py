@@ -23,7 +23,7 @@ class State:
     """Hold the settings and counters of one model. All its attention modules refer to the same object.
 
     Args:
-        config: Stem's settings; of another method only `residual`.
+        config: Stem's settings; of another method only `residual` and `precision`.
         policy: Which prompts and layers are sparse.
         prompt_len: Tokens of the whole prompt where no block tells them, one int or one a batch row; None if unknown.
         backend: The backend's name, or "auto".

@@ -54,7 +54,14 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
             )
             counters.count_selection(selection, time.perf_counter() - began)
             out = block_sparse_attention(
-                q, k, v, selection, scale=self.scale, residual=config.residual, **self.properties
+                q,
+                k,
+                v,
+                selection,
+                scale=self.scale,
+                residual=config.residual,
+                precision=config.precision,
+                **self.properties,
             )
             output[span.tokens] = out[0].transpose(0, 1)
 

@@ -5,6 +5,7 @@ A builder returns contenders or raises `UnavailableError` with the reason, which
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Contender:
             alone, or the `"whole"` operation.
         run: Computes the output, or the selection.
         run_with_selection: For the whole operation: returns what it selected too.
-        plain: Whether it computes without the problem's softcap and sinks.
+        plain: Whether it computes without the problem's softcap and sinks, in the precision of the inputs.
     """
 
     name: str
@@ -55,7 +56,10 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The inputs that all contenders of a case share; with a softcap or sinks, backends run without and with them."""
+    """The inputs that all contenders of a case share.
+
+    With a softcap, sinks or a precision of the config's, backends run without and with them.
+    """
 
     q: Tensor
     k: Tensor
@@ -68,7 +72,9 @@ class Problem:
     @property
     def suffix(self) -> str:
         """What is added to the name of a backend that runs with them; empty where there are none."""
-        return (" softcap" if self.softcap is not None else "") + (" sinks" if self.sinks is not None else "")
+        precision = self.config.precision
+        named = {"softcap": self.softcap is not None, "sinks": self.sinks is not None, precision: precision != "auto"}
+        return "".join(f" {name}" for name, wanted in named.items() if wanted)
 
 
 def names() -> list[str]:
@@ -85,7 +91,8 @@ def build(name: str, problem: Problem) -> list[Contender]:
     if name in _OTHERS:
         part, prepare = _OTHERS[name]
         return [Contender(name, part, prepare(problem))]
-    plain = _backend(name, problem, {}, "")
+    plain_problem = dataclasses.replace(problem, config=dataclasses.replace(problem.config, precision="auto"))
+    plain = _backend(name, plain_problem, {}, "")
     if not problem.suffix:
         return plain
     return [*plain, *_backend(name, problem, {"softcap": problem.softcap, "sinks": problem.sinks}, problem.suffix)]
@@ -97,7 +104,8 @@ def _backend(name: str, p: Problem, properties: dict[str, Any], suffix: str) -> 
     if reason:
         raise UnavailableError(reason)
     try:
-        call = Call(Layout.dense(p.q, p.k, p.v), p.config.block_size, resolve_scale(None, p.q.shape[3]), **properties)
+        layout, scale = Layout.dense(p.q, p.k, p.v), resolve_scale(None, p.q.shape[3])
+        call = Call(layout, p.config.block_size, scale, precision=p.config.precision, **properties)
         backends.selector_of(backends.for_call(name, call), call)
     except (ValueError, RuntimeError) as error:  # RuntimeError: of what makes its selections
         raise UnavailableError(str(error)) from error
@@ -106,7 +114,9 @@ def _backend(name: str, p: Problem, properties: dict[str, Any], suffix: str) -> 
     label, plain = name + suffix, not suffix
 
     def attend() -> Tensor:
-        return block_sparse_attention(p.q, p.k, p.v, p.selection, **how)  # type: ignore[no-any-return]
+        return block_sparse_attention(  # type: ignore[no-any-return]
+            p.q, p.k, p.v, p.selection, precision=p.config.precision, **how
+        )
 
     return [
         Contender(label, "attention", attend, plain=plain),

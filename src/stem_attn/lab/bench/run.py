@@ -199,7 +199,8 @@ class _Gates:
 
     def _gate(self, selection: BlockSelection | None, plain: bool) -> AttentionGate:
         p = self._problem
-        return AttentionGate(p.q, p.k, p.v, selection, self._samples, **self._properties(plain))
+        precision = "auto" if plain else p.config.precision
+        return AttentionGate(p.q, p.k, p.v, selection, self._samples, precision=precision, **self._properties(plain))
 
     def _properties(self, plain: bool) -> dict[str, Any]:
         return {} if plain else {"softcap": self._problem.softcap, "sinks": self._problem.sinks}

@@ -1,0 +1,408 @@
+"""The attention kernel for Hopper with 8-bit products (e4m3), in Gluon; made like that of `hopper_kernel`.
+
+It reads what `quantize_kernels` wrote: whole blocks, so it knows neither pages nor strides. A block of values lies
+transposed, as the 8-bit instruction wants it, and its keys in the order in which `_pack` puts the weights: what a
+thread holds of a score tile is then what it must hold of the next product's left operand, and nothing moves.
+
+The tensor core adds 8-bit products in about 22 bits (14 of the sum's). So every tile's product with the values is a
+sum of its own, added in float32. Its weights are relative to the tile's own maximum, so that tiles of small weights
+lose no digits.
+
+No exponential is computed. The bits of an e4m3 number, read as an integer, are 8 times its logarithm to base 2, with a
+straight line from each power of two to the next. So a logit, scaled and rounded to an integer, is its weight's bits: up
+to 6% too large, on average 4%, of which the same is in the sum that they are divided by.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, warpgroup_barrier
+from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.rescale_kernel import rescale
+from stem_attn.backends.triton.tanh_kernel import tanh
+
+BLOCK = gl.constexpr(128)
+TOP = gl.constexpr(126.0)
+"""The bits of a tile's largest weight, 448. 127 is NaN."""
+TOP_LOG2 = gl.constexpr(8.8073549)
+"""Its logarithm. Weights are above the line 2^(bits / 8 - 7) by 4%, and this one is too."""
+REACH = gl.constexpr(48.0)
+"""How far, as a power of two, a tile's maximum may rise above what sums are relative to before they get a new scale."""
+
+
+def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """Return the shared-memory layout of a box [1, 1, rows, columns] of 8-bit numbers."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.float8e4nv)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "index_batch",
+        "index_head",
+        "index_row",
+        "count_batch",
+        "count_head",
+        "count_row",
+        "rows",
+        "lead",
+        "q_len",
+        "k_len",
+    ],
+    do_not_specialize_on_alignment=["sinks"],
+)
+def hopper_fp8_kernel(
+    q,  # descriptor of e4m3 [B, Hq, R * BLOCK, D], boxes of 64 tokens
+    k,  # descriptor of e4m3 [B, Hkv, Kb * BLOCK, D], boxes of a block
+    v,  # descriptor of e4m3 [B, Hkv, Kb * DV, BLOCK], boxes of a block
+    q_scales,  # float32 [B, Hq, R * BLOCK], what a query's numbers are multiplied with
+    kv_scales,  # float32 [2, B, Hkv], k's and v's
+    unsafe,  # int32 [B, Hkv], whether a head is left to another kernel
+    shifts,  # float32 [B, Hq, R * BLOCK], what a query's dot products lack; unused unless SHIFTED
+    out,  # [B, Hq, Tq, DV]
+    lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; unused unless LSE
+    indices,  # int32 [B, Hq, R, S], last stride 1
+    counts,  # int32 [B, Hq, R]
+    sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
+    out_strides,  # (batch, head, token) in elements, as all strides here
+    index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
+    index_head,
+    index_row,
+    count_batch,
+    count_head,
+    count_row,
+    rows,
+    lead,  # rows that start first
+    group,  # query heads a KV head
+    q_len,
+    k_len,
+    scale_log2,  # logit factor times log2(e), positive; of the tanh where there is one, and then the softcap's
+    tanh_factor,  # logit factor over the softcap; read only where there is one
+    window,  # tokens; read only where WINDOW
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    WINDOW: gl.constexpr,
+    LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
+):
+    heads = gl.num_programs(0) // rows
+    row, head = row_and_head(rows, lead)
+    batch = gl.program_id(1)
+    kv_heads = heads // group
+    kv_head = head // group
+    indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
+    indices += row.to(gl.int64) * index_row
+    if gl.load(unsafe + batch * (heads // group) + head // group) != 0:
+        return
+    count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
+    offset = k_len - q_len
+    # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
+    first_token = (offset // BLOCK + row) * BLOCK - offset
+    out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
+    lse += (batch.to(gl.int64) * heads + head) * q_len
+    first_row = ((batch.to(gl.int64) * heads + head) * rows + row) * BLOCK
+    shifts += first_row
+    q_scales += first_row
+    k_scale = gl.load(kv_scales + batch * kv_heads + kv_head)
+    v_scale = gl.load(kv_scales + (gl.num_programs(1) + batch) * kv_heads + kv_head)
+
+    D: gl.constexpr = q.block_type.shape[3]
+    DV_PAD: gl.constexpr = v.block_type.shape[2]
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], q.dtype)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], k.dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DV_PAD, BLOCK], v.dtype)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D], q_layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK, D], k_layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, DV_PAD, BLOCK], v_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()
+
+    tiles = (q_tiles, k_tiles, v_tiles)
+    barriers = (q_full, k_full, k_free, v_full, v_free)
+    blocks = (indices, count, first_token)
+    factors = (q_scales, k_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
+    # Without what is not read: it would be carried over to the warpgroups all the same.
+    shift_at = (shifts,) if SINKS or LSE or TANH != "none" else ()
+    geometry = (q_len, (first_token + offset - window,) if WINDOW else (), shift_at)
+    outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
+    values = (tiles, barriers, blocks, geometry, factors, outputs)
+    gl.warp_specialize(
+        [
+            (_consume, (0, values, DV, STAGES, WINDOW, LSE, SINKS, TANH)),
+            (_consume, (1, values, DV, STAGES, WINDOW, LSE, SINKS, TANH)),
+            (_produce, ((q, k, v), tiles, barriers, blocks, batch, row, head, kv_head, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@gluon.jit
+def _produce(descriptors, tiles, barriers, blocks, batch, row, head, kv_head, STAGES: gl.constexpr):
+    """Copy Q once, then K one block ahead of V, in the order in which the consumers need them: last to first."""
+    q, k, v = descriptors
+    q_tiles, k_tiles, v_tiles = tiles
+    q_full, k_full, k_free, v_full, v_free = barriers
+    indices, count, _ = blocks
+    DV_PAD: gl.constexpr = v.block_type.shape[2]
+    mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
+    for half in gl.static_range(2):
+        load_box(q, [batch, head, row * BLOCK + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+    block = gl.load(indices + count - 1)
+    mbarrier.expect(k_full.index(0), k.block_type.nbytes)
+    load_box(k, [batch, kv_head, block * BLOCK, 0], k_full.index(0), k_tiles.index(0))
+    for step in range(1, count + 1):
+        last_block = block
+        if step < count:
+            block = gl.load(indices + count - 1 - step)
+            slot = step % STAGES
+            mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
+            load_box(k, [batch, kv_head, block * BLOCK, 0], k_full.index(slot), k_tiles.index(slot))
+        slot = (step - 1) % STAGES
+        mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
+        mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+        load_box(v, [batch, kv_head, last_block * DV_PAD, 0], v_full.index(slot), v_tiles.index(slot))
+
+
+@gluon.jit
+def _weigh(score, factor, peak):
+    """Return weights 2^(score * factor - peak), the largest 448, as bits of e4m3 above 1024 in float16.
+
+    Args:
+        score: float32 [64, BLOCK], dot products.
+        factor: float32 [64], what makes logits of them, in powers of two.
+        peak: float32 [64], the rows' largest logits.
+
+    Returns:
+        int32 [64, BLOCK / 2], two weights each.
+    """
+    top = TOP - peak * 8.0
+    top -= gl.abs(top) * 2.0**-22  # large logits lose digits: none may round to 127
+    bits = score * (factor * 8.0)[:, None] + top[:, None]
+    even, odd = bits.reshape([HALF, BLOCK // 2, 2]).split()
+    return gl.inline_asm_elementwise(
+        "{\n.reg .b32 bits, whole;\ncvt.rn.relu.f16x2.f32 bits, $2, $1;\n"
+        "mov.b32 whole, 0x64006400;\nadd.rn.f16x2 $0, bits, whole;\n}",
+        "=r,f,f",
+        [even, odd],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _pack(weight):
+    """Join what `_weigh` returns to int32 [64, BLOCK / 4] of four weights each, moving nothing.
+
+    A thread holds columns 8 h + 2 t + e of a row's 16, h and e each 0 or 1 and t its number among four. As a left
+    operand it must hold columns 4 t + 2 h + e. So that is where column 8 h + 2 t + e goes, as does the value it meets.
+    """
+    pairs = weight.reshape([HALF, BLOCK // 16, 2, 4]).permute((0, 1, 3, 2)).reshape([HALF, BLOCK // 4, 2])
+    first, second = pairs.split()
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _multiply(packed, values, nothing):
+    """Issue the product of weights from `_pack` with a block of values; return their sum, nothing added to it yet."""
+    twice = gl.join(packed, packed)
+    fours = gl.join(twice, twice).reshape([HALF, BLOCK])
+    fours = gl.convert_layout(fours, gl.DotOperandLayout(0, nothing.type.layout, 4), assert_trivial=True)
+    operand = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4
+    )
+    return warpgroup_mma(operand, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_halves(a, b):
+    return gl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _sum(weight, layout: gl.constexpr):
+    """Sum the rows of what `_weigh` returns; float32 [64].
+
+    Times 128 the bits of an e4m3 number are those of a float16, 2^-8 of it. 128 of them are added in float16.
+    """
+    halves = gl.inline_asm_elementwise(
+        "mad.lo.u32 $0, $1, 128, 0xffce0000;", "=r,r", [weight], dtype=gl.int32, is_pure=True, pack=1
+    )  # less 1024.0's bits times 128, in both halves
+    total = gl.inline_asm_elementwise(
+        "{\n.reg .b16 low, high;\n.reg .f32 x, y;\nmov.b32 {low, high}, $1;\n"
+        "cvt.f32.f16 x, low;\ncvt.f32.f16 y, high;\nadd.f32 x, x, y;\nmul.f32 $0, x, 0f43800000;\n}",
+        "=f,r",
+        [gl.reduce(halves, 1, _add_halves)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return gl.convert_layout(total, layout)
+
+
+@gluon.jit
+def _see(score, row, column, oldest, indices, count, step, WINDOW: gl.constexpr):
+    """Leave out the keys of a step's block that a query's window does not reach; `oldest` is the first query's."""
+    if WINDOW:
+        before = oldest[0] - gl.load(indices + count - 1 - step) * BLOCK
+        score = gl.where(column[None, :] > (row + before)[:, None], score, float("-inf"))
+    return score
+
+
+@gluon.jit
+def _cap(score, cap, TANH: gl.constexpr):
+    """Put a softcap on dot products, less what they lack."""
+    if TANH != "none":
+        return tanh(score * cap[0][:, None] + cap[1][:, None], TANH)
+    else:
+        return score
+
+
+@gluon.jit
+def _consume(
+    half,
+    values,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    WINDOW: gl.constexpr,
+    LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+    TANH: gl.constexpr,
+):
+    """Attend with 64 queries over the row's blocks, the diagonal one first."""
+    tiles, barriers, blocks, geometry, factors, outputs = values
+    q_tiles, k_tiles, v_tiles = tiles
+    q_full, k_full, k_free, v_full, v_free = barriers
+    indices, count, first_token = blocks
+    q_len, oldest, shift_at = geometry
+    q_scales, k_scale, v_scale, scale_log2, tanh_factor = factors
+    out, out_stride, lse, sink_at = outputs
+    DV_PAD: gl.constexpr = v_tiles.type.shape[1]
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 32])
+    score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+
+    # In the block. The assembler must not know which keys the first warpgroup never sees: weights that it knew to be
+    # zeros it joined wrongly.
+    row = (half + (count >> 30)) * HALF + gl.arange(0, HALF, layout=score_rows)
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
+    no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
+    no_value = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+    query = q_tiles.index(half)
+    dot_scale = gl.load(q_scales + row) * k_scale
+    if TANH == "none":
+        factor = dot_scale * scale_log2
+        cap = ()
+    else:
+        factor = scale_log2 + gl.zeros_like(dot_scale)
+        cap = (  # type: ignore[assignment]
+            dot_scale * tanh_factor[0],
+            gl.load(shift_at[0] + row) * tanh_factor[0],
+        )
+
+    # The diagonal block. Every query sees a key in it, so that no maximum is infinite.
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
+    score = warpgroup_mma_wait(0, deps=(score,))
+    warpgroup_barrier()
+    mbarrier.arrive(k_free.index(0), count=1)
+    score = _cap(score, cap, TANH)
+    score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
+    score = _see(score, row, column, oldest, indices, count, 0, WINDOW)
+    base = gl.max(score, 1) * factor  # what sums are relative to
+    weight = _weigh(score, factor, base)
+    packed = _pack(weight)
+    total = _sum(weight, score_rows)
+    acc = no_value
+    # What the last tile and the one before it do to the sums; every variable made anew, or a loop would not carry it.
+    part = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+    decay = gl.full([HALF], 1.0, gl.float32, score_rows)
+    share = gl.full([HALF], 1.0, gl.float32, score_rows)
+    old_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
+    old_share = gl.full([HALF], 0.0, gl.float32, score_rows)
+    mbarrier.wait(k_full.index(1), 0, pred=count > 1)
+
+    for step in range(1, count):
+        slot = step % STAGES
+        last = (step - 1) % STAGES
+        score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
+        acc = rescale(acc, gl.convert_layout(old_decay, out_rows))
+        acc += part * gl.convert_layout(old_share, out_rows)[:, None]
+        mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
+        part = _multiply(packed, v_tiles.index(last), no_value)
+        score = warpgroup_mma_wait(1, deps=(score,))
+        warpgroup_barrier()
+        mbarrier.arrive(k_free.index(slot), count=1)
+        score = _cap(score, cap, TANH)
+        score = _see(score, row, column, oldest, indices, count, step, WINDOW)
+        peak = gl.max(score, 1) * factor
+        if WINDOW:  # it may see nothing of this block
+            peak = gl.where(peak == float("-inf"), base, peak)
+        weight = _weigh(score, factor, peak)
+        new_base = gl.where(peak > base + REACH, peak, base)
+        next_decay = gl.exp2(base - new_base)
+        next_share = gl.exp2(peak - new_base)
+        base = new_base
+        total = total * next_decay + _sum(weight, score_rows) * next_share
+        # The assembler moves the wait for the value product up, before the weights, if nothing that branches stands
+        # between. So the wait for the next keys is here.
+        ahead = step + 1
+        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < count)
+        part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
+        warpgroup_barrier()
+        mbarrier.arrive(v_free.index(last), count=1)
+        packed = _pack(weight)
+        old_share = share
+        old_decay = decay
+        share = next_share
+        decay = next_decay
+
+    acc = acc * gl.convert_layout(old_decay, out_rows)[:, None] + part * gl.convert_layout(old_share, out_rows)[:, None]
+    last = (count - 1) % STAGES
+    mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
+    part = _multiply(packed, v_tiles.index(last), no_value)
+    part, packed = warpgroup_mma_wait(0, deps=(part, packed))
+    acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part * gl.convert_layout(share, out_rows)[:, None]
+
+    if (LSE or SINKS) and TANH == "none":
+        base += gl.load(shift_at[0] + row) * scale_log2
+    if SINKS:  # only now: weights that were small beside a sink's would lose digits in 8 bits
+        sink = gl.load(sink_at[0]).to(gl.float32) * LOG2_E
+        whole_base = gl.maximum(base, sink)
+        decay = gl.exp2(base - whole_base)
+        total = total * decay + gl.exp2(sink - whole_base + TOP_LOG2)
+        acc = acc * gl.convert_layout(decay, out_rows)[:, None]
+        base = whole_base
+    acc = acc * gl.convert_layout(v_scale / total, out_rows)[:, None]
+    out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
+    dims = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, out_layout))
+    present = (out_token >= 0) & (out_token < q_len)
+    out_at = out + out_token.to(gl.int64)[:, None] * out_stride + dims[None, :]
+    gl.store(out_at, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
+    if LSE:
+        token = row + first_token
+        gl.store(lse + token, (base - TOP_LOG2 + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))
