@@ -223,6 +223,9 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
         monkeypatch.setitem(config.additional_config, "stem", {**SETTINGS, "block_size": 48})
         with pytest.raises(ValueError, match="block sizes are 16, 32, 64 and 128, got 48"):
             make_impl(cuda)
+        monkeypatch.setitem(config.additional_config, "stem", {"precision": "fp8"})
+        with pytest.raises(ValueError, match=r"with precision='fp8' it takes .* got torch\.float32"):
+            make_impl(cuda)
 
 
 def test_graphs_and_names(cuda):
