@@ -154,7 +154,9 @@ def _pool(
                 squares = tl.sum(squares.reshape(TOKENS // SLOTS, SLOTS, D_PAD), 0)
             spreads = tl.maximum(squares / tokens - means * means, 0.0) * BALANCE
         else:
-            spreads = means * means * (spread / BALANCE)
+            # The maximum changes nothing. Without it the factor is fused into the sum below, once from either side, and
+            # threads that hold the same sum hold different last bits of it.
+            spreads = tl.maximum(means * means * (spread / BALANCE), 0.0)
         spreads = tl.sum(spreads.reshape(SLOTS, 2, D_PAD // 2), 1)
         largest = tl.maximum(largest, tl.max(tl.max(tl.abs(spreads), 1), 0))
     exponent = largest.to(tl.int32, bitcast=True) >> 23  # biased by 127

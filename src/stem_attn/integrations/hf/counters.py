@@ -168,7 +168,7 @@ class Counters:
         causal = sum(k.causal for k in kept)
         too_much = None
         if missed is not False:
-            numbers = torch.tensor([1, tokens, causal, int(unknown_prompt_len)], device="cpu")
+            numbers = torch.tensor([1, tokens, causal, int(unknown_prompt_len)], dtype=torch.int64, device="cpu")
             too_much = missed * numbers.to(missed.device, non_blocking=True)
         with self._lock:
             self._calls["sparse"] += 1
