@@ -51,6 +51,10 @@ class Server:
         """Counts of the workers."""
         return json.loads(self.request("/collective_rpc", {"method": "stem_stats"}))["results"]
 
+    def reset_stats(self):
+        """Forget what the workers have counted, as of the server's own warm-up."""
+        self.request("/collective_rpc", {"method": "stem_reset_stats"})
+
     def memory_mb(self):
         """Resident memory of the server and the processes it started."""
         import psutil

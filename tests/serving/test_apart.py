@@ -28,7 +28,7 @@ OPTIONS = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "block_size": 
 # The example keeps whole prompts that one step reads, by their tokens alone.
 OPTIONS |= {"no_enable_prefix_caching": True}
 OPTIONS |= (
-    {"dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
+    {"dtype": "bfloat16", "gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2**30}
     if GPU
     else {"enforce_eager": True}
 )
@@ -68,6 +68,7 @@ def test_decode_answers_from_the_pages_that_sparse_prefill_made(tmp_path):
     with together(
         server(model, tmp_path / "prefill.txt", SPARSE, **prefill), server(model, tmp_path / "decode.txt", **decode)
     ) as (reader, writer):
+        reader.reset_stats()
         for ids in PROMPTS:
             dense, likely = complete(writer, ids, NEW_TOKENS)
             found = {}

@@ -133,6 +133,26 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
     assert seen >= {(True, True), (True, False), (False, False)}  # prompts with decodes, alone, and decodes alone
 
 
+def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm.counters import counters
+
+    recorded, config, spec, names = steps
+    with set_current_vllm_config(config):
+        for name in names:
+            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", make_impl(cuda))
+        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    builder._requests.of = lambda common: pytest.fail("the runner was asked")
+    common = next(step.common for step in recorded if not step.common.is_prefilling.any())
+    rows, starts = len(common.is_prefilling), common.query_start_loc_cpu
+    padded = torch.cat([starts, starts[-1:].repeat(3)])
+    for given in (starts, padded):
+        counters.reset()
+        assert builder.build(0, common.replace(query_start_loc_cpu=given, num_actual_tokens=rows + 3)).plan == {}
+        assert counters.read()["dense_tokens"] == {"decode": rows * len(names)}
+
+
 def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
     from vllm.config import set_current_vllm_config
 
@@ -202,6 +222,9 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
         assert make_impl(cuda, 512).dense_reason == "head size 512"
         monkeypatch.setitem(config.additional_config, "stem", {**SETTINGS, "block_size": 48})
         with pytest.raises(ValueError, match="block sizes are 16, 32, 64 and 128, got 48"):
+            make_impl(cuda)
+        monkeypatch.setitem(config.additional_config, "stem", {"precision": "fp8"})
+        with pytest.raises(ValueError, match=r"with precision='fp8' it takes .* got torch\.float32"):
             make_impl(cuda)
 
 

@@ -42,7 +42,11 @@ def test_custom_is_another_name_and_a_config_file_is_read(folders, tmp_path):
 
 @pytest.mark.parametrize(
     ("stem", "message"),
-    [({"budget_ration": 0.1}, "unknown key budget_ration"), ({"budget_ratio": 2}, "budget_ratio must be a finite")],
+    [
+        ({"budget_ration": 0.1}, "unknown key budget_ration"),
+        ({"budget_ratio": 2}, "budget_ratio must be a finite"),
+        ({"precision": "fp8"}, "no backend can run this call with precision='fp8'"),
+    ],
 )
 def test_a_wrong_config_stops_the_start(folders, stem, message):
     with pytest.raises(ValueError, match=message), engine(folders("llama"), stem):

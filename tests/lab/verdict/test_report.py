@@ -323,6 +323,13 @@ def test_a_place_that_cannot_be_written_is_found_first(results, tmp_path, capsys
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_the_page_is_not_written_over_a_result(results, capsys):
+    kept = (results / "ruler.json").read_bytes()
+    assert cli.run(["report", str(results), "--out", str(results / "ruler.json")]) == 2
+    assert "it is read, too" in capsys.readouterr().err
+    assert (results / "ruler.json").read_bytes() == kept
+
+
 def test_a_doctors_record_beside_the_others_is_no_reason_to_refuse(results, tmp_path):
     record = load(results / "prefill.json")
     kept = {name: record[name] for name in ("arguments", "date", "machine", "settings")}

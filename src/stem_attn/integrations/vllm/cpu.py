@@ -39,6 +39,11 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
 
     device_name = "CPU"
 
+    def __init__(self, num_heads: int, head_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_heads, head_size, *args, **kwargs)
+        if self.dense_reason is None:
+            self.refuse_early("auto", head_size)
+
     def attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
     ) -> None:

@@ -22,10 +22,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from stem_attn import backends
 from stem_attn.api import stem_attention_paged
 from stem_attn.backends.triton.fp8_pages import widen_pages
-from stem_attn.call import Call
 from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import names_backends
 from stem_attn.integrations.vllm.counters import counters
@@ -33,7 +31,6 @@ from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.register import NAME
 from stem_attn.integrations.vllm.settings import Settings, choices, settings_of
-from stem_attn.layout import Layout
 from stem_attn.warm_up import warm_up
 
 logger = init_logger("vllm.stem")
@@ -115,11 +112,8 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
             self.dense_reason = "reference sliding window"
         if self.dense_reason is None and head_size > 256:
             self.dense_reason = f"head size {head_size}"
-        if self.dense_reason is None:  # better at startup than at the first long prompt
-            device = config.device_config.device_type
-            one = torch.empty(1, 1, 1, head_size, dtype=config.model_config.dtype, device=device)
-            block_size, softcap = self.settings.config.block_size, self.properties["softcap"]
-            backends.for_call("triton", Call(Layout.dense(one, one, one), block_size, self.scale, softcap=softcap))
+        if self.dense_reason is None:
+            self.refuse_early("triton", head_size)
 
     def attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor

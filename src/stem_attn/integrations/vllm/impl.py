@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypedDict
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionType
 
 import stem_attn
+from stem_attn import backends
+from stem_attn.call import Call
 from stem_attn.config import StemConfig
 from stem_attn.integrations.vllm import layers
 from stem_attn.integrations.vllm.compat import VLLM_VERSION
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
+from stem_attn.layout import Layout
 
 logger = init_logger("vllm.stem")
 
@@ -37,8 +41,9 @@ class StemImpl:
     cache_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bfloat16", "float16", "float32")  # that `attend` reads
     settings: Settings  # the server's; a request may have others
     dense_reason: str | None  # why the dense parent does the whole layer; the builder may add one
-    kv_cache_dtype: str  # the parent's, as the next two are
+    kv_cache_dtype: str  # the parent's, as the next three are
     logits_soft_cap: float  # 0: none
+    scale: float
     sinks: Tensor | None  # [Hq]; their values come after the layer is made
     name: str  # vLLM's of the layer, and how many layers the model has; the builder sets both
     layers: int
@@ -158,6 +163,23 @@ class StemImpl:
     def properties(self) -> Properties:
         """What attention is asked for beside its inputs, as the library's functions take it."""
         return {"softcap": self.logits_soft_cap or None, "sinks": self.sinks}
+
+    def refuse_early(self, backend: str, head_size: int) -> None:
+        """Refuse what no kernel computes as the engine starts: at the first long prompt it would end it.
+
+        Args:
+            backend: That attends.
+            head_size: Of the layer.
+
+        Raises:
+            ValueError: It cannot, by the server's settings.
+        """
+        vllm_config, config = get_current_vllm_config(), self.settings.config
+        device = vllm_config.device_config.device_type
+        one = torch.empty(1, 1, 1, head_size, dtype=vllm_config.model_config.dtype, device=device)
+        layout, softcap = Layout.dense(one, one, one), self.properties["softcap"]
+        call = Call(layout, config.block_size, self.scale, softcap=softcap, precision=config.precision)
+        backends.for_call(backend, call, again=True)  # prompts tell what automatic choice passes over
 
     def config_of(self, settings: Settings) -> StemConfig | None:
         """Return the layer's own config by some settings; None: it is dense by them."""

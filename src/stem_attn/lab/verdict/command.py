@@ -9,7 +9,7 @@ import typer
 
 from stem_attn.lab.errors import require
 from stem_attn.lab.options import OUTPUT
-from stem_attn.lab.results import check_writable, print_text, write_files
+from stem_attn.lab.results import check_outputs, print_text, write_files
 
 
 def verdict(
@@ -28,11 +28,11 @@ def verdict(
     The verdict follows from the numbers, which stand below it with the settings that they were measured with.
     """
     require("jinja2", extra="eval")
-    from stem_attn.lab.verdict.read import read
+    from stem_attn.lab.verdict.read import json_files, read
     from stem_attn.lab.verdict.report import page
     from stem_attn.lab.verdict.run import headline, judge
 
-    check_writable(out)
+    check_outputs(None, out, inputs=list(json_files(folders)))
     found = read(folders)
     judgements = judge(found)
     write_files({out: page(found, judgements)})

@@ -108,7 +108,7 @@ def read(folders: Sequence[Path]) -> Evidence:
             models.
     """
     found = Evidence()
-    for file in _json_files(folders):
+    for file in json_files(folders):
         _add(file, found)
     if not found.records:
         raise InputError(
@@ -134,7 +134,12 @@ def settings_in_words(config: Record) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
 
 
-def _json_files(folders: Sequence[Path]) -> Iterator[Path]:
+def json_files(folders: Sequence[Path]) -> Iterator[Path]:
+    """Yield the result files in folders, each once; a file stands for itself.
+
+    Raises:
+        InputError: A folder does not exist.
+    """
     seen = set()
     for folder in folders:
         if not folder.exists():
