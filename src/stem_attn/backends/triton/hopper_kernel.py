@@ -84,7 +84,7 @@ def hopper_attention_kernel(
     sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
     k_means,  # descriptor of [B, Hkv, columns, D_PAD], boxes of KEYS; None, as the next two: pruned blocks are lost
     v_means,  # descriptor of [B, Hkv, columns, DV_PAD], likewise
-    kept,  # int32 [B, Hq, R, words], a bit a key block, see `mark_kernel`; 4 words for each 128 blocks
+    kept,  # int32 [B, Hq, R, words], a bit a key block, see `mark_kernel`
     out_strides,  # (batch, head, token) in elements, as all strides here
     index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
     index_head,
@@ -128,14 +128,11 @@ def hopper_attention_kernel(
     first_token = (offset // BLOCK + row) * BLOCK - offset
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
     lse += (batch.to(gl.int64) * heads + head) * q_len
-    if kept is not None:
-        gl.static_assert(KEYS == BLOCK)
-        words = gl.cdiv(k_len, BLOCK * 128) * 4
-        means = (k_means, v_means, offset)
-        pruning = (kept + ((batch.to(gl.int64) * heads + head) * rows + row) * words,)
-    else:
-        means = ()
-        pruning = ()
+    gl.static_assert(kept is None or KEYS == BLOCK)
+    # A row of `kept` has whole runs of 128 blocks.
+    row_words = ((batch.to(gl.int64) * heads + head) * rows + row) * (gl.cdiv(k_len, BLOCK * 128) * 4)
+    pruning = (kept + row_words,) if kept is not None else ()
+    means = (k_means, v_means, offset) if kept is not None else ()
 
     D_PAD: gl.constexpr = q.block_type.shape[3]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)

@@ -109,7 +109,7 @@ def _layouts(*tensors: Tensor) -> _Layouts:
 
 def _columns(grid: BlockGrid) -> int:
     """Return the blocks that the tables of means and of kept bits have room for, a multiple of any tile."""
-    return triton.cdiv(grid.k_blocks, 128) * 128
+    return -(-grid.k_blocks // 128) * 128
 
 
 @lru_cache(maxsize=256)
