@@ -1,8 +1,7 @@
 """Pruned blocks return through their means (`residual="mean"`), in plain torch on any device.
 
 A pruned past block of n tokens joins the softmax of a query q as if each of its tokens had the block's mean key and
-mean value: with the weight `n * exp(scale * q . mean(k))` and the value `mean(v)`. Means are rounded to the inputs'
-dtype, as if they were keys and values themselves, which matrix units can take. What the kept blocks gave is merged
+mean value: with the weight `n * exp(scale * q . mean(k))` and the value `mean(v)`. What the kept blocks gave is merged
 with that through its log-sum-exp, so a row that prunes nothing keeps its numbers to the bit. That log-sum-exp includes
 the head's sink, if there is one: so the sink counts once.
 
@@ -55,11 +54,7 @@ def add_means(
     for b in range(q.shape[0]):
         for kv_head in range(k.shape[1]):
             k_means, v_means = (
-                torch.unflatten(x[b, kv_head, : whole * size], 0, (whole, size))
-                .mean(1, dtype=compute)
-                .to(x.dtype)
-                .to(compute)
-                for x in (k, v)
+                torch.unflatten(x[b, kv_head, : whole * size], 0, (whole, size)).mean(1, dtype=compute) for x in (k, v)
             )
             heads = slice(kv_head * group, (kv_head + 1) * group)
             # A row of a tile meets blocks of its future with the weight 0, and 0 x NaN is NaN: then one row a tile.
