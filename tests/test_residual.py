@@ -104,6 +104,21 @@ def test_scale_of_any_sign(backend: str, scale: float) -> None:
     check(backend, q, k, v, random_mask(130, 130, 32), 32, scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_plain_torch_rounds_means_to_the_inputs_dtype(dtype: torch.dtype) -> None:
+    """It widens its inputs, not their means: those of large, like keys show it in the log-sum-exp."""
+    gen = torch.Generator().manual_seed(2)
+    q, k, v = make_qkv(260, heads=2, kv_heads=1, dim=64)
+    centres = torch.randn(1, 1, 9, 64, generator=gen).repeat_interleave(32, 2)[:, :, :260]
+    q, k, v = (x.to(dtype) for x in (q * 3, centres + 0.3 * k, v))
+    mask = random_mask(260, 260, 32, share=0.2)
+    check("cpu", q, k, v, mask, 32)
+    chosen = selection_of(mask, q, k, 32)
+    _, lse = block_sparse_attention(q, k, v, chosen, residual="mean", return_lse=True, backend="cpu")
+    _, exact = reference_attention(q, k, v, mask, 32, scale=64**-0.5, residual="mean")
+    torch.testing.assert_close(lse.double(), exact, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("magnitude", [3.0, 1e-3])
 def test_means_that_decide(backend: str, magnitude: float) -> None:
     """Blocks whose tokens lie close together weigh as much through their means as kept ones: rounding would show."""
@@ -129,6 +144,83 @@ def test_descriptors_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(module, "has_copy_engine", lambda _: True)
     q, k, v = make_qkv(70, 200, heads=2, kv_heads=1, dim=40, v_dim=24, dtype=torch.float16)
     check("triton", q, k, v, random_mask(70, 200, 64), 64)
+
+
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+in_the_hopper_kernel = pytest.mark.skipif(not HOPPER, reason="the Hopper kernel has no interpreter")
+
+
+def forbid_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from stem_attn.backends.triton import residual
+
+    monkeypatch.setattr(residual, "merge_means", None)
+
+
+@in_the_hopper_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "dim", "v_dim"), [(64, 128, 128), (128, 128, 128), (128, 64, 128), (128, 96, 64)])
+def test_in_one_launch(size: int, dim: int, v_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd lengths, prefixes that end inside a block, up to three tiles of means, batches, groups."""
+    forbid_the_merge(monkeypatch)
+    for q_len, k_len in ((1, 1), (1, 129), (111, 111), (100, 777), (1000, 1333), (200, size * 129 + 5)):
+        q, k, v = make_qkv(q_len, k_len, batch=2, heads=4, kv_heads=2, dim=dim, v_dim=v_dim, dtype=dtype)
+        for share in (0.0, 0.3):
+            check("triton", q, k, v, random_mask(q_len, k_len, size, batch=2, heads=4, share=share), size)
+
+
+@in_the_hopper_kernel
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("magnitude", [3.0, 1e-3])
+def test_means_that_decide_in_one_launch(size: int, magnitude: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_the_merge(monkeypatch)
+    gen = torch.Generator().manual_seed(2)
+    q, k, v = make_qkv(1300, heads=2, kv_heads=1, dim=128)
+    centres = torch.randn(1, 1, 21, 128, generator=gen).repeat_interleave(64, 2)[:, :, :1300]
+    q, k, v = (x.bfloat16() for x in (q * magnitude, centres + 0.3 * k, centres.flip(3) + v))
+    check("triton", q, k, v, random_mask(1300, 1300, size, share=0.2), size)
+
+
+@in_the_hopper_kernel
+@pytest.mark.parametrize("size", [64, 128])
+def test_nothing_pruned_is_the_same_to_the_bit_in_one_launch(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_the_merge(monkeypatch)
+    q, k, v = (x.cuda() for x in make_qkv(1000, 1333, heads=2, kv_heads=1, dim=128, dtype=torch.bfloat16))
+    mask = random_mask(1000, 1333, size, share=1.0)
+    mask[:, 1, 4:, 0] = False
+    chosen = selection_of(mask, q, k, size)
+    out, lse = block_sparse_attention(q, k, v, chosen, return_lse=True, backend="triton")
+    fused, fused_lse = block_sparse_attention(q, k, v, chosen, residual="mean", return_lse=True, backend="triton")
+    whole_rows = 4 * size - (1333 - 1000) % size
+    for same in ((0, 0), (0, 1, slice(0, whole_rows))):
+        assert torch.equal(out[same], fused[same])
+        assert torch.equal(lse[same], fused_lse[same])
+    assert not torch.equal(out[0, 1, whole_rows:], fused[0, 1, whole_rows:])
+    again = block_sparse_attention(q, k, v, chosen, residual="mean", backend="triton")
+    assert torch.equal(again, fused)
+
+
+@in_the_hopper_kernel
+@pytest.mark.parametrize("page", [16, 128, 256])
+@pytest.mark.parametrize("size", [64, 128])
+def test_pages_in_one_launch(page: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the last page is poison."""
+    forbid_the_merge(monkeypatch)
+    q_len, k_len = 1100, 9001
+    q, k, v = (x.cuda() for x in make_qkv(q_len, k_len, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16))
+    config = StemConfig(block_size=size, tail_blocks=0, residual="mean", budget_scope="head")
+    alone = stem_attention(q, k, v, config=config, backend="triton")
+    pages = -(-k_len // page)
+    table = torch.randperm(pages, device="cuda").int()
+    caches = []
+    for x in (k, v):
+        cache = torch.full((pages * page, 2, 128), torch.nan, dtype=x.dtype, device="cuda")
+        cache[:k_len] = x[0].transpose(0, 1)
+        caches.append(torch.empty_like(cache).view(pages, page, 2, 128))
+        caches[-1][table.long()] = cache.view(pages, page, 2, 128)
+    lengths = {"cu_seqlens_q": [0, q_len], "seq_lens": [k_len], "block_table": table[None]}
+    paged = stem_attention_paged(q[0].transpose(0, 1).contiguous(), *caches, **lengths, config=config, backend="triton")
+    assert torch.equal(paged, alone[0].transpose(0, 1))
 
 
 def test_only_the_diagonal_is_kept(backend: str) -> None:

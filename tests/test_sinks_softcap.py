@@ -175,6 +175,15 @@ def test_the_fastest_kernel_of_a_gpu(size, dim, softcap, sink, window, dtype):
     check("triton", q, k, v, random_mask(1000, 1333, size), size, softcap, sink, window=window)
 
 
+@pytest.mark.skipif(not GPU, reason="the Hopper kernel runs on GPUs only")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("softcap", "sink"), PROPERTIES)
+@pytest.mark.parametrize("size", [64, 128])
+def test_means_in_the_fastest_kernel_of_a_gpu(size, softcap, sink, dtype):
+    q, k, v = make_qkv(1000, 1333, heads=2, kv_heads=1, dim=128, dtype=dtype)
+    check("triton", q, k, v, random_mask(1000, 1333, size), size, softcap, sink, residual="mean")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sinks_have_a_dtype_and_strides_of_their_own(backend, dtype):
     q, k, v = make_qkv(70, heads=4, kv_heads=2, dtype=HALVES[0])

@@ -66,7 +66,7 @@ class StemConfig:
         local_blocks: Key blocks up to and including the diagonal one that are always kept; at least 1.
         forced_blocks: Whether sink and local blocks are kept `"inside"` the budget or `"on_top"` of it.
         residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its
-            means, weighted by its number of tokens.
+            means, rounded to the inputs' dtype, weighted by its number of tokens.
         precision: Of attention's products: `"auto"`, that of the inputs; or `"fp8"`: q, k, v and the weights are
             rounded to 8 bits (e4m3), which needs a Hopper GPU, and is not computed with a residual. Blocks are
             selected as ever.

@@ -259,7 +259,7 @@ def reference_attention(
         scale: Factor of the logits.
         window: Tokens of a causal sliding window, or None.
         residual: `"mean"`: a pruned block before a query's own joins as one more key and value, the means of its
-            tokens, with the weight of that many.
+            tokens rounded to the inputs' dtype, with the weight of that many.
         softcap: A scaled logit x becomes `softcap * tanh(x / softcap)`, that of a mean too; or None.
         sinks: [Hq], one more logit a head, whose value is zero; or None.
 
@@ -283,9 +283,10 @@ def reference_attention(
             logits = capped(query @ key.T * scale, softcap)
             logits = logits.masked_fill(~(visible & kept[:, k_pos // block_size]), -torch.inf)
             if residual == "mean":
-                means = capped(query @ (in_block @ key / tokens).T * scale, softcap) + tokens.log().T
+                k_means, v_means = ((in_block @ x / tokens).to(q.dtype).double() for x in (key, value))
+                means = capped(query @ k_means.T * scale, softcap) + tokens.log().T
                 logits = torch.cat([logits, means.masked_fill(kept | ~past, -torch.inf)], 1)
-                value = torch.cat([value, in_block @ value / tokens])
+                value = torch.cat([value, v_means])
             if sinks is not None:
                 logits = torch.cat([logits, sinks[h].double().cpu().expand(len(logits), 1)], 1)
                 value = torch.cat([value, torch.zeros_like(value[:1])])

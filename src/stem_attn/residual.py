@@ -1,7 +1,8 @@
 """Pruned blocks return through their means (`residual="mean"`), in plain torch on any device.
 
 A pruned past block of n tokens joins the softmax of a query q as if each of its tokens had the block's mean key and
-mean value: with the weight `n * exp(scale * q . mean(k))` and the value `mean(v)`. What the kept blocks gave is merged
+mean value: with the weight `n * exp(scale * q . mean(k))` and the value `mean(v)`. Means are rounded to the inputs'
+dtype, as if they were keys and values themselves, which matrix units can take. What the kept blocks gave is merged
 with that through its log-sum-exp, so a row that prunes nothing keeps its numbers to the bit. That log-sum-exp includes
 the head's sink, if there is one: so the sink counts once.
 
@@ -29,6 +30,7 @@ def add_means(
     out: Tensor,
     lse: Tensor,
     *,
+    means_dtype: torch.dtype,
     scale: float,
     softcap: float | None = None,
 ) -> None:
@@ -43,6 +45,7 @@ def add_means(
         selection: The kept blocks.
         out: [B, Hq, Tq, Dv], attention over the kept blocks; changed in place.
         lse: float32 [B, Hq, Tq], the natural log-sum-exp of their logits; changed in place.
+        means_dtype: What means are rounded to, the dtype of the call's own inputs: these may have been widened.
         scale: Factor of the logits.
         softcap: What their magnitude stays below; a mean's logit too, before it counts its tokens. None: no softcap.
     """
@@ -54,7 +57,11 @@ def add_means(
     for b in range(q.shape[0]):
         for kv_head in range(k.shape[1]):
             k_means, v_means = (
-                torch.unflatten(x[b, kv_head, : whole * size], 0, (whole, size)).mean(1, dtype=compute) for x in (k, v)
+                torch.unflatten(x[b, kv_head, : whole * size], 0, (whole, size))
+                .mean(1, dtype=compute)
+                .to(means_dtype)
+                .to(compute)
+                for x in (k, v)
             )
             heads = slice(kv_head * group, (kv_head + 1) * group)
             # A row of a tile meets blocks of its future with the weight 0, and 0 x NaN is NaN: then one row a tile.

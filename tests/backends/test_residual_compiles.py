@@ -13,10 +13,10 @@ CONSTANTS = {"D": 40, "DV": 24, "D_PAD": DIM, "DV_PAD": V_DIM, "BLOCK": 64, "TOK
 CONSTANTS |= {"TILE": TILE, "TMA": True, "PRECISION": "tf32", "SLOTS": 16}
 FOURS, THREES = ("i32",) * 4, ("i32",) * 3
 STRIDES = {"k_strides": FOURS, "v_strides": FOURS} | dict.fromkeys(("q_strides", "out_strides"), THREES)
-MEANS = {"k": "*bf16", "v": "*bf16", "k_means": "*fp16", "k_powers": "*fp32", "v_means": "*bf16", "block_table": "*i32"}
+MEANS = {"k": "*bf16", "v": "*bf16", "k_means": "*bf16", "v_means": "*bf16", "block_table": "*i32"}
 MARK = dict.fromkeys(("indices", "counts", "kept"), "*i32")
-MERGE = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "counts": "*i32", "kept": "*i32", "k_powers": "*fp32"}
-MERGE |= {"k_means": f"tensordesc<fp16[{TILE}, {DIM}]>", "v_means": f"tensordesc<bf16[{TILE}, {V_DIM}]>"}
+MERGE = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "counts": "*i32", "kept": "*i32"}
+MERGE |= {"k_means": f"tensordesc<bf16[{TILE}, {DIM}]>", "v_means": f"tensordesc<bf16[{TILE}, {V_DIM}]>"}
 MERGE |= {"scale_log2": "fp32", "cap_log2": "fp32"}
 
 

@@ -222,7 +222,7 @@ class BlockedBackend(Backend):
         kept = torch.empty(out.shape, dtype=q.dtype, device=q.device)
         kept_lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         self.attend_part(call, q, k, v, selection, kept, kept_lse)
-        add_means(q, k, v, selection, kept, kept_lse, scale=call.scale, softcap=call.softcap)
+        add_means(q, k, v, selection, kept, kept_lse, means_dtype=call.q.dtype, scale=call.scale, softcap=call.softcap)
         out.copy_(kept)
         if lse is not None:
             lse.copy_(kept_lse)

@@ -150,6 +150,7 @@ def test_one_side_alone_is_timed(vllm, tmp_path, capfd):
         (["--shape", "smollm2", "--stem", "{"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", "[]"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", '{"budget_ration": 1}'], "--stem: unknown key budget_ration"),
+        (["--shape", "smollm2", "--memory", "3"], "--memory takes a share above 0, at most 1, got 3"),
         (["--shape", "smollm2", "--cache", "0"], "--cache takes GiB above 0, got 0"),
         (["--shape", "smollm2", "--sides", "dense,fast"], "--sides takes some of dense, stem, by-request, each once"),
         (["--shape", "smollm2", "--sides", "stem,stem"], "--sides takes some of dense, stem, by-request, each once"),

@@ -52,6 +52,8 @@ class Operands:
         block_table: int32 [sequences, pages of the longest], last stride 1; None where nothing is in pages.
         packing: Where several sequences' rows and tokens start, from `_pack`; None for one part that is not in pages.
         wanted: bool on q's device, [] or [B, Hq, 1]: the kernels write only where it holds. None: everywhere.
+        means: Mean keys [B, Hkv, columns, D] and values of all blocks, head dims padded, and int32 [B, Hq, R, words], a
+            bit for each block that a row keeps: only the Hopper kernel reads them. None: pruned blocks are lost.
     """
 
     call: Call
@@ -67,6 +69,7 @@ class Operands:
     block_table: Tensor | None = None
     packing: tuple[Tensor, ...] | None = None
     wanted: Tensor | None = None
+    means: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def page_size(self) -> int:
@@ -290,12 +293,15 @@ def launch_hopper(x: Operands) -> None:
     tensors = (x.out, lse if lse is not None else x.out, x.indices, counts)
     key = layouts_of(q, k, v, x.out, x.indices, counts), q.dtype, q.device, alignment_of(*tensors)
     tile = choose_hopper_tile(x.call.block_size, padded(q.shape[3]), padded(v.shape[3]))
-    flags = x.call.window, lse is not None, x.k_len, x.page_size, x.call.block_size, x.wanted is not None
+    sizes = x.k_len, x.page_size, x.call.block_size
+    flags = x.call.window, lse is not None, *sizes, x.wanted is not None, x.means is not None
     plan, boxes = _hopper_launch(*key, x.logits, *flags, tile)
-    inputs = (
-        GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip((q, k, v), boxes, strict=True)
-    )
-    run_on(q.device, plan, *inputs, *tensors, counts if x.block_table is None else x.block_table[0], sinks)
+    described = (q, k, v) if x.means is None else (q, k, v, *x.means[:2])
+    inputs = [
+        GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip(described, boxes, strict=True)
+    ]
+    means = (None, None, None) if x.means is None else (*inputs[3:], x.means[2])
+    run_on(q.device, plan, *inputs[:3], *tensors, counts if x.block_table is None else x.block_table[0], sinks, *means)
 
 
 @lru_cache(maxsize=1024)
@@ -311,9 +317,10 @@ def _hopper_launch(
     page_size: int,
     block_size: int,
     may_skip: bool,
+    means: bool,
     tile: HopperTile,
 ) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
-    """Make the launch that calls of equal layouts share, and the tile and its layout of each input's descriptor."""
+    """Make the launch that calls of equal layouts share, and the tile and its layout of each descriptor."""
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
 
     pad, pad_v = padded(layouts[0][0][3]), padded(layouts[2][0][3])
@@ -335,7 +342,9 @@ def _hopper_launch(
     # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
     options = {"num_warps": 4, "maxnreg": tile.registers}
     plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, **options)
-    boxes = ((64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v)))
+    boxes = [(64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v))]
+    if means:
+        boxes += [(tile.keys, pad), (tile.keys, pad_v)]
     return plan, [(box, box_layout(box)) for box in boxes]
 
 

@@ -4,6 +4,9 @@ One program computes one query block of one head. A producer warp walks the row'
 into two rings in shared memory; each consumer warpgroup takes 64 of the queries. Two of them share a block of 128; a
 block of 64 has one, and two programs share a multiprocessor. A consumer issues the scores of the next tile before the
 value product of the last one, which runs while it exponentiates.
+
+With `residual="mean"` tiles of mean keys and mean values follow a row's kept tiles: a key of such a tile stands for a
+block, so its logit grows by the logarithm of a block's tokens, and counts only where the row prunes the block.
 """
 
 from __future__ import annotations
@@ -79,6 +82,9 @@ def hopper_attention_kernel(
     counts,  # int32 [B, Hq, R]
     block_table,  # int32 [pages of the sequence]; unused unless paged, and then B = 1
     sinks,  # [Hq], floating: a logit in the softmax's sum; unused unless SINKS
+    k_means,  # descriptor of [B, Hkv, columns, D_PAD], boxes of KEYS; None, as the next two: pruned blocks are lost
+    v_means,  # descriptor of [B, Hkv, columns, DV_PAD], likewise
+    kept,  # int32 [B, Hq, R, words], a bit a key block, see `mark_kernel`
     out_strides,  # (batch, head, token) in elements, as all strides here
     index_batch,  # strides of indices and counts, numbers of their own: a tuple's cannot be left unspecialised
     index_head,
@@ -122,6 +128,11 @@ def hopper_attention_kernel(
     first_token = (offset // BLOCK + row) * BLOCK - offset
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
     lse += (batch.to(gl.int64) * heads + head) * q_len
+    gl.static_assert(kept is None or KEYS == BLOCK)
+    # A row of `kept` has whole runs of 128 blocks.
+    row_words = ((batch.to(gl.int64) * heads + head) * rows + row) * (gl.cdiv(k_len, BLOCK * 128) * 4)
+    pruning = (kept + row_words,) if kept is not None else ()
+    means = (k_means, v_means, offset) if kept is not None else ()
 
     D_PAD: gl.constexpr = q.block_type.shape[3]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D_PAD], q.dtype)
@@ -149,7 +160,7 @@ def hopper_attention_kernel(
     # Without what is not read: it would be carried over to the warpgroups all the same.
     geometry = (offset, q_len, scale_log2, window, (tanh_factor,) if TANH != "none" else ())
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
-    values = (tiles, barriers, blocks, geometry, outputs)
+    values = (tiles, barriers, blocks, geometry, outputs, pruning)
     source = (batch, block_table, k_len)
     producer_registers: gl.constexpr = 40 if PAGE > 0 and PAGE < KEYS else 24  # it holds the numbers of a tile's pages
     if CONSUMERS == 2:
@@ -157,7 +168,7 @@ def hopper_attention_kernel(
             [
                 (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
                 (_consume, (1, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
-                (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
+                (_produce, ((q, k, v), means, tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
             ],
             [4, 1],
             [232 if producer_registers > 24 else 240, producer_registers],
@@ -166,7 +177,7 @@ def hopper_attention_kernel(
         gl.warp_specialize(
             [
                 (_consume, (0, values, DV, STAGES, PAGE > 0, WINDOW, LSE, SINKS, TANH, BLOCK)),
-                (_produce, ((q, k, v), tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
+                (_produce, ((q, k, v), means, tiles, barriers, blocks, source, head, kv_head, STAGES, PAGE, BLOCK)),
             ],
             [1],
             [producer_registers],
@@ -176,6 +187,7 @@ def hopper_attention_kernel(
 @gluon.jit
 def _produce(
     descriptors,
+    means,
     tiles,
     barriers,
     blocks,
@@ -210,6 +222,14 @@ def _produce(
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
         _copy(v, v_tiles, v_full, slot, kv_head, last_first, outer, PAGE)
+    if len(means) > 0:
+        for tile in range(_mean_tiles(count, (means[2] + first_token) // BLOCK, KEYS)):
+            step = steps + tile
+            slot = step % STAGES
+            mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
+            _copy(means[0], k_tiles, k_full, slot, kv_head, tile * KEYS, (source[0],), 0)
+            mbarrier.wait(v_free.index(slot), (step // STAGES & 1) ^ 1)
+            _copy(means[1], v_tiles, v_full, slot, kv_head, tile * KEYS, (source[0],), 0)
 
 
 @gluon.jit
@@ -278,6 +298,36 @@ def _finite(peak, CHECK: gl.constexpr):
 
 
 @gluon.jit
+def _mean_tiles(count, past, KEYS: gl.constexpr):
+    """Return a row's tiles of means: none where it keeps all past blocks."""
+    return gl.where(count > past, 0, gl.cdiv(past, KEYS))
+
+
+@gluon.jit
+def _pruned_words(kept, past, first, KEYS: gl.constexpr):
+    """Return words with a bit for each of KEYS blocks from `first` on, set where it is past and pruned.
+
+    Nothing is read where `first` is negative.
+    """
+    words = ()
+    for start in gl.static_range(0, KEYS, 32):
+        whole = gl.minimum(gl.maximum(past - first - start, 0), 32)
+        ones = (1 << whole.to(gl.int64)) - 1
+        word = gl.load(kept + (first + start) // 32, mask=first >= 0, other=0)
+        words += (~word & ones.to(gl.int32),)  # type: ignore[assignment]
+    return words
+
+
+@gluon.jit
+def _bits(words, column):
+    """Return the columns' bits of some words."""
+    word = column * 0
+    for i in gl.static_range(len(words)):
+        word = gl.where(column // 32 == i, words[i], word)
+    return (word >> (column % 32)) & 1
+
+
+@gluon.jit
 def _consume(
     half,
     values,
@@ -291,7 +341,7 @@ def _consume(
     BLOCK: gl.constexpr,
 ):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
-    tiles, barriers, blocks, geometry, outputs = values
+    tiles, barriers, blocks, geometry, outputs, pruning = values
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, first_token = blocks
@@ -299,6 +349,8 @@ def _consume(
     out, out_stride, lse, sink_at = outputs
     KEYS: gl.constexpr = v_tiles.type.shape[1]
     PER_BLOCK: gl.constexpr = BLOCK // KEYS
+    LOG2_BLOCK: gl.constexpr = 7.0 if BLOCK == 128 else 6.0
+    RESIDUAL: gl.constexpr = len(pruning) > 0
     DV_PAD: gl.constexpr = v_tiles.type.shape[2]
     dtype: gl.constexpr = v_tiles.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -348,10 +400,16 @@ def _consume(
 
     decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     steps = count * PER_BLOCK
-    mbarrier.wait(k_full.index(1), 0, pred=steps > 1)
-    for step in range(1, steps):
+    end = steps
+    if RESIDUAL:
+        past = (offset + first_token) // BLOCK
+        end += _mean_tiles(count, past, KEYS)
+    mbarrier.wait(k_full.index(1), 0, pred=end > 1)
+    for step in range(1, end):
         slot = step % STAGES
         last = (step - 1) % STAGES
+        if RESIDUAL:
+            words = _pruned_words(pruning[0], past, (step - steps) * KEYS, KEYS)
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         acc = rescale(acc, gl.convert_layout(decay, out_rows))
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
@@ -367,25 +425,33 @@ def _consume(
         if WINDOW:
             key = _first_key(indices, count, step, KEYS, BLOCK) + column
             score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
+        if RESIDUAL:  # noqa: SIM102 - known when it is compiled
+            if step >= steps:
+                score = gl.where((_bits(words, column) != 0)[None, :], score, float("-inf"))
         tile_peak = gl.max(score, 1) * scale_log2
+        if RESIDUAL:
+            tile_peak += gl.where(step < steps, 0.0, LOG2_BLOCK)
         new_peak = gl.where(tile_peak > peak + SLACK, tile_peak, peak)
         base = _finite(new_peak, WINDOW and PER_BLOCK > 1)
-        weight = gl.exp2(score * scale_log2 - base[:, None])
+        if RESIDUAL:
+            weight = gl.exp2(score * scale_log2 - (base - gl.where(step < steps, 0.0, LOG2_BLOCK))[:, None])
+        else:
+            weight = gl.exp2(score * scale_log2 - base[:, None])
         decay = gl.exp2(peak - base)
         total = total * decay + gl.sum(weight, 1)
         peak = new_peak
         # The assembler moves the wait for the value product up, before the exponentials, if nothing that branches
         # stands between. So the wait for the next keys is here.
         ahead = step + 1
-        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < steps)
+        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < end)
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
         warpgroup_barrier()
         mbarrier.arrive(v_free.index(last), count=1)
         operand = gl.convert_layout(weight.to(dtype), weight_layout)
 
-    last = (steps - 1) % STAGES
+    last = (end - 1) % STAGES
     acc = rescale(acc, gl.convert_layout(decay, out_rows))
-    mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
+    mbarrier.wait(v_full.index(last), (end - 1) // STAGES & 1)
     acc = warpgroup_mma(operand, v_tiles.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
 

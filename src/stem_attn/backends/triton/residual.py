@@ -1,4 +1,7 @@
-"""Attention with `residual="mean"` on the GPU: the attention kernels, then three launches that merge the means."""
+"""Attention with `residual="mean"` on the GPU: two launches make the means and mark what rows keep, then attention.
+
+The Hopper kernel reads the means itself. After the portable one another launch merges them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention import (
+    LONG_TOKENS,
+    Operands,
     addressable,
     attend_part,
     has_copy_engine,
+    hopper_fits,
+    launch_hopper,
     padded,
     portable_tile,
+    rows_of,
     unit_stride,
 )
 from stem_attn.backends.triton.launch import Launch, on_device
@@ -34,11 +42,32 @@ def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: T
     """Attend over the kept blocks and the means of the pruned ones, part by part; see `Backend.attend`."""
     for part, selection in zip(call.parts, selections, strict=True):
         part_out = out[:, :, part.tokens]
-        whole = lse is not None and len(call.parts) == 1
-        part_lse = lse if whole else torch.empty(part.q.shape[:3], dtype=torch.float32, device=part.q.device)
-        assert part_lse is not None
+        part_lse = lse if len(call.parts) == 1 else None
+        if _attend_in_one(call, part, selection, part_out, part_lse):
+            continue
+        if part_lse is None:
+            part_lse = torch.empty(part.q.shape[:3], dtype=torch.float32, device=part.q.device)
         attend_part(call, part, selection, part_out, part_lse)
         merge_means(call, part, selection, part_out, part_lse)
+
+
+def _attend_in_one(call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None) -> bool:
+    """Attend over the kept blocks and the means in one launch of the Hopper kernel, if it can; tell whether it did."""
+    q, k, v, scale = addressable(call, part.q, part.k, part.v)
+    page_size = call.layout.page_size
+    # Beyond, its tiles are smaller than blocks.
+    if max(q.shape[3], v.shape[3]) > 128 or not hopper_fits(q, k, v, call.block_size, page_size):
+        return False
+    if page_size and part.q_len < LONG_TOKENS:
+        return False
+    rows = rows_of(selection), selection.counts
+    tables = _means_launches(_layouts(q, k, v, *rows), q.dtype, selection.grid, page_size)
+    with on_device(q.device):
+        k_means, v_means, kept = tables.run(q, k, v, part.pages, *rows)
+    means = (*(x.unflatten(0, (q.shape[0], k.shape[1], -1)) for x in (k_means, v_means)), kept)
+    table = None if part.pages is None else part.pages[None]
+    launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, table, means=means))
+    return True
 
 
 def merge_means(
@@ -57,125 +86,129 @@ def merge_means(
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
     indices = unit_stride(selection.indices)
     tile = tile or portable_tile(q, v, selection.block_size)
-    inputs = q, k, v, out, indices, selection.counts
-    layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)
     page_size = 0 if part.pages is None else k.shape[2]
     logits = Logits(scale, call.softcap)  # sinks are in lse
-    launches = _merging(layouts, q.dtype, q.device, selection.grid, page_size, logits, tile)
+    tables = _means_launches(_layouts(q, k, v, indices, selection.counts), q.dtype, selection.grid, page_size)
+    layouts = _layouts(q, k, v, out, indices, selection.counts)
+    merge = _merge_launch(layouts, q.dtype, q.device, selection.grid, logits, tile)
     with on_device(q.device):
-        launches.run(q, k, v, part.pages, indices, selection.counts, out, lse)
+        k_means, v_means, kept = tables.run(q, k, v, part.pages, indices, selection.counts)
+        inputs: tuple[Any, ...] = (k_means, v_means)
+        if has_copy_engine(q.device):
+            inputs = tuple(TensorDescriptor(x, x.shape, x.stride(), [tile.keys, x.shape[1]]) for x in inputs)
+        merge(q, out, lse, selection.counts, kept, *inputs)
+
+
+_Layouts = tuple[tuple[torch.Size, tuple[int, ...], bool], ...]
+"""Shapes, strides, and whether a tensor starts at a multiple of 16 bytes."""
+
+
+def _layouts(*tensors: Tensor) -> _Layouts:
+    return tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors)
+
+
+def _columns(grid: BlockGrid) -> int:
+    """Return the blocks that the tables of means and of kept bits have room for, a multiple of any tile."""
+    return -(-grid.k_blocks // 128) * 128
 
 
 @lru_cache(maxsize=256)
-def _merging(*args: Any) -> MergeLaunches:
-    return MergeLaunches(*args)
+def _means_launches(layouts: _Layouts, dtype: torch.dtype, grid: BlockGrid, page_size: int) -> MeansLaunches:
+    return MeansLaunches(layouts, dtype, grid, page_size)
 
 
-class MergeLaunches:
-    """All that the shapes and strides of a call decide: sizes and launches.
+class MeansLaunches:
+    """All that the shapes and strides of a call decide about its tables of means and of kept bits.
 
     Args:
-        layouts: Shape, strides, and whether it starts at a multiple of 16 bytes, of q, k, v, out, indices and counts.
+        layouts: Of q, k, v, indices and counts.
         dtype: Of q.
-        device: Of q.
         grid: The geometry of the rows.
         page_size: Tokens a page of k and v, or 0.
-        logits: Their factor is positive.
-        tile: Launch choices of the merge.
     """
 
-    def __init__(
-        self,
-        layouts: tuple[tuple[torch.Size, tuple[int, ...], bool], ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        grid: BlockGrid,
-        page_size: int,
-        logits: Logits,
-        tile: Tile,
-    ) -> None:
-        (batch, heads, q_len, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]
+    def __init__(self, layouts: _Layouts, dtype: torch.dtype, grid: BlockGrid, page_size: int) -> None:
+        (batch, heads, _, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]
         strides = [layout[1] for layout in layouts]
-        size, whole = grid.block_size, grid.k_len // grid.block_size
+        size, columns = grid.block_size, _columns(grid)
         self.dim, self.v_dim = padded(dim), padded(v_dim)
-        self.means_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-        self.tile, self.tma = tile, has_copy_engine(device)
-        columns = triton.cdiv(max(whole, 1), tile.keys) * tile.keys
-        words = triton.cdiv(max(columns, grid.k_blocks), 32)
         self.means_rows = batch * kv_heads * columns
-        self.kept_shape = (batch, heads, grid.q_blocks, words)
-        padding = {"D": dim, "DV": v_dim, "D_PAD": self.dim, "DV_PAD": self.v_dim}
+        self.kept_shape = (batch, heads, grid.q_blocks, columns // 32)
         self.means = Launch(
             means_kernel,
             (columns, batch * kv_heads, 2),
-            (strides[1], strides[2], kv_heads, whole, columns),
+            (strides[1], strides[2], kv_heads, grid.k_len // size, columns),
             # 8 numbers a thread: 16 bytes.
             {
-                **padding,
+                **_padding(dim, v_dim),
                 "BLOCK": size,
                 "TOKENS": min(max(MEANS_WARPS * 256 // max(self.dim, self.v_dim), 1), size),
                 "PAGE": page_size,
             },
             num_warps=MEANS_WARPS,
         )
-        rows = (grid.q_blocks, heads, batch)
         # Not the width alone, which follows from a budget: lengths that share a power of two share a kernel.
-        slots = triton.next_power_of_2(max(layouts[4][0][3], grid.k_blocks))
+        slots = triton.next_power_of_2(max(layouts[3][0][3], grid.k_blocks))
         self.mark = Launch(
             mark_kernel,
-            rows,
-            (*strides[4][:3], *strides[5], words),
+            (grid.q_blocks, heads, batch),
+            (*strides[3][:3], *strides[4], columns // 32),
             {"SLOTS": slots},
             num_warps=min(max(slots // 256, 1), 8),
         )
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        if tile.registers is not None:  # not every target knows the option
-            options["maxnreg"] = tile.registers
-        self.merge = Launch(
-            merge_kernel,
-            rows,
-            (
-                strides[0][:3],
-                strides[3][:3],
-                *strides[5],
-                heads // kv_heads,
-                q_len,
-                grid.offset,
-                columns,
-                words,
-                logits.factor,
-                logits.cap,
-            ),
-            {
-                **padding,
-                "LOG2_BLOCK": size.bit_length() - 1,
-                "TILE": tile.keys,
-                "TMA": self.tma,
-                "TANH": logits.tanh(dtype, device),
-                "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-            },
-            **options,
-        )
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor | None,
-        indices: Tensor,
-        counts: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Merge the means into `out` and `lse` on the current device and stream; see `merge_means`."""
-        k_means = q.new_empty((self.means_rows, self.dim), dtype=self.means_dtype)
-        v_means = q.new_empty((self.means_rows, self.v_dim))
-        k_powers = q.new_empty(self.means_rows, dtype=torch.float32)
+        self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None, indices: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the tables on the current device and stream.
+
+        Returns:
+            Mean keys [B * Hkv * columns, D_PAD] and values [.., DV_PAD], and int32 [B, Hq, R, columns / 32], a bit for
+            every block that a row keeps.
+        """
+        k_means, v_means = q.new_empty((self.means_rows, self.dim)), q.new_empty((self.means_rows, self.v_dim))
         kept = torch.zeros(self.kept_shape, dtype=torch.int32, device=q.device)
-        self.means(k, v, k_means, k_powers, v_means, counts if pages is None else pages)
+        self.means(k, v, k_means, v_means, counts if pages is None else pages)
         self.mark(indices, counts, kept)
-        tables: tuple[Any, ...] = (k_means, v_means)
-        if self.tma:
-            tables = tuple(TensorDescriptor(x, x.shape, x.stride(), [self.tile.keys, x.shape[1]]) for x in tables)
-        self.merge(q, out, lse, counts, kept, k_powers, *tables)
+        return k_means, v_means, kept
+
+
+def _padding(dim: int, v_dim: int) -> dict[str, int]:
+    return {"D": dim, "DV": v_dim, "D_PAD": padded(dim), "DV_PAD": padded(v_dim)}
+
+
+@lru_cache(maxsize=256)
+def _merge_launch(
+    layouts: _Layouts, dtype: torch.dtype, device: torch.device, grid: BlockGrid, logits: Logits, tile: Tile
+) -> Launch:
+    """Make the launch of the merge that calls of equal layouts of q, k, v, out, indices and counts share."""
+    (batch, heads, q_len, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers is not None:  # not every target knows the option
+        options["maxnreg"] = tile.registers
+    columns = _columns(grid)
+    return Launch(
+        merge_kernel,
+        (grid.q_blocks, heads, batch),
+        (
+            layouts[0][1][:3],
+            layouts[3][1][:3],
+            *layouts[5][1],
+            heads // kv_heads,
+            q_len,
+            grid.offset,
+            columns,
+            columns // 32,
+            logits.factor,
+            logits.cap,
+        ),
+        {
+            **_padding(dim, v_dim),
+            "LOG2_BLOCK": grid.block_size.bit_length() - 1,
+            "TILE": tile.keys,
+            "TMA": has_copy_engine(device),
+            "TANH": logits.tanh(dtype, device),
+            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        },
+        **options,
+    )

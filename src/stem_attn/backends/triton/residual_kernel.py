@@ -1,8 +1,6 @@
 """The kernels of `residual="mean"`: average the blocks, mark the kept ones, and merge the others into the output.
 
-Mean keys of 16-bit inputs are stored as float16 over a power of two, which keeps 11 significant bits whatever their
-range; so are the queries, in registers. A bfloat16 mean would be off by up to 0.4%, and a logit by more than
-attention's own rounding.
+Means are in the inputs' dtype, by definition, so their products with queries and weights are those of attention.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ def means_kernel(
     k,  # [B, Hkv, Tk, D]; [pages, Hkv, PAGE, D] where paged, and then B = 1
     v,  # [B, Hkv, Tk, DV], likewise
     k_means,  # [B * Hkv * columns, D_PAD], zeros past D and past the whole blocks, as v_means
-    k_powers,  # float32 [B * Hkv * columns], what k_means was divided by
     v_means,  # [B * Hkv * columns, DV_PAD]
     block_table,  # int32 [pages of the sequence]; unused unless paged
     k_strides,  # (batch, head, token, dim) in elements
@@ -50,10 +47,7 @@ def means_kernel(
         if PAGE == 0:
             k += head // kv_heads * k_strides[0]
         k_mean = _mean(k, block, blocks, block_table, k_strides, D, D_PAD, BLOCK, TOKENS, PAGE)
-        scaled, power = over_power(k_mean[None, :])
-        tl.store(k_powers + row + tl.arange(0, 1), power)
-        dims = tl.arange(0, D_PAD)
-        tl.store(k_means + row * D_PAD + dims[None, :], scaled.to(k_means.dtype.element_ty))
+        tl.store(k_means + row * D_PAD + tl.arange(0, D_PAD), k_mean.to(k_means.dtype.element_ty))
     else:
         v += head % kv_heads * v_strides[1]
         if PAGE == 0:
@@ -80,17 +74,6 @@ def _mean(
         at = x + token_offset(token, page, strides, PAGE)
         sums += tl.load(at, mask=held & (dims < D)[None, :], other=0.0).to(tl.float32)
     return tl.sum(sums, 0) / BLOCK
-
-
-@triton.jit
-def over_power(x):
-    """Divide each row of float32 [N, M] by the power of two just below its largest magnitude; return that, [N], too.
-
-    Rows of tiny numbers, all below 2^-63, are divided by 2^-63, so that the power never underflows.
-    """
-    exponent = tl.maximum(tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23, 64)  # biased by 127
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return x * inverse[:, None], (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit(
@@ -130,7 +113,6 @@ def merge_kernel(
     lse,  # float32 [B, Hq, Tq] contiguous, natural logarithm; overwritten
     counts,  # int32 [B, Hq, R]
     kept,  # int32 [B, Hq, R, words], a bit a key block
-    k_powers,  # float32 [B * Hkv * columns], what k_means was divided by
     k_means,  # [B * Hkv * columns, D_PAD]: a pointer, or a tensor descriptor where TMA
     v_means,  # [B * Hkv * columns, DV_PAD], likewise
     q_strides,  # (batch, head, token) in elements
@@ -142,7 +124,7 @@ def merge_kernel(
     q_len,
     offset,  # tokens before the first query
     columns,  # blocks that have means, rounded up to a multiple of TILE
-    words,  # at least columns / 32
+    words,  # columns / 32
     scale_log2,  # logit factor times log2(e); positive; over the softcap instead, where there is a tanh
     cap_log2,  # softcap times log2(e); read only where there is a tanh
     D: tl.constexpr,
@@ -168,7 +150,6 @@ def merge_kernel(
         return
     kept += ((batch * heads + head) * rows + row) * words
     first_mean = ((batch * heads + head) // group * columns).to(tl.int32)
-    k_powers += first_mean
 
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
     token = past * BLOCK - offset + tl.arange(0, BLOCK)
@@ -177,9 +158,6 @@ def merge_kernel(
     dims_v = tl.arange(0, DV_PAD)
     q += batch * q_strides[0] + head * q_strides[1] + token.to(tl.int64)[:, None] * q_strides[2]
     query = tl.load(q + dims, mask=present[:, None] & (dims < D), other=0.0)
-    query, factor = over_power(query.to(tl.float32))
-    query = query.to(tl.float32 if PRECISION == "ieee" else tl.float16)
-    factor *= scale_log2
 
     # What the kept blocks gave counts as one item, whose value is added last. Weights are over BLOCK until the end.
     lse += (batch * heads + head) * q_len + token
@@ -190,7 +168,6 @@ def merge_kernel(
 
     column = tl.arange(0, TILE)
     word = tl.load(kept + column // 32)
-    power = tl.load(k_powers + column)
     for first in tl.range(0, past, TILE):
         pruned = ((word >> (column % 32)) & 1 == 0) & (column < past)
         bias = tl.where(pruned, 0.0, float("-inf"))
@@ -199,11 +176,11 @@ def merge_kernel(
         else:
             key = tl.load(k_means + (first_mean + column).to(tl.int64)[:, None] * D_PAD + dims)
         if TANH == "none":
-            score = tl.dot(query, key.T, input_precision=PRECISION) * power[None, :] + bias[None, :]
-            new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-            weight = tl.exp2(score * factor[:, None] - new_peak[:, None])
+            score = tl.dot(query, key.T, input_precision=PRECISION) + bias[None, :]
+            new_peak = tl.maximum(peak, tl.max(score, 1) * scale_log2)
+            weight = tl.exp2(score * scale_log2 - new_peak[:, None])
         else:
-            score = tl.dot(query, key.T, input_precision=PRECISION) * power[None, :] * factor[:, None]
+            score = tl.dot(query, key.T, input_precision=PRECISION) * scale_log2
             score = tanh(score, TANH) + bias[None, :]
             new_peak = tl.maximum(peak, tl.max(score, 1) * cap_log2)
             weight = tl.exp2(score * cap_log2 - new_peak[:, None])
@@ -219,7 +196,6 @@ def merge_kernel(
         # Read one tile ahead.
         column += TILE
         word = tl.load(kept + column // 32, mask=column < columns, other=0)
-        power = tl.load(k_powers + column, mask=column < columns, other=0.0)
 
     out += batch * out_strides[0] + head * out_strides[1] + token.to(tl.int64)[:, None] * out_strides[2]
     kept_value = tl.load(out + dims_v, mask=present[:, None] & (dims_v < DV), other=0.0)

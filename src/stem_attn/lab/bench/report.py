@@ -13,7 +13,7 @@ from stem_attn.lab.results import Record
 
 _LEGEND = (
     "ms: median of the rounds. TFLOP/s: on the kept pairs, dense on the causal ones. x NAME: times faster than that "
-    "dense kernel. over plain: its time over that without softcap and sinks. of whole: the selection's share. rms "
+    "dense kernel. over plain: its time over that without softcap, sinks and fp8. of whole: the selection's share. rms "
     "error: against float64, in units of each row's rms. first s: the first call, compilation included. attention: "
     "over one given selection; whole: selection and attention."
 )

@@ -96,6 +96,8 @@ def serving(
         raise InputError(f"--shape must be one of {', '.join(MODELS)}, got {shape!r}")
     if execution not in EXECUTION:
         raise InputError(f"--execution must be one of {', '.join(EXECUTION)}, got {execution!r}")
+    if not 0 < memory <= 1:
+        raise InputError(f"--memory takes a share above 0, at most 1, got {memory:g}")
     if cache is not None and not 0 < cache < math.inf:
         raise InputError(f"--cache takes GiB above 0, got {cache:g}")
     timed = sides.split(",")
