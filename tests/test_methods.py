@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from helpers import SMALL, make_qkv
-from stem_attn import BlockSelection, StemConfig, block_sparse_attention, methods, select_blocks
+from stem_attn import (
+    BlockSelection,
+    StemConfig,
+    block_sparse_attention,
+    methods,
+    select_blocks,
+    stem_attention,
+    stem_attention_varlen,
+)
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import budget_of
 from stem_attn.methods import Stem, estimates, masks
@@ -613,3 +621,18 @@ def test_minference_has_one_pattern_for_all_heads():
     assert (
         lines[..., : 30 // SIZE + 1].logical_or(~torch.ones(20, 20).tril().bool()[:, :2]).all()
     )  # the first 30 tokens
+
+
+@pytest.mark.parametrize("asked", [{"residual": "mean"}, {"precision": "fp8"}])
+@pytest.mark.parametrize("make", [Stem, lambda config: Uniform(config=config)])
+def test_a_method_asks_for_no_attention_that_it_would_not_get(make, asked):
+    q, k, v = (torch.randn(1, 1, 256, 32) for _ in range(3))
+    chooses, [(name, value)] = make(StemConfig(**asked)), asked.items()
+    message = f"the method's config asks for {name}='{value}'"
+    with pytest.raises(ValueError, match=message):
+        stem_attention(q, k, v, method=chooses)
+    with pytest.raises(ValueError, match=message):
+        stem_attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens_q=[0, 256], method=chooses)
+    assert select_blocks(q, k, v, method=chooses).q_len == 256  # nothing is attended to
+    if name == "residual":
+        assert stem_attention(q, k, v, method=chooses, config=StemConfig(**asked)).shape == q.shape

@@ -15,7 +15,7 @@ from stem_attn.call import Call
 from stem_attn.checks import resolve_config, resolve_scale
 from stem_attn.config import Precision, Residual, StemConfig
 from stem_attn.layout import Layout
-from stem_attn.method import Method
+from stem_attn.method import Method, check_attention
 
 Config = StemConfig | str
 _DEFAULT = StemConfig()
@@ -178,7 +178,7 @@ def select_blocks(
             sinks=sinks,
         )
         return BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
-    choice, block_size = _choice(config, method)
+    choice, block_size = _choice(config, method, attends=False)
     layout = Layout.dense(q, k, v, prompt_len)
     call = Call(layout, block_size, resolve_scale(scale, q.shape[-1]), softcap=softcap, sinks=sinks)
     return run.select(call, choice, backend)[0]
@@ -523,8 +523,8 @@ def stem_attention_paged(
     return (out, selections) if return_selection else out
 
 
-def _choice(config: StemConfig, method: Method | None) -> tuple[StemConfig | Method, int]:
-    """Return who chooses blocks, and of how many tokens."""
+def _choice(config: StemConfig, method: Method | None, *, attends: bool = True) -> tuple[StemConfig | Method, int]:
+    """Return who chooses blocks, and of how many tokens; `attends`: whether attention over them follows."""
     if method is None:
         return config, config.block_size
     if not callable(getattr(method, "select", None)) or type(getattr(method, "block_size", None)) is not int:
@@ -534,6 +534,8 @@ def _choice(config: StemConfig, method: Method | None) -> tuple[StemConfig | Met
             "with another method, config gives residual and precision only: "
             "set the method's own fields where it is made"
         )
+    if attends:
+        check_attention(method, config)
     return method, method.block_size
 
 

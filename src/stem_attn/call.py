@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stem_attn.blocks import BlockGrid, BlockSelection
-from stem_attn.checks import check_precision, check_residual, check_sinks, check_softcap, check_window, shape_of
-from stem_attn.config import Precision, Residual
+from stem_attn.checks import check_residual, check_sinks, check_softcap, check_window, shape_of
+from stem_attn.config import Precision, Residual, check_precision
 from stem_attn.layout import Layout, Part
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stem_attn.config import PRESETS, Precision, Residual, StemConfig
+from stem_attn.config import PRESETS, Residual, StemConfig
 
 # Ready-made: torch.compile does not trace what makes them.
 _PRESETS = {name: StemConfig.preset(name) for name in PRESETS}
@@ -101,14 +101,6 @@ def check_window(window: int | None) -> None:
     """Check a sliding window's width in tokens."""
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an int of at least 1 token, got {window!r}")
-
-
-def check_precision(precision: Precision, residual: Residual) -> None:
-    """Check that a precision is known, and nothing else is asked for that it is not computed with."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
-    if precision != "auto" and residual != "none":
-        raise ValueError(f"precision={precision!r} cannot be combined with residual={residual!r}")
 
 
 def check_residual(residual: Residual, window: int | None) -> None:

@@ -68,10 +68,11 @@ class StemConfig:
         residual: What stands for pruned blocks: `"none"`, or `"mean"`: each returns as one key and one value, its
             means, rounded to the inputs' dtype, weighted by its number of tokens.
         precision: Of attention's products: `"auto"`, that of the inputs; or `"fp8"`: q, k, v and the weights are
-            rounded to 8 bits (e4m3), which needs a Hopper GPU. Blocks are selected as ever.
+            rounded to 8 bits (e4m3), which needs a Hopper GPU, and is not computed with a residual. Blocks are
+            selected as ever.
 
     Raises:
-        ValueError: A field has the wrong type or lies outside its range.
+        ValueError: A field has the wrong type or lies outside its range, or two exclude each other.
 
     Source: Stem (arXiv 2603.06274), Sections 3.1 (Token Position-Decay) and 3.2 (Output-Aware Metric).
     """
@@ -128,7 +129,7 @@ class StemConfig:
         check_float("head_floor", self.head_floor, 0.0, 1.0)
         _check_choice("forced_blocks", self.forced_blocks, ForcedBlocks)
         _check_choice("residual", self.residual, Residual)
-        _check_choice("precision", self.precision, Precision)
+        check_precision(self.precision, self.residual)
         values = {name: getattr(self, name) for name in field_names()}
         object.__setattr__(self, "_json", json.dumps(values))
         object.__setattr__(self, "_hash", hash(tuple(values.values())))
@@ -278,6 +279,13 @@ def check_float(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:
         raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value!r}")
+
+
+def check_precision(precision: Precision, residual: Residual) -> None:
+    """Check that a precision is known, and nothing else is asked for that it is not computed with."""
+    _check_choice("precision", precision, Precision)
+    if precision != "auto" and residual != "none":
+        raise ValueError(f"precision={precision!r} cannot be combined with residual={residual!r}")
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

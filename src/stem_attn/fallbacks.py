@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 log = logging.getLogger("stem_attn")
 _counts: Counter[str] = Counter()
 _on_devices: dict[tuple[str, torch.device], Tensor] = {}
+_lock = threading.Lock()
 
 
 def counts() -> dict[str, int]:
     """Return how often each reason was noted. Where devices have counted, this waits for them."""
-    total = Counter(_counts)
-    for (reason, _), count in _on_devices.items():
+    with _lock:
+        total, late = Counter(_counts), list(_on_devices.items())
+    for (reason, _), count in late:
         total[reason] += int(count)
     return {reason: count for reason, count in total.items() if count}
 
@@ -29,9 +32,11 @@ def note_on_device(reason: str, count: Tensor) -> None:
         count: One int.
     """
     key = reason, count.device
-    if key not in _on_devices:
-        _on_devices[key] = torch.zeros((), dtype=torch.int64, device=count.device)
-    _on_devices[key] += count
+    with _lock:
+        if key not in _on_devices:
+            with torch.inference_mode(False):  # so that it can be added to in any mode
+                _on_devices[key] = torch.zeros((), dtype=torch.int64, device=count.device)
+        _on_devices[key] += count
 
 
 def note(what: str, reason: str) -> None:
@@ -41,6 +46,8 @@ def note(what: str, reason: str) -> None:
         what: What happens instead.
         reason: Why; begins with the name of the backend that could be faster.
     """
-    if reason not in _counts:
+    with _lock:
+        new = reason not in _counts
+        _counts[reason] += 1
+    if new:
         log.warning("%s (%s)", what, reason)
-    _counts[reason] += 1

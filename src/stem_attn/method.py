@@ -11,6 +11,9 @@ from typing import Protocol
 from torch import Tensor
 
 from stem_attn.blocks import BlockSelection
+from stem_attn.config import StemConfig
+
+_DEFAULT = StemConfig()
 
 
 class Method(Protocol):
@@ -39,3 +42,25 @@ class Method(Protocol):
             prompt_len: Tokens of the whole prompt, one int or one a batch row, for methods whose budget depends on
                 it. Default: Tk.
         """
+
+
+def check_attention(method: Method, asked: StemConfig) -> None:
+    """Check that a method's own config asks for no other attention than it gets: a method only chooses blocks.
+
+    Args:
+        method: The method.
+        asked: Whose `residual` and `precision` attention has.
+
+    Raises:
+        ValueError: The method has a config with another one.
+    """
+    own = getattr(method, "config", None)
+    if not isinstance(own, StemConfig):
+        return
+    for name in ("residual", "precision"):
+        mine, given = getattr(own, name), getattr(asked, name)
+        if mine not in (getattr(_DEFAULT, name), given):
+            raise ValueError(
+                f"the method's config asks for {name}={mine!r}, which attention does not read there; config says "
+                f"{given!r}: pass config=StemConfig({name}={mine!r}) beside the method"
+            )

@@ -171,12 +171,35 @@ def test_precision_is_never_replaced() -> None:
     with pytest.raises(ValueError, match="precision must be one of auto, fp8, got 'fp4'"):
         StemConfig(precision="fp4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision='fp8' cannot be combined with residual='mean'"):
-        stem_attention(q, k, v, config=StemConfig(precision="fp8", residual="mean"))
+        StemConfig(precision="fp8", residual="mean")
+    everything = BlockSelection.everything(batch=1, heads=2, grid=BlockGrid(300, 300, 128), device="cpu")
+    with pytest.raises(ValueError, match="precision='fp8' cannot be combined with residual='mean'"):
+        block_sparse_attention(q, k, v, everything, residual="mean", precision="fp8")
     selection = BlockSelection.everything(batch=1, heads=2, grid=BlockGrid(300, 300, 64), device=DEVICE)
     call = Call(Layout.dense(*(x.to(DEVICE) for x in (q, k, v))), 64, 0.1, precision="fp8")
     assert "its block size is 128, got 64" in str(TritonBackend().why_unsupported(call))
     with pytest.raises(ValueError, match=r"8-bit|block size is 128|inputs' precision"):
         block_sparse_attention(*(x.to(DEVICE) for x in (q, k, v)), selection, precision="fp8")
+
+
+def test_a_refusal_says_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stem_attn.backends.triton import attention, fp8
+
+    def said(q: Tensor, k: Tensor, v: Tensor) -> str:
+        return str(fp8.why_unsupported(Call(Layout.dense(q, k, v), BLOCK, 0.1, precision="fp8")))
+
+    q, k, v = make_qkv(300, heads=2, kv_heads=1, dim=64, dtype=torch.float16)
+    assert "needs a Hopper GPU" in said(q, k, v)
+    assert "got cpu and Triton 3" in said(q, k, v)
+    for module in (attention, fp8):
+        monkeypatch.setattr(module, "gluon_runs_on", lambda device: True)
+    assert said(q, k, v) == "None"
+    odd = torch.zeros(1, 1, 300, 66, dtype=torch.float16)[..., :64]
+    assert "got no pages, strides (38400, 19200, 64, 1), (19800, 19800, 66, 1)" in said(q, odd, v)
+    pages = torch.zeros(20, 24, 1, 64, dtype=torch.float16)
+    table = torch.arange(20, dtype=torch.int32)[None]
+    layout = Layout.paged(q[0].transpose(0, 1), pages, pages, [0, 300], [300], table)
+    assert "got pages of 24 tokens, strides" in str(fp8.why_unsupported(Call(layout, BLOCK, 0.1, precision="fp8")))
 
 
 def random_selection(q_len: int, k_len: int, *, batch: int = 1, heads: int = 4) -> BlockSelection:

@@ -75,3 +75,11 @@ def test_limits_that_are_no_numbers_miss_as_on_the_host(values, target):
     sums = AuditSums(1000, ROWS, torch.tensor(values, dtype=torch.float64))
     policy = PrefillPolicy(audit_rows=ROWS, **target)
     assert verdict(values, **target) is policy.misses(sums.read())
+
+
+def test_a_recall_of_nothing_is_left_to_the_host():
+    """Its lower limit is 0 at least; the kernel's is not."""
+    values = torch.tensor([100, 500.0**2, 500.0**4, 0, 1, 0, 0], dtype=torch.float64, device=DEVICE)
+    policy = PrefillPolicy(audit_rows=ROWS, min_recall=0.0)
+    assert not policy.misses(AuditSums(1000, ROWS, values).read())
+    assert BACKEND.misses(values, 1000, ROWS, 0.0, None) is None

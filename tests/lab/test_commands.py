@@ -85,6 +85,25 @@ def arguments(request, folder, tmp_path, monkeypatch):
 every_command = pytest.mark.parametrize("arguments", COMMANDS, indirect=True)
 
 
+FP8 = {
+    "prefill": ["--set", "precision=fp8"],
+    "ttft": ["--set", "precision=fp8"],
+    "tune": ["--set", "precision=fp8"],
+    "audit": ["--set", "precision=fp8"],
+    "inspect": ["--variant", "eight=stem-default,min_seq_len=0,precision=fp8"],
+    "fidelity": ["--variant", "eight=stem-default,precision=fp8"],
+    "tasks": ["--variant", "eight=stem-default,precision=fp8"],
+    "ruler": ["--variant", "eight=stem-default,precision=fp8"],
+}
+
+
+@pytest.mark.parametrize(("arguments", "asked"), FP8.items(), indirect=["arguments"], ids=list(FP8))
+def test_a_precision_that_no_kernel_has_is_refused_before_any_work(arguments, asked, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a model runs"))
+    assert cli.run([*arguments, *asked]) == 2
+    assert "no backend can run this call with precision='fp8': cpu: it multiplies in" in capsys.readouterr().err
+
+
 @every_command
 def test_a_disk_that_fills_up_loses_no_number(arguments, tmp_path, monkeypatch, capsys):
     write = Path.write_bytes

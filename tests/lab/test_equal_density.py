@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stem_attn import StemConfig
+from stem_attn import StemConfig, block_sparse_attention
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import budget_of
 from stem_attn.lab.equal_density import UnreachableDensityError, enclosing_budgets, select_at_density
@@ -71,3 +71,21 @@ def test_a_method_of_some_rows_keeps_everything_in_the_others():
     causal = torch.arange(1, 65)
     assert (below.selection.counts[..., 32:] == causal[32:]).all()
     assert (below.selection.counts[..., :32] < causal[:32]).any()
+
+
+@pytest.mark.parametrize("base", ["stem-default", "uniform"])
+@pytest.mark.parametrize("density", [None, 0.4])
+@pytest.mark.parametrize("rows", [(0.0, 1.0), (0.25, 1.0)])
+def test_a_choice_attends_as_its_config_asks(base, density, rows):
+    q, k, v = qkv()
+
+    def choice(**asked):
+        config = StemConfig(block_size=BLOCK, **asked)
+        fields = {"config": config} if base == "uniform" else asked
+        return select_at_density(NamedMethod(base, base, fields, rows), BLOCK, density, q, k, v, None)[0]
+
+    means = choice(residual="mean")
+    out = block_sparse_attention(q, k, v, means.selection, residual="mean")
+    torch.testing.assert_close(means.attend(q, k, v, None), out, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="precision='fp8'"):  # no CPU computes it: asked for, and not dropped
+        choice(precision="fp8").attend(q, k, v, None)

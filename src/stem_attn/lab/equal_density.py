@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_attn.api import block_sparse_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.budget import budget_of
-from stem_attn.config import Residual, StemConfig
+from stem_attn.config import StemConfig
 from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.method import Method
 from stem_attn.methods import Stem
@@ -35,11 +36,13 @@ class Choice:
     method: Method
     selection: BlockSelection
 
-    @property
-    def residual(self) -> Residual:
-        """What stands for pruned blocks."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Compute the attention output, [B, Hq, T, Dv]: over what is kept, and what stands for the rest."""
         method = self.method.method if isinstance(self.method, SomeRows) else self.method
-        return method.config.residual if isinstance(method, Stem) else "none"
+        config = method.config if isinstance(method, Stem | Uniform) else StemConfig()
+        asked: Any = {"residual": config.residual, "precision": config.precision}
+        out: Tensor = block_sparse_attention(q, k, v, self.selection, scale=scale, **asked)
+        return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class DenseLayer:
 
     def measure(self, choice: Choice) -> LayerNumbers:
         """Compare a choice with exact attention."""
-        out = attend(choice, self.q, self.k, self.v, self.scale)
+        out = choice.attend(self.q, self.k, self.v, self.scale)
         lost = _by_token(out.float() - self.out.float())
         kept = self._kept_mass(choice.selection)
         return LayerNumbers(
@@ -83,11 +83,6 @@ class DenseLayer:
             grid = BlockGrid(self.q.shape[2], self.k.shape[2], size)
             self._mass[size] = attention_mass(self.q, self.k, grid, self.scale)
         return (self._mass[size] * selection.to_mask()).sum(-1, dtype=torch.float64).mean((0, 1)).cpu()
-
-
-def attend(choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Compute a method's attention output, [B, Hq, T, Dv]: over what it selected, and what stands for the rest."""
-    return block_sparse_attention(q, k, v, choice.selection, scale=scale, residual=choice.residual)
 
 
 def at_density(found: list[LayerNumbers], density: float | None) -> LayerNumbers:

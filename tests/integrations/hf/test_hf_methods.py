@@ -181,6 +181,10 @@ def test_a_method_runs_within_a_compiled_graph():
         ({"config": "official", "method": "dense"}, "config.score has no effect on method 'dense'"),
         ({"config": SPARSE, "method": Stem(KEEP_ALL)}, "brings its own config"),
         (
+            {"method": methods.make("uniform", config=StemConfig(precision="fp8"))},
+            "the method's config asks for precision='fp8'.*config says 'auto'",
+        ),
+        (
             {"method": Stem(SPARSE, backend="triton"), "backend": "cpu"},
             "names the backend 'triton', but backend is 'cpu'",
         ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 
 from stem_attn.backends.triton.attention import (
@@ -15,6 +16,7 @@ from stem_attn.backends.triton.attention import (
     addressable,
     alignment_of,
     geometry_of,
+    gluon_runs_on,
     hopper_fits,
     launch_hopper,
     layouts_of,
@@ -51,12 +53,25 @@ def why_unsupported(call: Call) -> str | None:
         return f"with precision='fp8' it takes float16 and bfloat16, got {q.dtype}"
     if min(head_dims) <= 32 or max(head_dims) > 128:
         return f"with precision='fp8' its head dims go from 33 to 128, got {head_dims[0]} and {head_dims[1]}"
-    if not hopper_fits(q, k, v, BLOCK, call.layout.page_size):
+    if not gluon_runs_on(q.device):
         return (
-            "precision='fp8' needs a Hopper GPU (compute capability 9.0), Triton 3.6 to 3.9, strides of 16 bytes, and "
-            "pages of a multiple of 128 tokens or of 8, 16, 32, 64"
+            f"precision='fp8' needs a Hopper GPU (compute capability 9.0) and Triton 3.6 to 3.9, got {_got(q.device)}"
+        )
+    if not hopper_fits(q, k, v, BLOCK, call.layout.page_size):
+        pages = f"pages of {call.layout.page_size} tokens" if call.layout.page_size else "no pages"
+        strides = ", ".join(str(x.stride()) for x in (q, k, v))
+        places = [x.data_ptr() % 16 for x in (q, k, v)]
+        return (
+            "with precision='fp8' pages are a multiple of 128 tokens or of 8, 16, 32, 64, and strides and "
+            f"addresses of q, k and v multiples of 16 bytes; got {pages}, strides {strides} in numbers, and addresses "
+            f"{places} bytes past such"
         )
     return None
+
+
+def _got(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"{name} and Triton {triton.__version__}"
 
 
 def attend(call: Call, selections: Sequence[BlockSelection], out: Tensor, lse: Tensor | None) -> None:

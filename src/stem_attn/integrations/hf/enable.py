@@ -18,7 +18,7 @@ from stem_attn.integrations.hf.refuse import calls_interface, layer_count, why_r
 from stem_attn.integrations.hf.register import NAME, make_known
 from stem_attn.integrations.hf.state import ATTRIBUTE, State
 from stem_attn.integrations.hf.told import normalize, telling
-from stem_attn.method import Method
+from stem_attn.method import Method, check_attention
 from stem_attn.methods import Stem
 from stem_attn.methods.uniform import Uniform
 from stem_attn.policy import PrefillPolicy
@@ -143,6 +143,7 @@ def _resolve_method(config: StemConfig, method: Any, backend: str) -> tuple[Stem
         return config, methods.make(method)
     if not callable(getattr(method, "select", None)) or not isinstance(getattr(method, "block_size", None), int):
         raise ValueError(f"method must be a name or have block_size and select(q, k, v), got {type(method).__name__}")
+    check_attention(method, config)
     return config, cast(Method, method)
 
 

@@ -91,7 +91,8 @@ def time_prefills(
 ) -> Record:
     """Time the prefill of a prompt densely, sparsely, with an audit, and with one that decides.
 
-    The deciding one has a target that every layer meets, so it waits for the device and attends to nothing again.
+    The deciding one has a target that every layer meets, so nothing is attended to again: where the host decides it
+    waits for the device, and where the device does it launches attention that ends at once.
 
     Args:
         model: A transformers causal language model.

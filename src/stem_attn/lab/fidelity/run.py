@@ -18,7 +18,7 @@ from torch import Tensor
 from stem_attn.lab.equal_density import Choice, UnreachableDensityError, mix, select_at_density, share_above
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.intercept import Attend, intercept
-from stem_attn.lab.layer_numbers import POSITION_BINS, DenseLayer, at_density, attend
+from stem_attn.lab.layer_numbers import POSITION_BINS, DenseLayer, at_density
 from stem_attn.lab.logits import PositionNumbers, compare_positions, keep_hidden
 from stem_attn.lab.named_methods import NamedMethod
 from stem_attn.lab.progress import OnStep
@@ -181,7 +181,7 @@ def _sparse_forward(
         kept += int(choice.selection.counts.sum())
         causal += choice.selection.counts.shape[1] * choice.selection.grid.causal_blocks
         sides = max(sides, len(choices))
-        return attend(choice, q, k, v, scale)
+        return choice.attend(q, k, v, scale)
 
     hidden, _ = _forward(model, ids, sparse)
     return hidden, kept / causal, sides

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stem_attn.api import block_sparse_attention
 from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.checks import resolve_scale
 from stem_attn.lab.devices import synchronize
@@ -183,7 +182,7 @@ def _outcome(
         on_step(f"{named.name}, layer {layer}")
         choice, selecting = _timed(lambda: _choose(named, block_size, layer, layers, q, k, v, scale), q.device)
         out: Tensor
-        out, attending = _timed(lambda: _attend(choice, q, k, v, scale), q.device)
+        out, attending = _timed(lambda: choice.attend(q, k, v, scale), q.device)
         selection_seconds[layer], attention_seconds[layer] = selecting, attending
         kept += int(choice.selection.counts.sum())
         causal += q.shape[1] * choice.selection.grid.causal_blocks
@@ -219,7 +218,7 @@ def _kept(
     """Compare a choice with the true attention."""
     selection: BlockSelection = choice.selection
     blocks = selection.to_mask()[0, :, rows]
-    off = _attend(choice, q, k, v, scale).float() - dense.float()
+    off = choice.attend(q, k, v, scale).float() - dense.float()
     return Kept(
         blocks=blocks.cpu(),
         lost=(mass * ~blocks).sum(-1).cpu(),
@@ -238,10 +237,6 @@ def _mass(q: Tensor, k: Tensor, grid: BlockGrid, rows: list[int], scale: float) 
         own = BlockGrid(stop - start, stop, grid.block_size)  # these queries are the last of the keys that they see
         mass[:, place, : own.k_blocks] = attention_mass(q[:, :, start:stop], k[:, :, :stop], own, scale)[0, :, 0]
     return mass
-
-
-def _attend(choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return block_sparse_attention(q, k, v, choice.selection, scale=scale, residual=choice.residual)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.api import block_sparse_attention
 from stem_attn.integrations import hf
 from stem_attn.lab.equal_density import select_at_density
 from stem_attn.lab.errors import InputError
@@ -69,10 +68,11 @@ def running(model: Any, named: NamedMethod, block_size: int, density: float | No
     densities: list[Tensor] = []  # of each layer, so that the device is asked once a prompt
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        selection = select_at_density(named, block_size, density, q, k, v, scale)[0].selection
+        choice = select_at_density(named, block_size, density, q, k, v, scale)[0]
+        selection = choice.selection
         heads = selection.counts.shape[0] * selection.counts.shape[1]
         densities.append(selection.counts.sum() / (heads * selection.grid.causal_blocks))
-        return block_sparse_attention(q, k, v, selection, scale=scale)
+        return choice.attend(q, k, v, scale)
 
     with intercept(model, attend) as others:
 
