@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,3 +369,22 @@ def test_ttft_refuses_an_adapter_that_changes_the_logits(monkeypatch):
     spoiled_backend(monkeypatch, lambda out: out * 1.01)
     with pytest.raises(GateError, match="with every block kept"):
         ttft.check_adapter(model, SMALL, 0)
+
+
+@pytest.mark.parametrize("folder", ["h200-llama3-8b-fp8", "h100-sinks-softcap"])
+def test_a_kernel_with_more_than_its_name_is_drawn_in_another_colour(folder, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    from stem_attn.lab.bench.plot import draw
+
+    colors = {}
+    plain = Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda *args, **how: (colors.update({how["label"]: how["color"]}), plain(*args, **how))[1]
+    )
+    results = Path(__file__).parents[3] / "benchmarks/results"
+    assert draw(json.loads((results / folder / "bench.json").read_text())).startswith(b"\x89PNG")
+    extended = {label for label in colors if label.startswith("triton ") and len(label.split()) > 2}
+    assert extended
+    assert not {colors[label] for label in extended} & {colors[label] for label in colors.keys() - extended}

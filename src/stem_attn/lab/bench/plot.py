@@ -19,6 +19,8 @@ _COLORS = {
     "triton": "#0072b2",
     "cpu": "#0072b2",
 }
+_EXTENDED = "#000000"
+"""A kernel with a softcap, sinks or 8 bits, beside the same without."""
 _STYLES = {"dense": ("--", "s"), "attention": ("-", "o"), "whole": ("-", "D"), "selection": (":", "^")}
 
 
@@ -83,7 +85,7 @@ def _draw_attention(report: Record, left: Any, right: Any) -> str:
             marker=marker,
             markersize=4,
             linewidth=1.4,
-            color=_COLORS[name.split()[0]],
+            color=_color(name),
             alpha=0.5 if part == "attention" and (name, "whole") in series else 1,
             label=f"{name.removesuffix('-dense')} {part}",
         )
@@ -142,3 +144,8 @@ def _tokens(length: float) -> str:
     if length >= 2**20 and length % 2**20 == 0:
         return f"{int(length) // 2**20}M"
     return f"{int(length) // 1024}K" if length >= 1024 and length % 1024 == 0 else f"{int(length)}"
+
+
+def _color(name: str) -> str:
+    kernel, *extended = name.split()
+    return _EXTENDED if extended else _COLORS[kernel]
