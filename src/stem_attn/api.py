@@ -120,9 +120,7 @@ def stem_attention(
         return out, BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
     choice, block_size = _choice(config, method)
     layout = Layout.dense(q, k, v, prompt_len)
-    scale = resolve_scale(scale, q.shape[-1])
-    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
-    call = Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
+    call = _call(layout, config, block_size, scale, softcap, sinks)
     out, selections = run.prefill(call, choice, backend)
     return (out, selections[0]) if return_selection else out
 
@@ -382,9 +380,7 @@ def stem_attention_varlen(
         return out
     choice, block_size = _choice(config, method)
     layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompt_len)
-    scale = resolve_scale(scale, q.shape[-1])
-    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
-    call = Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
+    call = _call(layout, config, block_size, scale, softcap, sinks)
     out, selections = run.prefill(call, choice, backend)
     out = out[0].transpose(0, 1)
     return (out, selections) if return_selection else out
@@ -508,9 +504,7 @@ def stem_attention_paged(
         return made
     choice, block_size = _choice(config, method)
     layout = Layout.paged(q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, prompt_len)
-    scale = resolve_scale(scale, q.shape[-1])
-    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
-    call = Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
+    call = _call(layout, config, block_size, scale, softcap, sinks)
     shape = (*q.shape[:2], v_cache.shape[3])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
@@ -550,3 +544,17 @@ def _traceable(config: StemConfig, method: Method | None, untraceable: bool = Fa
     if untraceable:
         raise ValueError("return_selection and out of packed and paged calls cannot be traced by torch.compile")
     return config
+
+
+def _call(
+    layout: Layout,
+    config: StemConfig,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Call:
+    """Make a call whose attention is what a config asks for."""
+    scale = resolve_scale(scale, layout.q.shape[-1])
+    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
+    return Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)

@@ -242,10 +242,7 @@ def _portable_launch(
         "TMA": tma,
         "PACKED": packed,
         "PAGE": page_size,
-        "WINDOW": window is not None,
-        "LSE": lse,
-        "SINKS": logits.sinks is not None,
-        "TANH": logits.tanh(dtype, device),
+        **switches_of(logits, dtype, device, window, lse),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "MAY_SKIP": may_skip,
     }
@@ -331,10 +328,7 @@ def _hopper_launch(
         "KEYS": tile.keys,
         "PAGE": page_size,
         "STAGES": tile.stages,
-        "WINDOW": window is not None,
-        "LSE": lse,
-        "SINKS": logits.sinks is not None,
-        "TANH": logits.tanh(dtype, device),
+        **switches_of(logits, dtype, device, window, lse),
         "BLOCK": block_size,
         "MAY_SKIP": may_skip,
     }
@@ -357,6 +351,18 @@ def geometry_of(
     factors = (logits.factor, 0.0) if logits.softcap is None else (logits.cap, logits.factor)
     numbers = (rows, min(rows, LEAD_ROWS), heads // kv_heads, q_len, k_len, *factors, window or 0)
     return (rows * heads, batch, 1), numbers
+
+
+def switches_of(
+    logits: Logits, dtype: torch.dtype, device: torch.device, window: int | None, lse: bool
+) -> dict[str, Any]:
+    """Return the constants by which all kernels are compiled for what a call has."""
+    return {
+        "WINDOW": window is not None,
+        "LSE": lse,
+        "SINKS": logits.sinks is not None,
+        "TANH": logits.tanh(dtype, device),
+    }
 
 
 def layouts_of(*tensors: Tensor) -> Layouts:

@@ -23,6 +23,7 @@ from stem_attn.backends.triton.attention import (
     padded,
     rows_of,
     run_on,
+    switches_of,
 )
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
@@ -256,14 +257,7 @@ def _attention_launch(
 
     (_, _, q_len, v_head_dim), strides = layouts[3]
     grid, numbers = geometry_of(layouts, q_len, k_len, logits, window)
-    constants = {
-        "DV": v_head_dim,
-        "STAGES": 2,
-        "WINDOW": window is not None,
-        "LSE": lse,
-        "SINKS": logits.sinks is not None,
-        "TANH": logits.tanh(dtype, device),
-    }
+    constants = {"DV": v_head_dim, "STAGES": 2, **switches_of(logits, dtype, device, window, lse)}
     numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
     # 384 threads share 64 Ki registers; the kernel deals them out anew.
     return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=168)

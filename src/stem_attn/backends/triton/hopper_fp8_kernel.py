@@ -100,7 +100,7 @@ def hopper_fp8_kernel(
     kv_head = head // group
     indices += batch.to(gl.int64) * index_batch + head.to(gl.int64) * index_head
     indices += row.to(gl.int64) * index_row
-    if gl.load(unsafe + batch * (heads // group) + head // group) != 0:
+    if gl.load(unsafe + batch * kv_heads + kv_head) != 0:
         return
     count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
     offset = k_len - q_len
