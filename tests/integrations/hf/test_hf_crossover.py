@@ -76,6 +76,15 @@ def test_presets_by_device_and_length(device_type, preset, tokens, faster):
     assert reason == (None if faster else REASON)
 
 
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_with_8_bits_only_calls_pay_that_take_the_gpu_longer_than_the_host(preset):
+    for length in (4096, 8192, 16383, 16384, 131072):
+        geometry = Geometry("cuda", torch.bfloat16, 128, length)
+        plain = TritonBackend().break_even(geometry, StemConfig.preset(preset))
+        eight = TritonBackend().break_even(geometry, StemConfig.preset(preset, precision="fp8"))
+        assert eight == (plain if length >= 16384 else 0)
+
+
 @pytest.mark.parametrize(("config", "faster"), [(FEW, True), (MANY, False), (KEEP_ALL, False)])
 @torch.no_grad()
 def test_a_model_goes_dense_above_the_crossover(config, faster):
