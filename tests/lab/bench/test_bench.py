@@ -330,6 +330,7 @@ def test_the_command_writes_table_json_csv_and_plot(tmp_path):
         (("--set", "block_size=17"), "block_size must be a multiple of 16"),
         (("--heads", "6", "--kv-heads", "4"), "multiple of KV heads"),
         (("--q-len", "9000", "--lengths", "4096"), "--q-len must be from 1"),
+        (("--q-len", "0"), "--q-len must be from 1 to the length 8192, got 0"),
         (("--layers", "2"), "--layers has no meaning without --ttft"),
         (("--ttft", "--q-len", "8"), "--q-len has no meaning with --ttft"),
         (("--json", "no/such/folder/a.json"), "cannot write"),
