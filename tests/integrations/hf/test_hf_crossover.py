@@ -76,13 +76,14 @@ def test_presets_by_device_and_length(device_type, preset, tokens, faster):
     assert reason == (None if faster else REASON)
 
 
-@pytest.mark.parametrize("preset", ["default", "official"])
-def test_with_8_bits_only_calls_pay_that_take_the_gpu_longer_than_the_host(preset):
-    for length in (4096, 8192, 16383, 16384, 131072):
+def test_8_bits_pay_where_mass_scores_do():
+    """They take launches more, too."""
+    for length, density in ((4096, 0.0), (8191, 0.0), (8192, 0.7), (16384, 0.85)):
         geometry = Geometry("cuda", torch.bfloat16, 128, length)
-        plain = TritonBackend().break_even(geometry, StemConfig.preset(preset))
-        eight = TritonBackend().break_even(geometry, StemConfig.preset(preset, precision="fp8"))
-        assert eight == (plain if length >= 16384 else 0)
+        for fields in ({}, {"precision": "fp8"}):
+            assert TritonBackend().break_even(geometry, StemConfig.preset("default", **fields)) == density
+        plain, eight = StemConfig.preset("official"), StemConfig.preset("official", precision="fp8")
+        assert TritonBackend().break_even(geometry, eight) == density < TritonBackend().break_even(geometry, plain)
 
 
 @pytest.mark.parametrize(("config", "faster"), [(FEW, True), (MANY, False), (KEEP_ALL, False)])
