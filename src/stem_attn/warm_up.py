@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stem_attn import run
+from stem_attn import backends, run
 from stem_attn.api import Config, stem_attention, stem_attention_paged
 from stem_attn.call import Call
 from stem_attn.checks import resolve_config
@@ -72,10 +72,11 @@ def warm_up(
             out, kept = stem_attention(q, k, k, config=config, backend=backend, return_selection=True, **asked)
             if audit_rows:
                 call = Call(Layout.dense(q, k, k), config.block_size, head_dim**-0.5, **asked)
-                sums = run.audit(call, [kept], out, backend, rows=audit_rows, seed=0)
-                missed = run.misses(call, sums, backend, min_recall=0.5, max_error=0.5)
+                chosen = backends.for_call(backend, call, again=True)
+                sums = run.audit(call, [kept], out, chosen, rows=audit_rows, seed=0)
+                missed = chosen.misses(sums.values, sums.queries, sums.rows, 0.5, 0.5)
                 if missed is not None:
-                    run.attend_if(call, missed, out, backend)
+                    chosen.attend_if(call, missed, out)
         else:
             q = torch.zeros(q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)

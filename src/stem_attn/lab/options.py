@@ -115,27 +115,38 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
+def whole_numbers(option: str, text: str, such_as: str = "4096,8192") -> list[int]:
     """Read positive whole numbers, separated by commas.
+
+    Args:
+        option: Its name, for the error.
+        text: What was given.
+        such_as: An example, likewise.
 
     Raises:
         InputError: There is none, or something else among them.
     """
     numbers = _numbers(int, text)
     if not numbers or min(numbers) < 1:
-        raise InputError(f"{option} takes positive whole numbers separated by commas, such as 4096,8192; got {text!r}")
+        raise InputError(f"{option} takes positive whole numbers separated by commas, such as {such_as}; got {text!r}")
     return numbers
 
 
 def densities(option: str, text: str) -> list[float]:
     """Read shares of the causal blocks, separated by commas.
 
+    Args:
+        option: Its name, for the error.
+        text: What was given.
+
     Raises:
         InputError: There is none, or something else among them.
     """
     shares = _numbers(float, text)
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise InputError(f"{option} takes numbers above 0 and up to 1, separated by commas; got {text!r}")
+        raise InputError(
+            f"{option} takes numbers above 0 and up to 1, separated by commas, such as 0.12,0.22; got {text!r}"
+        )
     return shares
 
 

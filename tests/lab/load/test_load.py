@@ -168,6 +168,11 @@ def test_goodput_is_the_highest_rate_with_enough_in_time():
     [
         (["--lengths", "10"], "--lengths takes two rising numbers, got '10'"),
         (["--tokens", "5,2"], "--tokens takes two rising numbers, got '5,2'"),
+        (
+            ["--percents", "a"],
+            "--percents takes positive whole numbers separated by commas, such as 52,70,104; got 'a'",
+        ),
+        (["--seconds", "inf"], "--seconds takes a finite number, got inf"),
         (["--short-seconds", "0"], "--short-seconds takes a number above 0, got 0"),
         (["--dense", "127.0.0.1:1"], "a server's address is http://HOST:PORT, got '127.0.0.1:1'"),
         (["--dense", "https://127.0.0.1:1"], "a server's address is http://HOST:PORT, got 'https://127.0.0.1:1'"),

@@ -147,6 +147,11 @@ def test_one_side_alone_is_timed(vllm, tmp_path, capfd):
         (["--model", "./nowhere"], "no such model folder: ./nowhere"),
         (["--shape", "gpt"], f"--shape must be one of {', '.join(MODELS)}"),
         (["--shape", "smollm2", "--execution", "fast"], "--execution must be one of eager, graphs, compiled"),
+        (
+            ["--shape", "smollm2", "--dtype", "int8"],
+            "--dtype must be one of auto, float32, bfloat16, float16; got 'int8'",
+        ),
+        (["--shape", "smollm2", "--backend", "FAST"], "--backend must be one of STEM, CUSTOM, got 'FAST'"),
         (["--shape", "smollm2", "--stem", "{"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", "[]"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", '{"budget_ration": 1}'], "--stem: unknown key budget_ration"),

@@ -49,12 +49,14 @@ def load(
     require("transformers", extra="hf")
     if not 0 < short_seconds < math.inf:
         raise InputError(f"--short-seconds takes a number above 0, got {short_seconds:g}")
+    if seconds == math.inf:
+        raise InputError("--seconds takes a finite number, got inf")
     settings: Record = {
         "model": Path(model).name,
         "lengths": _range("--lengths", lengths),
         "tokens": _range("--tokens", tokens),
         "seconds": seconds,
-        "shares": [percent / 100 for percent in whole_numbers("--percents", percents)],
+        "shares": [percent / 100 for percent in whole_numbers("--percents", percents, "52,70,104")],
         "burst": burst,
         "short": short,
         "short_seconds": short_seconds,

@@ -92,10 +92,10 @@ def read_answers(file: Path) -> dict[str, dict[str, Any]]:
         try:
             record = json.loads(line)
             if not isinstance(record["key"], dict):
-                raise TypeError("its key is no object")
+                raise TypeError
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{file}, line {number}: not a record of this command ({type(error).__name__}: {error})"
+                f"{file}, line {number}: not a record of this command, which is a JSON object with a key"
             ) from error
         records[_text(record["key"])] = record
     return records
