@@ -98,7 +98,7 @@ def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, t
     capacity = unloaded["requests_a_second"]
     first, second = (trial["requests_a_second"] for trial in searched)
     for name in SERVERS:
-        assert first[name] == pytest.approx(capacity[name] * (0.4 * 1.2) ** 0.5)
+        assert first[name] == pytest.approx(capacity[name] * (0.5 * 1.5) ** 0.5)
         grew = second[name] > first[name]
         assert grew == (searched[0][name]["within_limit"] >= 0.99)
         assert second[name] / first[name] == pytest.approx(3 ** (0.25 if grew else -0.25))

@@ -19,7 +19,7 @@ from stem_attn.lab.results import Record
 SERVERS = ("dense", "stem")
 WITHIN = 0.99  # of the requests, for a rate to count as served
 NEAR = 0.25  # nats: two tokens this close are about as likely, and rounding may swap them
-_SEARCHED = (0.4, 1.2)  # of what a server gets through when all come at once: where its goodput is looked for
+_SEARCHED = (0.5, 1.5)  # of what a server gets through when all come at once: where its goodput is looked for
 _LIKELIEST = 20
 _SHORT = (1, 2000)  # tokens of a short prompt: by every preset's policy its attention is dense
 
