@@ -115,20 +115,19 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def whole_numbers(option: str, text: str, such_as: str = "4096,8192") -> list[int]:
+def whole_numbers(option: str, text: str) -> list[int]:
     """Read positive whole numbers, separated by commas.
 
     Args:
         option: Its name, for the error.
         text: What was given.
-        such_as: An example, likewise.
 
     Raises:
         InputError: There is none, or something else among them.
     """
     numbers = _numbers(int, text)
     if not numbers or min(numbers) < 1:
-        raise InputError(f"{option} takes positive whole numbers separated by commas, such as {such_as}; got {text!r}")
+        raise InputError(f"{option} takes positive whole numbers separated by commas, such as 4096,8192; got {text!r}")
     return numbers
 
 

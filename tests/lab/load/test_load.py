@@ -197,10 +197,7 @@ def test_a_server_that_stands_no_rate_has_no_goodput():
     [
         (["--lengths", "10"], "--lengths takes two rising numbers, got '10'"),
         (["--tokens", "5,2"], "--tokens takes two rising numbers, got '5,2'"),
-        (
-            ["--percents", "a"],
-            "--percents takes positive whole numbers separated by commas, such as 52,70,104; got 'a'",
-        ),
+        (["--tokens", "a"], "--tokens takes positive whole numbers separated by commas, such as 4096,8192; got 'a'"),
         (["--seconds", "inf"], "--seconds takes a finite number, got inf"),
         (["--short-seconds", "0"], "--short-seconds takes a number above 0, got 0"),
         (["--dense", "127.0.0.1:1"], "a server's address is http://HOST:PORT, got '127.0.0.1:1'"),
