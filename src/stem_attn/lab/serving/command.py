@@ -89,7 +89,6 @@ def serving(
     Prompts are public text, or with --shape random tokens for a model of random weights. The prefix cache is off.
     A line for each chunk size and length; every number goes to the file.
     """
-    require("vllm", extra="vllm")
     from stem_attn.lab.devices import check_dtype, pick_device
     from stem_attn.lab.serving.report import line
     from stem_attn.lab.serving.run import EXECUTION, SIDES, compare_engines, random_prompt, text_prompt
@@ -130,6 +129,7 @@ def serving(
     }
     file = out / "vllm_prefill.json"
     check_folder(out, file)
+    require("vllm", extra="vllm")
     from stem_attn.integrations.vllm.compat import VLLM_VERSION
 
     prompts = [text_prompt(model, n) if model else random_prompt(str(shape), n) for n in settings["lengths"]]
