@@ -30,8 +30,9 @@ def test_it_runs_on_a_cpu(page_size):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_len": 0}, "max_len must be positive, got 0"),
-        ({"page_size": 0}, "page_size must be positive, got 0"),
+        ({"query_heads": 4.0}, "query_heads must be an int of at least 1, got 4.0"),
+        ({"max_len": 0}, "max_len must be an int of at least 1, got 0"),
+        ({"page_size": 0}, "page_size must be an int of at least 1, got 0"),
         ({"kv_heads": 3}, "multiple of KV heads, got 4 and 3"),
         ({"config": "none"}, "none"),
         ({"softcap": -1.0}, "softcap"),

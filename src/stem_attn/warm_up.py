@@ -52,13 +52,13 @@ def warm_up(
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
     Raises:
-        ValueError: A number is not positive, the backend cannot take such calls, or audits of pages are asked for.
+        ValueError: A number is no positive int, the backend cannot take such calls, or audits of pages are asked for.
         RuntimeError: The named backend is not available here.
     """
     sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "max_len": max_len}
     for name, size in {**sizes, "chunk": chunk, "page_size": page_size}.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")
+        if size is not None:
+            check_int(name, size, 1)
     check_int("audit_rows", audit_rows, 0)
     if audit_rows and page_size is not None:
         raise ValueError(f"audit_rows={audit_rows} and page_size={page_size}: prefills in pages are not audited")
