@@ -67,6 +67,8 @@ class StemBuilder:
     Where Stem is not selected, nothing is noted.
     """
 
+    reorder_batch_threshold: int | None  # the parent's: up to so many tokens of a request are a decode
+
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kwargs: Any
     ) -> None:
@@ -78,6 +80,7 @@ class StemBuilder:
         self._per_request = allows_choice(vllm_config)
         self._sparse: list[StemImpl] = []
         self._dense_layers: Counter[str] = Counter()
+        self._serves = False
         if self._settings is None:
             return
         total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
@@ -112,7 +115,11 @@ class StemBuilder:
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
     def _plan(self, common: Any, settings: Settings) -> StepPlan:
-        tokens = common.num_actual_tokens
+        # Before the first prompt come vLLM's own trial steps, such as those that CUDA graphs record: nobody's tokens.
+        self._serves = self._serves or common.is_prefilling is None or bool(common.is_prefilling.any())
+        if not self._serves:
+            return {}
+        tokens = int(common.query_start_loc_cpu[-1])  # without what pads the batch for a CUDA graph
         for reason, count in self._dense_layers.items():
             counters.count_step(0, {reason: count * tokens}, 0)
         if not self._sparse:
@@ -124,14 +131,14 @@ class StemBuilder:
             counters.count_step(0, {for_all: len(self._sparse) * tokens}, 0)
             return {}
         if not common.is_prefilling.any():  # most steps; the host has little time in them
-            tokens = int(common.query_start_loc_cpu[len(common.is_prefilling)])  # without what pads the batch
             counters.count_step(0, {DECODE: len(self._sparse) * tokens}, 0)
             _say(DECODE)
             return {}
         requests = self._read(common, settings)
         plan: dict[StemImpl, LayerPlan] = {}
         for dense, impls in self._alike(requests).items():
-            split = split_batch(requests, dense, self._backend, self._geometry)
+            decode_len = self.reorder_batch_threshold or 1
+            split = split_batch(requests, dense, self._backend, self._geometry, decode_len)
             self._count(split, len(impls))
             if split.spans:
                 plan.update(dict.fromkeys(impls, LayerPlan(split.spans, self._dense_rest(common, split.rests))))

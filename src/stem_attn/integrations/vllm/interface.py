@@ -77,6 +77,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "kv_cache_spec",
             "vllm_config",
             "device",
+            "reorder_batch_threshold",
             "supports_update_block_table",
             "_init_reorder_batch_threshold(reorder_batch_threshold, supports_spec_as_decode)",
         ),
