@@ -162,6 +162,15 @@ def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, m
         assert counters.read()["dense_tokens"] == {"decode": rows, "sliding window": rows}
 
 
+def test_an_image_makes_its_steps_dense_and_the_chance_of_one_does_not(steps):
+    from stem_attn.integrations.vllm.builder import _why_all_dense
+
+    common = steps[0][0].common
+    # What vLLM tells of models whose images are seen as a whole: a list a request, empty where it has none.
+    assert _why_all_dense(common.replace(mm_req_doc_ranges={0: [], 1: []})) is None
+    assert _why_all_dense(common.replace(mm_req_doc_ranges={0: [], 1: [(3, 9)]})) == "multimodal prefix"
+
+
 def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
     from vllm.config import set_current_vllm_config
 

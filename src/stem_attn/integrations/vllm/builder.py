@@ -257,7 +257,7 @@ def _why_all_dense(common: Any) -> str | None:
         return "non-causal"
     if common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None:
         return "prefill not told from decode"
-    if common.mm_req_doc_ranges:
+    if any((common.mm_req_doc_ranges or {}).values()):  # requests without an image have an empty list
         return "multimodal prefix"
     return None
 
