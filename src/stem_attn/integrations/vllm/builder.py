@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stem_attn import backends
 from stem_attn.backends.base import Geometry
-from stem_attn.integrations.vllm.compat import Requests, Told, is_draft_layer, part_of
+from stem_attn.integrations.vllm.compat import Requests, Told, attends_in_chunks, is_draft_layer, part_of
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
@@ -91,6 +91,8 @@ class StemBuilder:
             if not isinstance(impl, StemImpl):
                 continue
             reason = impl.dense_reason
+            if reason is None and attends_in_chunks(layer):
+                reason = "chunked attention"  # its cache may be that of full attention
             if reason is None and type(kv_cache_spec) is not FullAttentionSpec:
                 reason = type(kv_cache_spec).__name__
             if reason is None and is_draft_layer(layer):
