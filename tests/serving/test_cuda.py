@@ -149,12 +149,9 @@ def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, m
     padded = torch.cat([starts, starts[-1:].repeat(3)])
     given = [common.replace(query_start_loc_cpu=x, num_actual_tokens=rows + 3) for x in (starts, padded)]
     counters.reset()
-    for step in given:  # before there was a prompt: what CUDA graphs record
-        assert builder.build_for_cudagraph_capture(step).plan == {}
+    for step in given:  # what CUDA graphs record
+        assert not hasattr(builder.build_for_cudagraph_capture(step), "plan")
     assert counters.read()["dense_tokens"] == {}
-    prompts = recorded[0]
-    builder._requests.of = lambda common: prompts.told
-    assert builder.build(0, prompts.common).plan != {}
     builder._requests.of = lambda common: pytest.fail("the runner was asked")
     for step in given:
         counters.reset()

@@ -80,7 +80,7 @@ class StemBuilder:
         self._per_request = allows_choice(vllm_config)
         self._sparse: list[StemImpl] = []
         self._dense_layers: Counter[str] = Counter()
-        self._serves = False
+        self._recording = False
         if self._settings is None:
             return
         total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
@@ -108,19 +108,23 @@ class StemBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build the metadata of a step; see vLLM's `AttentionMetadataBuilder.build`."""
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        if self._settings is not None:
+        if self._settings is not None and not self._recording:
             whole.plan = self._plan(common_attn_metadata, self._settings)
         return whole
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Build the metadata of a step of decodes that a CUDA graph records; its tokens are nobody's: not counted."""
+        self._recording = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self._recording = False
 
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
     def _plan(self, common: Any, settings: Settings) -> StepPlan:
-        # Before the first prompt come vLLM's own trial steps, such as those that CUDA graphs record: nobody's tokens.
-        self._serves = self._serves or common.is_prefilling is None or bool(common.is_prefilling.any())
-        if not self._serves:
-            return {}
         tokens = int(common.query_start_loc_cpu[-1])  # without what pads the batch for a CUDA graph
         for reason, count in self._dense_layers.items():
             counters.count_step(0, {reason: count * tokens}, 0)

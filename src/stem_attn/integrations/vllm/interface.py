@@ -79,6 +79,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "device",
             "reorder_batch_threshold",
             "supports_update_block_table",
+            "=build_for_cudagraph_capture(common_attn_metadata)",
             "_init_reorder_batch_threshold(reorder_batch_threshold, supports_spec_as_decode)",
         ),
         f"{_ATTENTION}:AttentionCGSupport": ("UNIFORM_BATCH",),
