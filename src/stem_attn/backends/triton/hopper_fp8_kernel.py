@@ -24,18 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, warpgroup_barrier
+from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, first_key, load_box, warpgroup_barrier
 from stem_attn.backends.triton.launch_order import row_and_head
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
-BLOCK = gl.constexpr(128)
 TOP = gl.constexpr(126.0)
 """The bits of a tile's largest weight, 448. 127 is NaN."""
 TOP_LOG2 = gl.constexpr(8.8073549)
 """Its logarithm. Weights are above the line 2^(bits / 8 - 7) by 4%, and this one is too."""
 REACH = gl.constexpr(48.0)
 """How far, as a power of two, a tile's maximum may rise above what sums are relative to before they get a new scale."""
+LOWEST = gl.constexpr(-1e30)
+"""What sums are relative to while a row has seen no key."""
 
 
 def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
@@ -60,8 +61,8 @@ def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
 )
 def hopper_fp8_kernel(
     q,  # descriptor of e4m3 [B, Hq, R * BLOCK, D], boxes of 64 tokens
-    k,  # descriptor of e4m3 [B, Hkv, Kb * BLOCK, D], boxes of a block
-    v,  # descriptor of e4m3 [B, Hkv, Kb * DV, BLOCK], boxes of a block
+    k,  # descriptor of e4m3 [B, Hkv, Kb * BLOCK, D], boxes of a tile: a block, or half of one
+    v,  # descriptor of e4m3 [B, Hkv, Kb * DV, BLOCK], boxes of a tile
     q_scales,  # float32 [B, Hq, R * BLOCK], what a query's numbers are multiplied with
     kv_scales,  # float32 [2, B, Hkv], k's and v's
     unsafe,  # int32 [B, Hkv], whether a head is left to another kernel
@@ -92,7 +93,9 @@ def hopper_fp8_kernel(
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
+    BLOCK: gl.constexpr,  # tokens a block: 64 or 128
 ):
+    CONSUMERS: gl.constexpr = BLOCK // HALF
     heads = gl.num_programs(0) // rows
     row, head = row_and_head(rows, lead)
     batch = gl.program_id(1)
@@ -116,12 +119,13 @@ def hopper_fp8_kernel(
 
     D: gl.constexpr = q.block_type.shape[3]
     DV_PAD: gl.constexpr = v.block_type.shape[2]
+    KEYS: gl.constexpr = k.block_type.shape[2]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], q.dtype)
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], k.dtype)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DV_PAD, BLOCK], v.dtype)
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK, D], k_layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, DV_PAD, BLOCK], v_layout)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], k.dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DV_PAD, KEYS], v.dtype)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, HALF, D], q_layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D], k_layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, DV_PAD, KEYS], v_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -131,8 +135,8 @@ def hopper_fp8_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles)
@@ -144,43 +148,58 @@ def hopper_fp8_kernel(
     geometry = (q_len, (first_token + offset - window,) if WINDOW else (), shift_at)
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
     values = (tiles, barriers, blocks, geometry, factors, outputs)
-    gl.warp_specialize(
-        [
-            (_consume, (0, values, DV, STAGES, WINDOW, LSE, SINKS, TANH)),
-            (_consume, (1, values, DV, STAGES, WINDOW, LSE, SINKS, TANH)),
-            (_produce, ((q, k, v), tiles, barriers, blocks, batch, row, head, kv_head, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    source = (batch, row, head, kv_head)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, values, DV, STAGES, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_consume, (1, values, DV, STAGES, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_produce, ((q, k, v), tiles, barriers, blocks, source, STAGES, BLOCK)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, values, DV, STAGES, WINDOW, LSE, SINKS, TANH, BLOCK)),
+                (_produce, ((q, k, v), tiles, barriers, blocks, source, STAGES, BLOCK)),
+            ],
+            [1],
+            [24],
+        )
 
 
 @gluon.jit
-def _produce(descriptors, tiles, barriers, blocks, batch, row, head, kv_head, STAGES: gl.constexpr):
-    """Copy Q once, then K one block ahead of V, in the order in which the consumers need them: last to first."""
+def _produce(descriptors, tiles, barriers, blocks, source, STAGES: gl.constexpr, BLOCK: gl.constexpr):
+    """Copy Q once, then K one tile ahead of V, in the order in which the consumers need them: blocks last to first."""
     q, k, v = descriptors
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
     indices, count, _ = blocks
+    batch, row, head, kv_head = source
     DV_PAD: gl.constexpr = v.block_type.shape[2]
-    mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
-    for half in gl.static_range(2):
+    KEYS: gl.constexpr = k.block_type.shape[2]
+    mbarrier.expect(q_full.index(0), BLOCK // HALF * q.block_type.nbytes)
+    for half in gl.static_range(BLOCK // HALF):
         load_box(q, [batch, head, row * BLOCK + half * HALF, 0], q_full.index(0), q_tiles.index(half))
-    block = gl.load(indices + count - 1)
+    first = first_key(indices, count, 0, KEYS, BLOCK)
     mbarrier.expect(k_full.index(0), k.block_type.nbytes)
-    load_box(k, [batch, kv_head, block * BLOCK, 0], k_full.index(0), k_tiles.index(0))
-    for step in range(1, count + 1):
-        last_block = block
-        if step < count:
-            block = gl.load(indices + count - 1 - step)
+    load_box(k, [batch, kv_head, first, 0], k_full.index(0), k_tiles.index(0))
+    steps = count * (BLOCK // KEYS)
+    for step in range(1, steps + 1):
+        last_first = first
+        if step < steps:
+            first = first_key(indices, count, step, KEYS, BLOCK)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-            load_box(k, [batch, kv_head, block * BLOCK, 0], k_full.index(slot), k_tiles.index(slot))
+            load_box(k, [batch, kv_head, first, 0], k_full.index(slot), k_tiles.index(slot))
         slot = (step - 1) % STAGES
         mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES & 1) ^ 1)
         mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-        load_box(v, [batch, kv_head, last_block * DV_PAD, 0], v_full.index(slot), v_tiles.index(slot))
+        at = [batch, kv_head, last_first // BLOCK * DV_PAD, last_first % BLOCK]
+        load_box(v, at, v_full.index(slot), v_tiles.index(slot))
 
 
 @gluon.jit
@@ -188,17 +207,18 @@ def _weigh(score, factor, peak):
     """Return weights 2^(score * factor - peak), the largest 448, as bits of e4m3 above 1024 in float16.
 
     Args:
-        score: float32 [64, BLOCK], dot products.
+        score: float32 [64, KEYS], dot products.
         factor: float32 [64], what makes logits of them, in powers of two.
         peak: float32 [64], the rows' largest logits.
 
     Returns:
-        int32 [64, BLOCK / 2], two weights each.
+        int32 [64, KEYS / 2], two weights each.
     """
+    KEYS: gl.constexpr = score.shape[1]
     top = TOP - peak * 8.0
     top -= gl.abs(top) * 2.0**-22  # large logits lose digits: none may round to 127
     bits = score * (factor * 8.0)[:, None] + top[:, None]
-    even, odd = bits.reshape([HALF, BLOCK // 2, 2]).split()
+    even, odd = bits.reshape([HALF, KEYS // 2, 2]).split()
     return gl.inline_asm_elementwise(
         "{\n.reg .b32 bits, whole;\ncvt.rn.relu.f16x2.f32 bits, $2, $1;\n"
         "mov.b32 whole, 0x64006400;\nadd.rn.f16x2 $0, bits, whole;\n}",
@@ -212,12 +232,13 @@ def _weigh(score, factor, peak):
 
 @gluon.jit
 def _pack(weight):
-    """Join what `_weigh` returns to int32 [64, BLOCK / 4] of four weights each, moving nothing.
+    """Join what `_weigh` returns to int32 [64, KEYS / 4] of four weights each, moving nothing.
 
     A thread holds columns 8 h + 2 t + e of a row's 16, h and e each 0 or 1 and t its number among four. As a left
     operand it must hold columns 4 t + 2 h + e. So that is where column 8 h + 2 t + e goes, as does the value it meets.
     """
-    pairs = weight.reshape([HALF, BLOCK // 16, 2, 4]).permute((0, 1, 3, 2)).reshape([HALF, BLOCK // 4, 2])
+    WORDS: gl.constexpr = weight.shape[1] // 2
+    pairs = weight.reshape([HALF, WORDS // 4, 2, 4]).permute((0, 1, 3, 2)).reshape([HALF, WORDS, 2])
     first, second = pairs.split()
     return gl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
@@ -226,9 +247,9 @@ def _pack(weight):
 
 @gluon.jit
 def _multiply(packed, values, nothing):
-    """Issue the product of weights from `_pack` with a block of values; return their sum, nothing added to it yet."""
+    """Issue the product of weights from `_pack` with values; return their sum, nothing added to it yet."""
     twice = gl.join(packed, packed)
-    fours = gl.join(twice, twice).reshape([HALF, BLOCK])
+    fours = gl.join(twice, twice).reshape([HALF, packed.shape[1] * 4])
     fours = gl.convert_layout(fours, gl.DotOperandLayout(0, nothing.type.layout, 4), assert_trivial=True)
     operand = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4
@@ -245,7 +266,7 @@ def _add_halves(a, b):
 def _sum(weight, layout: gl.constexpr):
     """Sum the rows of what `_weigh` returns; float32 [64].
 
-    Times 128 the bits of an e4m3 number are those of a float16, 2^-8 of it. 128 of them are added in float16.
+    Times 128 the bits of an e4m3 number are those of a float16, 2^-8 of it. A tile's are added in float16.
     """
     halves = gl.inline_asm_elementwise(
         "mad.lo.u32 $0, $1, 128, 0xffce0000;", "=r,r", [weight], dtype=gl.int32, is_pure=True, pack=1
@@ -263,10 +284,10 @@ def _sum(weight, layout: gl.constexpr):
 
 
 @gluon.jit
-def _see(score, row, column, oldest, indices, count, step, WINDOW: gl.constexpr):
-    """Leave out the keys of a step's block that a query's window does not reach; `oldest` is the first query's."""
+def _see(score, row, column, oldest, indices, count, step, WINDOW: gl.constexpr, BLOCK: gl.constexpr):
+    """Leave out the keys of a step's tile that a query's window does not reach; `oldest` is the first query's."""
     if WINDOW:
-        before = oldest[0] - gl.load(indices + count - 1 - step) * BLOCK
+        before = oldest[0] - first_key(indices, count, step, score.shape[1], BLOCK)
         score = gl.where(column[None, :] > (row + before)[:, None], score, float("-inf"))
     return score
 
@@ -281,6 +302,20 @@ def _cap(score, cap, TANH: gl.constexpr):
 
 
 @gluon.jit
+def _add(acc, piece: gl.constexpr, part, decay, share):
+    """Scale a piece of the sums, and add a tile's part times its share."""
+    rows: gl.constexpr = gl.SliceLayout(1, part.type.layout)
+    sums = ()
+    for i in gl.static_range(len(acc)):
+        if i == piece:
+            scaled = rescale(acc[i], gl.convert_layout(decay, rows))
+            sums += (scaled + part * gl.convert_layout(share, rows)[:, None],)  # type: ignore[assignment]
+        else:
+            sums += (acc[i],)  # type: ignore[assignment]
+    return sums
+
+
+@gluon.jit
 def _consume(
     half,
     values,
@@ -290,6 +325,7 @@ def _consume(
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     TANH: gl.constexpr,
+    BLOCK: gl.constexpr,
 ):
     """Attend with 64 queries over the row's blocks, the diagonal one first."""
     tiles, barriers, blocks, geometry, factors, outputs = values
@@ -299,18 +335,23 @@ def _consume(
     q_len, oldest, shift_at = geometry
     q_scales, k_scale, v_scale, scale_log2, tanh_factor = factors
     out, out_stride, lse, sink_at = outputs
+    KEYS: gl.constexpr = v_tiles.type.shape[2]
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
     DV_PAD: gl.constexpr = v_tiles.type.shape[1]
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 32])
+    # A thread's registers hold no second sum of more value dims: a tile is then added piece by piece, in turns.
+    PIECES: gl.constexpr = 1 if DV_PAD <= 128 else DV_PAD // 32
+    PIECE: gl.constexpr = DV_PAD // PIECES
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
 
     # In the block. The assembler must not know which keys the first warpgroup never sees: weights that it knew to be
     # zeros it joined wrongly.
     row = (half + (count >> 30)) * HALF + gl.arange(0, HALF, layout=score_rows)
-    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
-    no_score = gl.zeros([HALF, BLOCK], gl.float32, score_layout)
-    no_value = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
+    no_score = gl.zeros([HALF, KEYS], gl.float32, score_layout)
+    no_value = gl.zeros([HALF, PIECE], gl.float32, out_layout)
     query = q_tiles.index(half)
     dot_scale = gl.load(q_scales + row) * k_scale
     if TANH == "none":
@@ -323,7 +364,8 @@ def _consume(
             gl.load(shift_at[0] + row) * tanh_factor[0],
         )
 
-    # The diagonal block. Every query sees a key in it, so that no maximum is infinite.
+    # The diagonal block's first tile. Every query sees a key in it, unless a window leaves out the part of the block
+    # that this tile is: only then is a maximum infinite.
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
@@ -332,35 +374,51 @@ def _consume(
     mbarrier.arrive(k_free.index(0), count=1)
     score = _cap(score, cap, TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
-    score = _see(score, row, column, oldest, indices, count, 0, WINDOW)
+    score = _see(score, row, column, oldest, indices, count, 0, WINDOW, BLOCK)
     base = gl.max(score, 1) * factor  # what sums are relative to
+    if WINDOW and PER_BLOCK > 1:
+        base = gl.where(base == float("-inf"), LOWEST, base)
     weight = _weigh(score, factor, base)
     packed = _pack(weight)
     total = _sum(weight, score_rows)
-    acc = no_value
+    acc = ()
+    for _ in gl.static_range(PIECES):
+        acc += (no_value,)  # type: ignore[assignment]
     # What the last tile and the one before it do to the sums; every variable made anew, or a loop would not carry it.
-    part = gl.zeros([HALF, DV_PAD], gl.float32, out_layout)
+    part = gl.zeros([HALF, PIECE], gl.float32, out_layout)
     decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     share = gl.full([HALF], 1.0, gl.float32, score_rows)
     old_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     old_share = gl.full([HALF], 0.0, gl.float32, score_rows)
-    mbarrier.wait(k_full.index(1), 0, pred=count > 1)
+    steps = count * PER_BLOCK
+    mbarrier.wait(k_full.index(1), 0, pred=steps > 1)
 
-    for step in range(1, count):
+    for step in range(1, steps):
         slot = step % STAGES
         last = (step - 1) % STAGES
         score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
-        acc = rescale(acc, gl.convert_layout(old_decay, out_rows))
-        acc += part * gl.convert_layout(old_share, out_rows)[:, None]
+        if PIECES == 1:
+            acc = _add(acc, 0, part, old_decay, old_share)
         mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
-        part = _multiply(packed, v_tiles.index(last), no_value)
-        score = warpgroup_mma_wait(1, deps=(score,))
+        if PIECES == 1:
+            part = _multiply(packed, v_tiles.index(last), no_value)
+            score = warpgroup_mma_wait(1, deps=(score,))
+        else:
+            for piece in gl.static_range(PIECES):
+                part = _multiply(packed, v_tiles.index(last).slice(piece * PIECE, PIECE), no_value)
+                part, score, packed = warpgroup_mma_wait(0, deps=(part, score, packed))
+                acc = _add(acc, piece, part, decay, share)
+            warpgroup_barrier()
+            mbarrier.arrive(v_free.index(last), count=1)
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         score = _cap(score, cap, TANH)
-        score = _see(score, row, column, oldest, indices, count, step, WINDOW)
+        if PER_BLOCK > 1:  # the rest of the diagonal block
+            start = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
+            score = gl.where(column[None, :] + start <= row[:, None], score, float("-inf"))
+        score = _see(score, row, column, oldest, indices, count, step, WINDOW, BLOCK)
         peak = gl.max(score, 1) * factor
-        if WINDOW:  # it may see nothing of this block
+        if WINDOW or PER_BLOCK > 1:  # it may see nothing of this tile
             peak = gl.where(peak == float("-inf"), base, peak)
         weight = _weigh(score, factor, peak)
         new_base = gl.where(peak > base + REACH, peak, base)
@@ -371,22 +429,25 @@ def _consume(
         # The assembler moves the wait for the value product up, before the weights, if nothing that branches stands
         # between. So the wait for the next keys is here.
         ahead = step + 1
-        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < count)
-        part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
-        warpgroup_barrier()
-        mbarrier.arrive(v_free.index(last), count=1)
+        mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < steps)
+        if PIECES == 1:
+            part, weight, packed = warpgroup_mma_wait(0, deps=(part, weight, packed))
+            warpgroup_barrier()
+            mbarrier.arrive(v_free.index(last), count=1)
         packed = _pack(weight)
         old_share = share
         old_decay = decay
         share = next_share
         decay = next_decay
 
-    acc = acc * gl.convert_layout(old_decay, out_rows)[:, None] + part * gl.convert_layout(old_share, out_rows)[:, None]
-    last = (count - 1) % STAGES
-    mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
-    part = _multiply(packed, v_tiles.index(last), no_value)
-    part, packed = warpgroup_mma_wait(0, deps=(part, packed))
-    acc = acc * gl.convert_layout(decay, out_rows)[:, None] + part * gl.convert_layout(share, out_rows)[:, None]
+    if PIECES == 1:
+        acc = _add(acc, 0, part, old_decay, old_share)
+    last = (steps - 1) % STAGES
+    mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
+    for piece in gl.static_range(PIECES):
+        part = _multiply(packed, v_tiles.index(last).slice(piece * PIECE, PIECE), no_value)
+        part, packed = warpgroup_mma_wait(0, deps=(part, packed))
+        acc = _add(acc, piece, part, decay, share)
 
     if (LSE or SINKS) and TANH == "none":
         base += gl.load(shift_at[0] + row) * scale_log2
@@ -395,14 +456,15 @@ def _consume(
         whole_base = gl.maximum(base, sink)
         decay = gl.exp2(base - whole_base)
         total = total * decay + gl.exp2(sink - whole_base + TOP_LOG2)
-        acc = acc * gl.convert_layout(decay, out_rows)[:, None]
+        v_scale *= decay
         base = whole_base
-    acc = acc * gl.convert_layout(v_scale / total, out_rows)[:, None]
     out_token = first_token + half * HALF + gl.arange(0, HALF, layout=out_rows)
-    dims = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, out_layout))
     present = (out_token >= 0) & (out_token < q_len)
-    out_at = out + out_token.to(gl.int64)[:, None] * out_stride + dims[None, :]
-    gl.store(out_at, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
+    out_at = out + out_token.to(gl.int64)[:, None] * out_stride
+    for piece in gl.static_range(PIECES):
+        dims = piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, out_layout))
+        result = acc[piece] * gl.convert_layout(v_scale / total, out_rows)[:, None]
+        gl.store(out_at + dims[None, :], result.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
         token = row + first_token
         gl.store(lse + token, (base - TOP_LOG2 + gl.log2(total)) * LN2, mask=(token >= 0) & (token < q_len))
