@@ -251,9 +251,10 @@ def _attention_launch(
     from stem_attn.backends.triton.hopper_fp8_kernel import hopper_fp8_kernel
 
     (_, _, q_len, v_head_dim), strides = layouts[3]
-    grid, numbers = geometry_of(layouts, q_len, k_len, logits, window)
+    (programs, batch, _), numbers = geometry_of(layouts, q_len, k_len, logits, window)
     switches = switches_of(logits, dtype, device, window, lse)
     constants = {"DV": v_head_dim, "STAGES": tile.stages, **switches, "BLOCK": block_size}
     numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
     # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
+    grid = programs * (block_size // tile.keys), batch
     return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=tile.registers)

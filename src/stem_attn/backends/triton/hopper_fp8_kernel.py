@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, first_key, load_box, warpgroup_barrier
+from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, warpgroup_barrier
 from stem_attn.backends.triton.launch_order import row_and_head
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
@@ -35,8 +35,6 @@ TOP_LOG2 = gl.constexpr(8.8073549)
 """Its logarithm. Weights are above the line 2^(bits / 8 - 7) by 4%, and this one is too."""
 REACH = gl.constexpr(48.0)
 """How far, as a power of two, a tile's maximum may rise above what sums are relative to before they get a new scale."""
-LOWEST = gl.constexpr(-1e30)
-"""What sums are relative to while a row has seen no key."""
 
 
 def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
@@ -95,9 +93,12 @@ def hopper_fp8_kernel(
     TANH: gl.constexpr,  # how a softcap's tanh is computed, see `tanh`; "none": there is no softcap
     BLOCK: gl.constexpr,  # tokens a block: 64 or 128
 ):
-    CONSUMERS: gl.constexpr = BLOCK // HALF
-    heads = gl.num_programs(0) // rows
-    row, head = row_and_head(rows, lead)
+    KEYS: gl.constexpr = k.block_type.shape[2]
+    CONSUMERS: gl.constexpr = KEYS // HALF
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
+    heads = gl.num_programs(0) // (rows * PER_BLOCK)
+    row, head = row_and_head(rows, lead, PER_BLOCK)
+    place = gl.program_id(0) % PER_BLOCK  # of the program's queries in their block
     batch = gl.program_id(1)
     kv_heads = heads // group
     kv_head = head // group
@@ -108,10 +109,10 @@ def hopper_fp8_kernel(
     count = gl.load(counts + batch * count_batch + head * count_head + row * count_row)
     offset = k_len - q_len
     # With a prefix the first row may start inside its block: its first tokens then have negative numbers.
-    first_token = (offset // BLOCK + row) * BLOCK - offset
+    first_token = (offset // BLOCK + row) * BLOCK - offset + place * KEYS
     out += batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
     lse += (batch.to(gl.int64) * heads + head) * q_len
-    first_row = ((batch.to(gl.int64) * heads + head) * rows + row) * BLOCK
+    first_row = ((batch.to(gl.int64) * heads + head) * rows + row) * BLOCK + place * KEYS
     shifts += first_row
     q_scales += first_row
     k_scale = gl.load(kv_scales + batch * kv_heads + kv_head)
@@ -119,7 +120,6 @@ def hopper_fp8_kernel(
 
     D: gl.constexpr = q.block_type.shape[3]
     DV_PAD: gl.constexpr = v.block_type.shape[2]
-    KEYS: gl.constexpr = k.block_type.shape[2]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], q.dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], k.dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DV_PAD, KEYS], v.dtype)
@@ -141,14 +141,14 @@ def hopper_fp8_kernel(
 
     tiles = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, k_full, k_free, v_full, v_free)
-    blocks = (indices, count, first_token)
+    blocks = (indices, count, place, first_token)
     factors = (q_scales, k_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
     # Without what is not read: it would be carried over to the warpgroups all the same.
     shift_at = (shifts,) if SINKS or LSE or TANH != "none" else ()
     geometry = (q_len, (first_token + offset - window,) if WINDOW else (), shift_at)
     outputs = (out, out_strides[2], lse, (sinks + head,) if SINKS else ())
     values = (tiles, barriers, blocks, geometry, factors, outputs)
-    source = (batch, row, head, kv_head)
+    source = (batch, row * BLOCK + place * KEYS, head, kv_head)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -172,25 +172,24 @@ def hopper_fp8_kernel(
 
 @gluon.jit
 def _produce(descriptors, tiles, barriers, blocks, source, STAGES: gl.constexpr, BLOCK: gl.constexpr):
-    """Copy Q once, then K one tile ahead of V, in the order in which the consumers need them: blocks last to first."""
+    """Copy Q once, then K one tile ahead of V, in the order in which the consumers need them: last to first."""
     q, k, v = descriptors
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
-    indices, count, _ = blocks
-    batch, row, head, kv_head = source
+    batch, first_query, head, kv_head = source
     DV_PAD: gl.constexpr = v.block_type.shape[2]
     KEYS: gl.constexpr = k.block_type.shape[2]
-    mbarrier.expect(q_full.index(0), BLOCK // HALF * q.block_type.nbytes)
-    for half in gl.static_range(BLOCK // HALF):
-        load_box(q, [batch, head, row * BLOCK + half * HALF, 0], q_full.index(0), q_tiles.index(half))
-    first = first_key(indices, count, 0, KEYS, BLOCK)
+    mbarrier.expect(q_full.index(0), KEYS // HALF * q.block_type.nbytes)
+    for half in gl.static_range(KEYS // HALF):
+        load_box(q, [batch, head, first_query + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+    first = _first_key(blocks, 0, KEYS, BLOCK)
     mbarrier.expect(k_full.index(0), k.block_type.nbytes)
     load_box(k, [batch, kv_head, first, 0], k_full.index(0), k_tiles.index(0))
-    steps = count * (BLOCK // KEYS)
+    steps = _steps(blocks, KEYS, BLOCK)
     for step in range(1, steps + 1):
         last_first = first
         if step < steps:
-            first = first_key(indices, count, step, KEYS, BLOCK)
+            first = _first_key(blocks, step, KEYS, BLOCK)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
@@ -200,6 +199,24 @@ def _produce(descriptors, tiles, barriers, blocks, source, STAGES: gl.constexpr,
         mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
         at = [batch, kv_head, last_first // BLOCK * DV_PAD, last_first % BLOCK]
         load_box(v, at, v_full.index(slot), v_tiles.index(slot))
+
+
+@gluon.jit
+def _steps(blocks, KEYS: gl.constexpr, BLOCK: gl.constexpr):
+    """Return the tiles of a program: those of all kept blocks, but for what comes after its queries."""
+    _, count, place, _ = blocks
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
+    return count * PER_BLOCK - (PER_BLOCK - 1 - place)
+
+
+@gluon.jit
+def _first_key(blocks, step, KEYS: gl.constexpr, BLOCK: gl.constexpr):
+    """Return the first key of a step's tile: that of the program's own tokens first, then last to first."""
+    indices, count, place, _ = blocks
+    PER_BLOCK: gl.constexpr = BLOCK // KEYS
+    turn = step + (PER_BLOCK - 1 - place)
+    block = gl.load(indices + count - 1 - turn // PER_BLOCK)
+    return block * BLOCK + (PER_BLOCK - 1 - turn % PER_BLOCK) * KEYS
 
 
 @gluon.jit
@@ -284,10 +301,10 @@ def _sum(weight, layout: gl.constexpr):
 
 
 @gluon.jit
-def _see(score, row, column, oldest, indices, count, step, WINDOW: gl.constexpr, BLOCK: gl.constexpr):
+def _see(score, row, column, oldest, blocks, step, WINDOW: gl.constexpr, BLOCK: gl.constexpr):
     """Leave out the keys of a step's tile that a query's window does not reach; `oldest` is the first query's."""
     if WINDOW:
-        before = oldest[0] - first_key(indices, count, step, score.shape[1], BLOCK)
+        before = oldest[0] - _first_key(blocks, step, score.shape[1], BLOCK)
         score = gl.where(column[None, :] > (row + before)[:, None], score, float("-inf"))
     return score
 
@@ -316,6 +333,17 @@ def _add(acc, piece: gl.constexpr, part, decay, share):
 
 
 @gluon.jit
+def _add_in_turns(acc, packed, values, nothing, decay, share):
+    """Add the product of weights from `_pack` with values, a piece after the other."""
+    PIECE: gl.constexpr = nothing.shape[1]
+    for piece in gl.static_range(len(acc)):
+        part = _multiply(packed, values.slice(piece * PIECE, PIECE), nothing)
+        part, packed = warpgroup_mma_wait(0, deps=(part, packed))
+        acc = _add(acc, piece, part, decay, share)
+    return acc
+
+
+@gluon.jit
 def _consume(
     half,
     values,
@@ -331,23 +359,22 @@ def _consume(
     tiles, barriers, blocks, geometry, factors, outputs = values
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, k_free, v_full, v_free = barriers
-    indices, count, first_token = blocks
+    _, count, _, first_token = blocks
     q_len, oldest, shift_at = geometry
     q_scales, k_scale, v_scale, scale_log2, tanh_factor = factors
     out, out_stride, lse, sink_at = outputs
     KEYS: gl.constexpr = v_tiles.type.shape[2]
-    PER_BLOCK: gl.constexpr = BLOCK // KEYS
     DV_PAD: gl.constexpr = v_tiles.type.shape[1]
-    # A thread's registers hold no second sum of more value dims: a tile is then added piece by piece, in turns.
-    PIECES: gl.constexpr = 1 if DV_PAD <= 128 else DV_PAD // 32
+    # A thread's registers hold no second sum of more value dims: a tile is then added piece by piece.
+    PIECES: gl.constexpr = 1 if DV_PAD <= 128 else DV_PAD // 128
     PIECE: gl.constexpr = DV_PAD // PIECES
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
 
-    # In the block. The assembler must not know which keys the first warpgroup never sees: weights that it knew to be
-    # zeros it joined wrongly.
+    # Its place in the tile. The assembler must not know which keys the first warpgroup never sees: weights that it knew
+    # to be zeros it joined wrongly.
     row = (half + (count >> 30)) * HALF + gl.arange(0, HALF, layout=score_rows)
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
     no_score = gl.zeros([HALF, KEYS], gl.float32, score_layout)
@@ -364,8 +391,7 @@ def _consume(
             gl.load(shift_at[0] + row) * tanh_factor[0],
         )
 
-    # The diagonal block's first tile. Every query sees a key in it, unless a window leaves out the part of the block
-    # that this tile is: only then is a maximum infinite.
+    # The program's own keys. Every query sees one of them, so that no maximum is infinite.
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     score = warpgroup_mma(query, k_tiles.index(0).permute((1, 0)), no_score, use_acc=False, is_async=True)
@@ -374,10 +400,8 @@ def _consume(
     mbarrier.arrive(k_free.index(0), count=1)
     score = _cap(score, cap, TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
-    score = _see(score, row, column, oldest, indices, count, 0, WINDOW, BLOCK)
+    score = _see(score, row, column, oldest, blocks, 0, WINDOW, BLOCK)
     base = gl.max(score, 1) * factor  # what sums are relative to
-    if WINDOW and PER_BLOCK > 1:
-        base = gl.where(base == float("-inf"), LOWEST, base)
     weight = _weigh(score, factor, base)
     packed = _pack(weight)
     total = _sum(weight, score_rows)
@@ -390,35 +414,31 @@ def _consume(
     share = gl.full([HALF], 1.0, gl.float32, score_rows)
     old_decay = gl.full([HALF], 1.0, gl.float32, score_rows)
     old_share = gl.full([HALF], 0.0, gl.float32, score_rows)
-    steps = count * PER_BLOCK
+    steps = _steps(blocks, KEYS, BLOCK)
     mbarrier.wait(k_full.index(1), 0, pred=steps > 1)
 
     for step in range(1, steps):
         slot = step % STAGES
         last = (step - 1) % STAGES
-        score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         if PIECES == 1:
+            score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
             acc = _add(acc, 0, part, old_decay, old_share)
-        mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
-        if PIECES == 1:
+            mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
             part = _multiply(packed, v_tiles.index(last), no_value)
             score = warpgroup_mma_wait(1, deps=(score,))
         else:
-            for piece in gl.static_range(PIECES):
-                part = _multiply(packed, v_tiles.index(last).slice(piece * PIECE, PIECE), no_value)
-                part, score, packed = warpgroup_mma_wait(0, deps=(part, score, packed))
-                acc = _add(acc, piece, part, decay, share)
+            mbarrier.wait(v_full.index(last), (step - 1) // STAGES & 1)
+            acc = _add_in_turns(acc, packed, v_tiles.index(last), no_value, decay, share)
             warpgroup_barrier()
             mbarrier.arrive(v_free.index(last), count=1)
+            score = warpgroup_mma(query, k_tiles.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(0, deps=(score,))
         warpgroup_barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         score = _cap(score, cap, TANH)
-        if PER_BLOCK > 1:  # the rest of the diagonal block
-            start = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
-            score = gl.where(column[None, :] + start <= row[:, None], score, float("-inf"))
-        score = _see(score, row, column, oldest, indices, count, step, WINDOW, BLOCK)
+        score = _see(score, row, column, oldest, blocks, step, WINDOW, BLOCK)
         peak = gl.max(score, 1) * factor
-        if WINDOW or PER_BLOCK > 1:  # it may see nothing of this tile
+        if WINDOW:  # it may see nothing of this tile
             peak = gl.where(peak == float("-inf"), base, peak)
         weight = _weigh(score, factor, peak)
         new_base = gl.where(peak > base + REACH, peak, base)
@@ -444,10 +464,7 @@ def _consume(
         acc = _add(acc, 0, part, old_decay, old_share)
     last = (steps - 1) % STAGES
     mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
-    for piece in gl.static_range(PIECES):
-        part = _multiply(packed, v_tiles.index(last).slice(piece * PIECE, PIECE), no_value)
-        part, packed = warpgroup_mma_wait(0, deps=(part, packed))
-        acc = _add(acc, piece, part, decay, share)
+    acc = _add_in_turns(acc, packed, v_tiles.index(last), no_value, decay, share)
 
     if (LSE or SINKS) and TANH == "none":
         base += gl.load(shift_at[0] + row) * scale_log2

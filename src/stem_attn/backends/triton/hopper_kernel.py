@@ -207,13 +207,13 @@ def _produce(
     mbarrier.expect(q_full.index(0), BLOCK // HALF * q.block_type.nbytes)
     for half in gl.static_range(BLOCK // HALF):
         load_box(q, [source[0], head, first_token + half * HALF, 0], q_full.index(0), q_tiles.index(half))
-    first = first_key(indices, count, 0, KEYS, BLOCK)
+    first = _first_key(indices, count, 0, KEYS, BLOCK)
     _copy(k, k_tiles, k_full, 0, kv_head, first, _outer(source, first, KEYS, PAGE), PAGE)
     steps = count * (BLOCK // KEYS)
     for step in range(1, steps + 1):
         last_first = first
         if step < steps:
-            first = first_key(indices, count, step, KEYS, BLOCK)
+            first = _first_key(indices, count, step, KEYS, BLOCK)
             outer = _outer(source, first, KEYS, PAGE)
             slot = step % STAGES
             mbarrier.wait(k_free.index(slot), (step // STAGES & 1) ^ 1)
@@ -270,7 +270,7 @@ def _copy(descriptor, tiles, full, slot, kv_head, first, outer, PAGE: gl.constex
 
 
 @gluon.jit
-def first_key(indices, count, step, KEYS: gl.constexpr, BLOCK: gl.constexpr):
+def _first_key(indices, count, step, KEYS: gl.constexpr, BLOCK: gl.constexpr):
     """Return the first key of a step's tile: the row's blocks last to first, a block's tiles first to last."""
     PER_BLOCK: gl.constexpr = BLOCK // KEYS
     return gl.load(indices + count - 1 - step // PER_BLOCK) * BLOCK + step % PER_BLOCK * KEYS
@@ -379,7 +379,7 @@ def _consume(
         score = tanh(score * tanh_factor[0], TANH)
     score = gl.where(column[None, :] <= row[:, None], score, float("-inf"))
     if WINDOW:
-        key = first_key(indices, count, 0, KEYS, BLOCK) + column
+        key = _first_key(indices, count, 0, KEYS, BLOCK) + column
         score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
     peak = gl.max(score, 1) * scale_log2
     weight = gl.exp2(score * scale_log2 - _finite(peak, WINDOW and PER_BLOCK > 1)[:, None])
@@ -423,7 +423,7 @@ def _consume(
             start = gl.where(step < PER_BLOCK, step * KEYS, -BLOCK)
             score = gl.where(column[None, :] + start <= row[:, None], score, float("-inf"))
         if WINDOW:
-            key = first_key(indices, count, step, KEYS, BLOCK) + column
+            key = _first_key(indices, count, step, KEYS, BLOCK) + column
             score = gl.where(key[None, :] > oldest[:, None], score, float("-inf"))
         if RESIDUAL:  # noqa: SIM102 - known when it is compiled
             if step >= steps:
