@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from stem_attn.backends.triton.attention import (
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
-from stem_attn.backends.triton.tiles import HopperTile, choose_fp8_tile
+from stem_attn.backends.triton.tiles import choose_fp8_tile
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.fallbacks import note_on_device
@@ -217,17 +218,12 @@ def launch(
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from stem_attn.backends.triton.hopper_fp8_kernel import box_layout
-
     tensors = (out, out if lse is None else lse, indices, counts)
     key = layouts_of(x.q, x.k, x.v, out, indices, counts), out.dtype, out.device, alignment_of(*tensors)
-    pad, pad_v = x.k.shape[3], x.v.shape[2] * x.v.shape[3] // x.k.shape[2]
-    tile = choose_fp8_tile(call.block_size, pad, pad_v)
-    plan = _attention_launch(*key, logits, call.window, lse is not None, k_len, call.block_size, tile)
-    boxes = (64, pad), (tile.keys, pad), (pad_v, tile.keys)
+    plan, boxes = _attention_launch(*key, logits, call.window, lse is not None, k_len)
     inputs = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], box_layout(*box))
-        for t, box in zip((x.q, x.k, x.v), boxes, strict=True)
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], layout)
+        for t, (box, layout) in zip((x.q, x.k, x.v), boxes, strict=True)
     )
     shifts = x.q_scales if x.shifts is None else x.shifts
     read = x.q_scales, x.kv_scales, x.unsafe, shifts
@@ -244,17 +240,21 @@ def _attention_launch(
     window: int | None,
     lse: bool,
     k_len: int,
-    block_size: int,
-    tile: HopperTile,
-) -> Launch:
-    """Make the launch that calls of equal layouts share."""
-    from stem_attn.backends.triton.hopper_fp8_kernel import hopper_fp8_kernel
+) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
+    """Make the launch that calls of equal layouts share, and the tile and its layout of each descriptor."""
+    from stem_attn.backends.triton.hopper_fp8_kernel import box_layout, hopper_fp8_kernel
 
+    (_, _, k_tokens, pad), (_, _, v_rows, block_size) = layouts[1][0], layouts[2][0]
+    pad_v = v_rows * block_size // k_tokens
+    tile = choose_fp8_tile(block_size, pad, pad_v)
     (_, _, q_len, v_head_dim), strides = layouts[3]
     (programs, batch, _), numbers = geometry_of(layouts, q_len, k_len, logits, window)
     switches = switches_of(logits, dtype, device, window, lse)
     constants = {"DV": v_head_dim, "STAGES": tile.stages, **switches, "BLOCK": block_size}
     numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
     # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
+    options = {"num_warps": 4, "maxnreg": tile.registers}
     grid = programs * (block_size // tile.keys), batch
-    return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=tile.registers)
+    boxes = (64, pad), (tile.keys, pad), (pad_v, tile.keys)
+    plan = Launch(hopper_fp8_kernel, grid, numbers, constants, **options)
+    return plan, [(box, box_layout(*box)) for box in boxes]
