@@ -11,6 +11,9 @@ lose no digits.
 No exponential is computed. The bits of an e4m3 number, read as an integer, are 8 times its logarithm to base 2, with a
 straight line from each power of two to the next. So a logit, scaled and rounded to an integer, is its weight's bits: up
 to 6% too large, on average 4%, of which the same is in the sum that they are divided by.
+
+A tile has as many keys as a program has queries: 128, with two consumers, or 64, with one. A block of 128 may be two
+programs of 64. Each starts at its own keys, the only ones that need a causal mask, and goes back to the first.
 """
 
 from __future__ import annotations
