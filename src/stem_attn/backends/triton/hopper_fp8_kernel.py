@@ -36,6 +36,8 @@ TOP = gl.constexpr(126.0)
 """The bits of a tile's largest weight, 448. 127 is NaN."""
 TOP_LOG2 = gl.constexpr(8.8073549)
 """Its logarithm. Weights are above the line 2^(bits / 8 - 7) by 4%, and this one is too."""
+STEP = gl.constexpr(2.0**-24)
+"""The smallest float16."""
 REACH = gl.constexpr(48.0)
 """How far, as a power of two, a tile's maximum may rise above what sums are relative to before they get a new scale."""
 
@@ -224,7 +226,9 @@ def _first_key(blocks, step, KEYS: gl.constexpr, BLOCK: gl.constexpr):
 
 @gluon.jit
 def _weigh(score, factor, peak):
-    """Return weights 2^(score * factor - peak), the largest 448, as bits of e4m3 above 1024 in float16.
+    """Return weights 2^(score * factor - peak), the largest 448, as bits of e4m3, in 16 bits each.
+
+    Below 2^-14 the bits of a float16, read as an integer, count steps of 2^-24.
 
     Args:
         score: float32 [64, KEYS], dot products.
@@ -237,16 +241,10 @@ def _weigh(score, factor, peak):
     KEYS: gl.constexpr = score.shape[1]
     top = TOP - peak * 8.0
     top -= gl.abs(top) * 2.0**-22  # large logits lose digits: none may round to 127
-    bits = score * (factor * 8.0)[:, None] + top[:, None]
-    even, odd = bits.reshape([HALF, KEYS // 2, 2]).split()
+    steps = score * (factor * (8.0 * STEP))[:, None] + (top * STEP)[:, None]
+    even, odd = steps.reshape([HALF, KEYS // 2, 2]).split()
     return gl.inline_asm_elementwise(
-        "{\n.reg .b32 bits, whole;\ncvt.rn.relu.f16x2.f32 bits, $2, $1;\n"
-        "mov.b32 whole, 0x64006400;\nadd.rn.f16x2 $0, bits, whole;\n}",
-        "=r,f,f",
-        [even, odd],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
+        "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
     )
 
 
@@ -288,9 +286,7 @@ def _sum(weight, layout: gl.constexpr):
 
     Times 128 the bits of an e4m3 number are those of a float16, 2^-8 of it. A tile's are added in float16.
     """
-    halves = gl.inline_asm_elementwise(
-        "mad.lo.u32 $0, $1, 128, 0xffce0000;", "=r,r", [weight], dtype=gl.int32, is_pure=True, pack=1
-    )  # less 1024.0's bits times 128, in both halves
+    halves = gl.inline_asm_elementwise("shl.b32 $0, $1, 7;", "=r,r", [weight], dtype=gl.int32, is_pure=True, pack=1)
     total = gl.inline_asm_elementwise(
         "{\n.reg .b16 low, high;\n.reg .f32 x, y;\nmov.b32 {low, high}, $1;\n"
         "cvt.f32.f16 x, low;\ncvt.f32.f16 y, high;\nadd.f32 x, x, y;\nmul.f32 $0, x, 0f43800000;\n}",
