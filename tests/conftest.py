@@ -1,3 +1,4 @@
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Triton reads this when it is first imported, and some test's imports import it. With a GPU its kernels run there.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The backend imports these at its first call. Were that in a test that has patched a name which they take from
+# `attention`, they would keep the patch, and later tests would run another kernel than they say.
+with contextlib.suppress(ModuleNotFoundError):
+    from stem_attn.backends.triton import attention, exact_rows, fp8, residual, selection  # noqa: F401
 
 
 @pytest.fixture(params=["native", "torch"])

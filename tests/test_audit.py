@@ -241,19 +241,21 @@ def test_what_automatic_choice_passes_over_is_counted_once_a_call(monkeypatch):
     monkeypatch.setattr(TritonBackend, "why_unsupported", lambda *_: "it is Sunday")
     monkeypatch.setattr(backends, "_load", lambda name: (triton, None) if name == "triton" else load(name))
     before = backends.fallbacks().get("triton: it is Sunday", 0)
-    call, selection, out = sparse(*make_qkv(512))
-    found = run.audit(call, [selection], out, "auto", rows=64, seed=0)
+    call, _, _ = sparse(*make_qkv(512))
+    assert backends.for_call("auto", call, again=True).name == "cpu"
     assert backends.fallbacks()["triton: it is Sunday"] == before + 1
-    assert torch.equal(found.values, audit(call, [selection], out, rows=64, seed=0).values)
 
 
-def test_an_audit_runs_on_the_backend_that_attends(monkeypatch):
+def test_an_audit_runs_on_the_backend_that_it_is_given(monkeypatch):
     call, selection, out = sparse(*make_qkv(512))
-    monkeypatch.setattr(type(backends.by_name("cpu")), "compare_rows", lambda *_: torch.ones(3, 1, 4, 8))
-    values = [run.audit(call, [selection], out, name, rows=64, seed=0).values.tolist() for name in ("auto", "cpu")]
-    assert values == [[2048.0, 0.0, 0.0, 2048.0, 2048.0, 0.0, 0.0]] * 2
-    with pytest.raises(ValueError, match="backend must be one of auto"):
-        run.audit(call, [selection], out, "gpu", rows=64, seed=0)
+    backend = backends.by_name("cpu")
+    assert torch.equal(
+        run.audit(call, [selection], out, backend, rows=64, seed=0).values,
+        audit(call, [selection], out, rows=64, seed=0).values,
+    )
+    monkeypatch.setattr(type(backend), "compare_rows", lambda *_: torch.ones(3, 1, 4, 8))
+    found = run.audit(call, [selection], out, backend, rows=64, seed=0)
+    assert found.values.tolist() == [2048.0, 0.0, 0.0, 2048.0, 2048.0, 0.0, 0.0]
 
 
 def test_few_queries_have_two_rows_a_head():

@@ -56,6 +56,12 @@ def test_from_mask_refuses_what_attention_cannot_mean():
         BlockSelection.from_mask(mask.int(), **lengths)
 
 
+@pytest.mark.parametrize("window", [0, -3, 2.0, None])
+def test_a_band_needs_a_window(window):
+    with pytest.raises(ValueError, match=f"window must be an int of at least 1, got {window}"):
+        BlockSelection.band(batch=1, heads=1, window=window, block_size=16, q_len=40, k_len=40, device="cpu")
+
+
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 33, 1000])
 @pytest.mark.parametrize(("q_len", "k_len"), [(100, 100), (37, 100), (5, 100), (1, 1)])
 def test_band_keeps_exactly_the_blocks_that_the_window_touches(window, q_len, k_len):

@@ -61,6 +61,13 @@ def test_help_names_every_option():
         assert f"--{option} " in out
 
 
+def test_help_breaks_lines_only_where_the_terminal_does():
+    """Typer keeps the breaks of a docstring's later paragraphs."""
+    code, out, _ = stem_attn("bench", "--help", COLUMNS="400")
+    assert code == 0
+    assert "On a GPU the L2 cache is flushed before each call" in out
+
+
 def test_no_command_shows_the_commands(capsys):
     assert cli.run([]) == 0
     out = capsys.readouterr().out
@@ -129,10 +136,15 @@ def test_no_default_model_says_both_ways(tmp_path):
 
 
 BAD = [
-    (["nope"], "No such command 'nope'"),
+    (["nope"], "No such command 'nope'; see stem-attn --help"),
+    (["eval", "nope"], "No such command 'nope'; see stem-attn eval --help"),
     (["prefill", "--nope"], "No such option: --nope"),
     (["prefill", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
-    (["prefill", "--new-tokens", "0"], "Invalid value for '--new-tokens'"),
+    (["prefill", "--max-tokens", "many"], "'many'"),
+    (["prefill", "--new-tokens=0"], "Invalid value for '--new-tokens'"),
+    (["prefill", "--seed", "1", "--new-tokens", "-7"], "-7"),
+    (["tune"], "Missing option '--out'; see stem-attn tune --help"),
+    (["report"], "Missing argument 'FOLDER...'; see stem-attn report --help"),
     (["prefill", "--preset", "fast"], "unknown preset 'fast'"),
     (["prefill", "--set", "block_size=17"], "block_size must be a multiple of 16, got 17"),
     (["prefill", "--set", "blocks=2"], "unknown setting blocks"),
@@ -141,7 +153,8 @@ BAD = [
     (["prefill", "--dtype", "int3"], "--dtype must be one of"),
     (["prefill", "--device", "toaster"], "cannot use device 'toaster'"),
     (["prefill", "--device", "cuda:99"], "cannot use device 'cuda:99'"),
-    (["prefill", "--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json"),
+    (["prefill", "--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: its folder does not exist"),
+    (["prefill", "--json", "{tmp}"], "cannot write {tmp}: it is a folder, and a file was expected"),
     (["prefill", "--prompt-file", "nowhere.txt"], "cannot read nowhere.txt"),
     (["prefill", "--prompt-file", "{tmp}"], "cannot read {tmp}"),
     (["prefill", "--prompt-file", "{tmp}/empty.txt"], "empty.txt is empty"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stem_attn
-from stem_attn import StemConfig, run, stem_attention, stem_attention_paged, warm_up
+from stem_attn import StemConfig, backends, run, stem_attention, stem_attention_paged, warm_up
 from stem_attn.call import Call
 from stem_attn.layout import Layout
 from stem_attn.warm_up import _calls
@@ -30,8 +30,9 @@ def test_it_runs_on_a_cpu(page_size):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_len": 0}, "max_len must be positive, got 0"),
-        ({"page_size": 0}, "page_size must be positive, got 0"),
+        ({"query_heads": 4.0}, "query_heads must be an int of at least 1, got 4.0"),
+        ({"max_len": 0}, "max_len must be an int of at least 1, got 0"),
+        ({"page_size": 0}, "page_size must be an int of at least 1, got 0"),
         ({"kv_heads": 3}, "multiple of KV heads, got 4 and 3"),
         ({"config": "none"}, "none"),
         ({"softcap": -1.0}, "softcap"),
@@ -106,9 +107,10 @@ def test_no_audit_is_compiled_after_it(sinks, monkeypatch):
         q, k, v = (torch.randn(1, heads, length, 64, device="cuda").bfloat16() for heads in (4, 2, 2))
         call = Call(Layout.dense(q, k, v), 128, 0.125, **asked)
         out, kept = stem_attention(q, k, v, return_selection=True, **asked)
-        sums = run.audit(call, [kept], out, "auto", rows=320, seed=1)
-        for target in ({"min_recall": 0.9, "max_error": None}, {"min_recall": None, "max_error": 0.4}):
-            run.attend_if(call, run.misses(call, sums, "auto", **target), out, "auto")
+        backend = backends.for_call("auto", call)
+        sums = run.audit(call, [kept], out, backend, rows=320, seed=1)
+        for target in ((0.9, None), (None, 0.4)):
+            backend.attend_if(call, backend.misses(sums.values, sums.queries, sums.rows, *target), out)
     assert [kwargs["repr"] for kwargs in compiled] == []
 
 

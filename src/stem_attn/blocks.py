@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stem_attn import plots
+from stem_attn.config import check_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,11 @@ class BlockSelection:
         """Select the blocks of a causal sliding window: keys `i - window < j <= i` of every query i.
 
         The edge blocks hold keys outside the window: pass the same `window` to `block_sparse_attention`.
+
+        Raises:
+            ValueError: The window is no int of at least 1 token.
         """
+        check_int("window", window, 1)
         grid = BlockGrid(q_len, k_len, block_size)
         if window >= k_len:
             return cls.everything(batch=batch, heads=heads, grid=grid, device=device)

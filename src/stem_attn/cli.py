@@ -1,9 +1,11 @@
 """The command `stem-attn`. The commands live next to their jobs; this module puts them together."""
 
+import inspect
+import itertools
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from stem_attn import __version__
 from stem_attn.lab.errors import InputError, require
@@ -51,13 +53,32 @@ def run(arguments: Sequence[str]) -> int:
         # Its error classes have changed modules; they share this method.
         if not hasattr(error, "format_message"):
             raise
-        return _fail(error.format_message())
+        return _fail(_usage(error, arguments))
     return result if isinstance(result, int) else 0
 
 
 def _fail(message: str) -> int:
     print(f"stem-attn: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    """Say what typer says, the value that came, which it leaves out, and where to read what is expected."""
+    message: str = error.format_message().rstrip(".")
+    names = getattr(getattr(error, "param", None), "opts", ())
+    came = [value for name, value in itertools.pairwise(arguments) if name in names]
+    came += [value for name, equals, value in (text.partition("=") for text in arguments) if equals and name in names]
+    if came and repr(came[-1]) not in message:
+        message += f", got {came[-1]!r}"
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message}; see {context.command_path} --help"
+
+
+def _add(app: "typer.Typer", *commands: Callable[..., None], name: str | None = None) -> None:
+    """Add commands; typer would keep the line breaks of their docstrings, and a narrow terminal would add its own."""
+    for command in commands:
+        paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+        app.command(name, help="\n\n".join(text.replace("\n", " ") for text in paragraphs))(command)
 
 
 def _app() -> "typer.Typer":
@@ -68,7 +89,7 @@ def _app() -> "typer.Typer":
     from stem_attn.lab.density.command import density
     from stem_attn.lab.doctor.command import doctor
     from stem_attn.lab.fidelity.command import fidelity
-    from stem_attn.lab.inspect.command import inspect
+    from stem_attn.lab.inspect.command import inspect as inspect_prompt
     from stem_attn.lab.load.command import load
     from stem_attn.lab.prefill.command import prefill
     from stem_attn.lab.serving.command import serving
@@ -96,15 +117,8 @@ def _app() -> "typer.Typer":
     ) -> None:
         pass
 
-    app.command()(doctor)
-    app.command()(prefill)
-    app.command()(inspect)
-    app.command()(bench)
-    app.command()(density)
-    app.command()(serving)
-    app.command()(load)
-    app.command()(tune)
-    app.command("report")(verdict)
+    _add(app, doctor, prefill, inspect_prompt, bench, density, serving, load, tune)
+    _add(app, verdict, name="report")
     accuracy = typer.Typer(
         help="Measure accuracy against dense attention. Methods are sparse even where so much is kept that an adapter "
         "would stay dense (its crossover is off)."
@@ -115,10 +129,6 @@ def _app() -> "typer.Typer":
         if context.invoked_subcommand is None:
             print(context.get_help())
 
-    accuracy.command()(fidelity)
-    accuracy.command()(ruler)
-    accuracy.command()(tasks)
-    accuracy.command()(report)
-    accuracy.command()(audit)
+    _add(accuracy, fidelity, ruler, tasks, report, audit)
     app.add_typer(accuracy, name="eval")
     return app

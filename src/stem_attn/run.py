@@ -68,24 +68,19 @@ def attend(
 
 
 def audit(
-    call: Call, selections: Sequence[BlockSelection], out: Tensor, backend: str, *, rows: int, seed: int
+    call: Call, selections: Sequence[BlockSelection], out: Tensor, backend: Backend, *, rows: int, seed: int
 ) -> AuditSums:
-    """Attend exactly with some query rows of a call that has run, and compare; see `stem_attn.audit.audit`."""
-    chosen = backends.for_call(backend, call, again=True)
-    return audit_rows(call, selections, out, rows=rows, seed=seed, compare=chosen.compare_rows, add_up=chosen.add_up)
+    """Attend exactly with some query rows of a call, and compare; see `stem_attn.audit.audit`.
 
-
-def misses(
-    call: Call, sums: AuditSums, backend: str, *, min_recall: float | None, max_error: float | None
-) -> Tensor | None:
-    """Tell on the device whether the audit of a call that has run misses a target; see `Backend.misses`."""
-    chosen = backends.for_call(backend, call, again=True)
-    return chosen.misses(sums.values, sums.queries, sums.rows, min_recall, max_error)
-
-
-def attend_if(call: Call, wanted: Tensor, out: Tensor, backend: str) -> None:
-    """Attend over all blocks of a call that has run if a flag says so; see `Backend.attend_if`."""
-    backends.for_call(backend, call, again=True).attend_if(call, wanted, out)
+    Args:
+        call: The call, which has run.
+        selections: Of every part what it kept.
+        out: Its output.
+        backend: That computes the audit; `backends.for_call(..., again=True)` finds the call's.
+        rows: To sample.
+        seed: Decides which.
+    """
+    return audit_rows(call, selections, out, rows=rows, seed=seed, compare=backend.compare_rows, add_up=backend.add_up)
 
 
 def _select(call: Call, choice: StemConfig | Method, attender: Backend) -> list[BlockSelection]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stem_attn import run
+from stem_attn import backends, run
 from stem_attn.api import Config, stem_attention, stem_attention_paged
 from stem_attn.call import Call
 from stem_attn.checks import resolve_config
@@ -52,13 +52,13 @@ def warm_up(
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
     Raises:
-        ValueError: A number is not positive, the backend cannot take such calls, or audits of pages are asked for.
+        ValueError: A number is no positive int, the backend cannot take such calls, or audits of pages are asked for.
         RuntimeError: The named backend is not available here.
     """
     sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "max_len": max_len}
     for name, size in {**sizes, "chunk": chunk, "page_size": page_size}.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")
+        if size is not None:
+            check_int(name, size, 1)
     check_int("audit_rows", audit_rows, 0)
     if audit_rows and page_size is not None:
         raise ValueError(f"audit_rows={audit_rows} and page_size={page_size}: prefills in pages are not audited")
@@ -72,10 +72,11 @@ def warm_up(
             out, kept = stem_attention(q, k, k, config=config, backend=backend, return_selection=True, **asked)
             if audit_rows:
                 call = Call(Layout.dense(q, k, k), config.block_size, head_dim**-0.5, **asked)
-                sums = run.audit(call, [kept], out, backend, rows=audit_rows, seed=0)
-                missed = run.misses(call, sums, backend, min_recall=0.5, max_error=0.5)
+                chosen = backends.for_call(backend, call, again=True)
+                sums = run.audit(call, [kept], out, chosen, rows=audit_rows, seed=0)
+                missed = chosen.misses(sums.values, sums.queries, sums.rows, 0.5, 0.5)
                 if missed is not None:
-                    run.attend_if(call, missed, out, backend)
+                    chosen.attend_if(call, missed, out)
         else:
             q = torch.zeros(q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)

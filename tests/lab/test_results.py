@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--out .*file/a: Not a directory"):
         results.check_folder(tmp_path / "file" / "a")
-    with pytest.raises(InputError, match=r"--out .*file: File exists"):
+    with pytest.raises(InputError, match=r"--out .*file: it is a file, and a folder was expected"):
         results.check_folder(tmp_path / "file")
 
 

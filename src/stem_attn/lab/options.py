@@ -118,6 +118,10 @@ def listed(text: str) -> list[str]:
 def whole_numbers(option: str, text: str) -> list[int]:
     """Read positive whole numbers, separated by commas.
 
+    Args:
+        option: Its name, for the error.
+        text: What was given.
+
     Raises:
         InputError: There is none, or something else among them.
     """
@@ -130,12 +134,18 @@ def whole_numbers(option: str, text: str) -> list[int]:
 def densities(option: str, text: str) -> list[float]:
     """Read shares of the causal blocks, separated by commas.
 
+    Args:
+        option: Its name, for the error.
+        text: What was given.
+
     Raises:
         InputError: There is none, or something else among them.
     """
     shares = _numbers(float, text)
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise InputError(f"{option} takes numbers above 0 and up to 1, separated by commas; got {text!r}")
+        raise InputError(
+            f"{option} takes numbers above 0 and up to 1, separated by commas, such as 0.12,0.22; got {text!r}"
+        )
     return shares
 
 

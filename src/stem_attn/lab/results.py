@@ -59,8 +59,10 @@ def check_writable(*paths: Path) -> None:
     for path in paths:
         if path.name == "-":
             raise InputError(f"cannot write {path}: only --json - stands for stdout")
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: its folder does not exist, or it is a folder")
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder, and a file was expected")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: its folder does not exist")
         if path.exists() and not os.access(path, os.W_OK):
             raise InputError(f"cannot write {path}: {os.strerror(errno.EACCES)}")
         if _is_plain(path):
@@ -103,6 +105,8 @@ def check_folder(folder: Path, *paths: Path) -> None:
     Raises:
         InputError: It cannot be made, or `check_writable` raises it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: it is a file, and a folder was expected")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

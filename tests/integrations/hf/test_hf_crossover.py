@@ -76,6 +76,16 @@ def test_presets_by_device_and_length(device_type, preset, tokens, faster):
     assert reason == (None if faster else REASON)
 
 
+def test_8_bits_pay_where_mass_scores_do():
+    """They take launches more, too."""
+    for length, density in ((4096, 0.0), (8191, 0.0), (8192, 0.7), (16384, 0.85)):
+        geometry = Geometry("cuda", torch.bfloat16, 128, length)
+        for fields in ({}, {"precision": "fp8"}):
+            assert TritonBackend().break_even(geometry, StemConfig.preset("default", **fields)) == density
+        plain, eight = StemConfig.preset("official"), StemConfig.preset("official", precision="fp8")
+        assert TritonBackend().break_even(geometry, eight) == density < TritonBackend().break_even(geometry, plain)
+
+
 @pytest.mark.parametrize(("config", "faster"), [(FEW, True), (MANY, False), (KEEP_ALL, False)])
 @torch.no_grad()
 def test_a_model_goes_dense_above_the_crossover(config, faster):

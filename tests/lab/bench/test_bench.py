@@ -155,6 +155,25 @@ def test_backends_run_with_the_inputs_precision_and_with_the_configs(right, monk
     assert [(f["name"], f["part"]) for f in record["failed"]] == [("cpu fp8", part) for part in wrong]
 
 
+def test_a_backend_without_the_configs_precision_shows_its_plain_rows_and_the_reason():
+    record = run(make_case(300, 300), dataclasses.replace(SMALL, precision="fp8"), ("cpu",))
+    assert [(m["name"], m["part"]) for m in record["methods"]] == [
+        ("cpu", "attention"),
+        ("cpu", "selection"),
+        ("cpu", "whole"),
+    ]
+    ((name, reason),) = ((m["name"], m["reason"]) for m in record["skipped"])
+    assert name == "cpu fp8"
+    assert "got precision='fp8'" in reason
+    assert record["failed"] == []
+
+
+def test_a_backend_that_cannot_run_at_all_has_one_reason(monkeypatch):
+    monkeypatch.setattr(backends, "available", lambda: {"cpu": "it is away"})
+    record = run(make_case(100, 100), dataclasses.replace(SMALL, precision="fp8"), ("cpu",))
+    assert record["skipped"] == [{"name": "cpu", "reason": "it is away"}]
+
+
 def test_ratios_are_ratios_of_medians():
     record = run(make_case(600, 600))
     ms = {(m["name"], m["part"]): m["ms"]["median"] for m in record["methods"]}
@@ -311,6 +330,7 @@ def test_the_command_writes_table_json_csv_and_plot(tmp_path):
         (("--set", "block_size=17"), "block_size must be a multiple of 16"),
         (("--heads", "6", "--kv-heads", "4"), "multiple of KV heads"),
         (("--q-len", "9000", "--lengths", "4096"), "--q-len must be from 1"),
+        (("--q-len", "0"), "--q-len must be from 1 to the length 8192, got 0"),
         (("--layers", "2"), "--layers has no meaning without --ttft"),
         (("--ttft", "--q-len", "8"), "--q-len has no meaning with --ttft"),
         (("--json", "no/such/folder/a.json"), "cannot write"),
@@ -337,16 +357,20 @@ def test_a_failed_method_gives_exit_code_1(monkeypatch, capsys):
     assert "FAILED, not timed: cpu attention" in capsys.readouterr().out
 
 
+def tiny_smollm2(monkeypatch, **fields):
+    tiny = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 101, "num_attention_heads": 4}
+    monkeypatch.setitem(MODELS, "smollm2", MODELS["smollm2"] | tiny | {"num_key_value_heads": 2} | fields)
+
+
+TTFT = ["--ttft", "--shape", "smollm2", "--device", "cpu", "--lengths", "600", "--repeats", "1"]
+TTFT += ["--set", "block_size=16", "--set", "min_seq_len=0", "--set", "budget_bias=1"]
+
+
 def test_ttft_compares_dense_and_stem(tmp_path, monkeypatch, capsys):
     from stem_attn.cli import run as run_command
 
-    tiny = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 101, "num_hidden_layers": 3}
-    monkeypatch.setitem(MODELS, "smollm2", MODELS["smollm2"] | tiny | {"num_attention_heads": 4})
-    monkeypatch.setitem(MODELS["smollm2"], "num_key_value_heads", 2)
-    arguments = ["--ttft", "--shape", "smollm2", "--device", "cpu", "--lengths", "600", "--set", "block_size=16"]
-    arguments += ["--set", "min_seq_len=0", "--set", "budget_bias=1", "--set", "dense_layers=[0]"]
-    arguments += ["--repeats", "1", "--out", str(tmp_path)]
-    assert run_command(["bench", *arguments]) == 0
+    tiny_smollm2(monkeypatch, num_hidden_layers=3)
+    assert run_command(["bench", *TTFT, "--set", "dense_layers=[0]", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     (case,) = found["cases"]
     assert (case["sparse_layers"], found["model"]["layers"]) == (2, 3)
@@ -358,11 +382,30 @@ def test_ttft_compares_dense_and_stem(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "bench.png").exists()
 
 
+def test_ttft_checks_in_the_models_precision_and_times_in_the_configs(tmp_path, monkeypatch):
+    from stem_attn.cli import run as run_command
+
+    tiny_smollm2(monkeypatch, num_hidden_layers=3)
+    backend = type(backends.by_name("cpu"))
+    attend, asked = backend.attend, []
+
+    def recording(self, call, *rest):
+        asked.append((call.q.shape[2], call.precision))
+        attend(self, dataclasses.replace(call, precision="auto"), *rest)
+
+    monkeypatch.setattr(backend, "attend", recording)
+    monkeypatch.setattr(backend, "why_unsupported", lambda self, call: None)
+    out = tmp_path / "bench.json"
+    assert run_command(["bench", *TTFT, "--set", "precision=fp8", "--json", str(out)]) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["sparse_layers"] == 3
+    assert asked == [(1024, "auto")] * 3 + [(600, "fp8")] * 6  # a warm-up and a round
+
+
 def test_ttft_refuses_an_adapter_that_changes_the_logits(monkeypatch):
     from stem_attn.lab.bench import ttft
 
-    tiny = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 101, "num_attention_heads": 4}
-    monkeypatch.setitem(MODELS, "smollm2", MODELS["smollm2"] | tiny | {"num_key_value_heads": 2})
+    tiny_smollm2(monkeypatch)
     model = ttft.build_model("smollm2", 2, 2048, torch.float32, CPU, 0)
     ttft.check_adapter(model, SMALL, 0)
     ttft.check_adapter(model, dataclasses.replace(SMALL, precision="fp8"), 0)  # what 8 bits lose is not its business

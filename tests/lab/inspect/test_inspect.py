@@ -227,6 +227,7 @@ def test_no_text_of_a_prompt_can_end_the_script(folder, tmp_path):
     [
         (["--max-tokens", "60"], "tokens, which is one block of 64: there is nothing to prune"),
         (["--methods", "stem-default"], "too short: stem-default starts at 4096"),
+        (["--methods", ","], "one method or two, got (none)"),
         (["--methods", "dense,oracle,uniform"], "one method or two, got dense, oracle, uniform"),
         (["--methods", "nothing"], "unknown method 'nothing'"),
         (["--variant", "other=stem-default,block_size=32"], "other has blocks of 32, and --block-size is 64"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -147,6 +148,11 @@ def test_one_side_alone_is_timed(vllm, tmp_path, capfd):
         (["--model", "./nowhere"], "no such model folder: ./nowhere"),
         (["--shape", "gpt"], f"--shape must be one of {', '.join(MODELS)}"),
         (["--shape", "smollm2", "--execution", "fast"], "--execution must be one of eager, graphs, compiled"),
+        (
+            ["--shape", "smollm2", "--dtype", "int8"],
+            "--dtype must be one of auto, float32, bfloat16, float16; got 'int8'",
+        ),
+        (["--shape", "smollm2", "--backend", "FAST"], "--backend must be one of STEM, CUSTOM, got 'FAST'"),
         (["--shape", "smollm2", "--stem", "{"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", "[]"], "--stem takes a JSON object"),
         (["--shape", "smollm2", "--stem", '{"budget_ration": 1}'], "--stem: unknown key budget_ration"),
@@ -163,3 +169,17 @@ def test_wrong_options_end_in_one_line(vllm, arguments, said, tmp_path, capsys):
     assert len(lines) == 1
     assert said in lines[0]
     assert not (tmp_path / "running").exists()  # no engine has started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "gpt"], "--shape must be one of"),
+        (["--shape", "smollm2", "--chunks", "1k"], "--chunks takes positive whole numbers"),
+        (["--shape", "smollm2"], 'this needs vllm: pip install "stem-attn[vllm]"'),
+    ],
+)
+def test_options_are_checked_before_vllm_is_asked_for(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("stem_attn.lab.errors.find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    assert cli.run(["serving", "--out", str(tmp_path), *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -2,11 +2,16 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
 from stem_attn.lab.errors import InputError
+from stem_attn.lab.named_methods import parse_methods
+from stem_attn.lab.tasks import run
 from stem_attn.lab.tasks.store import Store, read_answers
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def test_the_store_finds_again_what_was_added(tmp_path):
@@ -56,3 +61,40 @@ def test_reading_alone_changes_nothing(tmp_path):
     before = file.read_bytes()
     assert list(read_answers(file).values()) == [{"key": {"index": 1}}]
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["stem-default", "uniform", "xattention+tail"])
+def test_answers_older_than_a_field_are_found_by_todays_key(tmp_path, name):
+    """What they lack is what was always so before: a field's default today may be something else."""
+    file, key = tmp_path / "answers.jsonl", {"task": "vt", "method": settings_of(name)}
+    key = json.loads(json.dumps(key))  # as a file gives it back
+    older = json.loads(json.dumps(key))
+    del older["method"].get("config", older["method"])["precision"]
+    assert older != key
+    Store(file).add([{"key": older, "score": 1.0}])
+    assert Store(file).get(key) == {"key": key, "score": 1.0}
+    asked = json.loads(json.dumps(key))
+    asked["method"].get("config", asked["method"])["precision"] = "fp8"
+    assert Store(file).get(asked) is None
+
+
+def test_committed_answers_can_be_added_to(tmp_path):
+    """Whoever adds a field to a config says in the store what answers before it had."""
+    files = list(RESULTS.glob("*/answers.jsonl.gz"))
+    assert files
+    for packed in files:
+        file = tmp_path / packed.parent.name
+        file.write_bytes(gzip.decompress(packed.read_bytes()))
+        methods = [record["key"]["method"] for record in read_answers(file).values()]
+        bases = {method["base"] for method in methods}
+        assert {"dense", "stem-default", "xattention"} <= bases
+        for method in methods:
+            wanted = settings_of(method["base"] + "+tail" * ("at" in method))
+            assert set(method) == set(wanted)
+            assert set(method.get("config", ())) == set(wanted.get("config", ()))
+
+
+def settings_of(name):
+    (named,) = parse_methods(name)
+    settings = run.Settings(("vt",), (32768,), (0,), (named,), 128, None, True, 1234)
+    return run._method_settings(named, settings)

@@ -6,15 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
+from stem_attn import backends
 from stem_attn.api import block_sparse_attention, stem_attention
 from stem_attn.audit import AuditSums
+from stem_attn.backends.base import Backend
 from stem_attn.call import Call
 from stem_attn.checks import resolve_scale
 from stem_attn.config import StemConfig
 from stem_attn.integrations.hf.counters import Kept
 from stem_attn.integrations.hf.state import State
 from stem_attn.layout import Layout
-from stem_attn.run import attend_if, audit, misses
+from stem_attn.run import audit
 
 
 class SparseCall:
@@ -31,7 +33,7 @@ class SparseCall:
         self._config = config
         self._how = how
         self.kept: list[Kept] = []
-        self._call: Call | None = None
+        self._backend: Backend | None = None  # of the audited parts: they differ in lengths only
         self._audit: AuditSums | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
@@ -57,9 +59,11 @@ class SparseCall:
             out = block_sparse_attention(q, k, v, selection, **asked, **how)
         self.kept.append(Kept.of(selection))
         if state.policy.audit_rows:
-            self._call = call = self._exactly(q, k, v)
+            call = self._exactly(q, k, v)
+            if self._backend is None:
+                self._backend = backends.for_call(state.backend, call, again=True)
             seed = state.counters.next_audit_seed()
-            sums = audit(call, [selection], out, state.backend, rows=state.policy.audit_rows, seed=seed)
+            sums = audit(call, [selection], out, self._backend, rows=state.policy.audit_rows, seed=seed)
             self._audit = sums if self._audit is None else self._audit + sums
         return out
 
@@ -72,20 +76,19 @@ class SparseCall:
         Returns:
             bool [] on the device if the backend can tell there, so that nobody waits; otherwise a bool.
         """
-        policy, sums = self._state.policy, self._audit
-        if sums is None:
+        policy, sums, backend = self._state.policy, self._audit, self._backend
+        if sums is None or backend is None:
             return False
         self._state.counters.audit(layer, sums)
         if not policy.has_target:
             return False
-        assert self._call is not None
-        target = {"min_recall": policy.min_recall, "max_error": policy.max_error}
-        missed = misses(self._call, sums, self._state.backend, **target)
+        missed = backend.misses(sums.values, sums.queries, sums.rows, policy.min_recall, policy.max_error)
         return policy.misses(sums.read()) if missed is None else missed
 
     def attend_if(self, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Attend to all blocks if a flag says so: bool [] on the device; out [B, Hq, Tq, Dv] is then overwritten."""
-        attend_if(self._exactly(q, k, v), wanted, out, self._state.backend)
+        assert self._backend is not None  # it has told what is wanted
+        self._backend.attend_if(self._exactly(q, k, v), wanted, out)
 
     def _exactly(self, q: Tensor, k: Tensor, v: Tensor) -> Call:
         """Return the call that the sparse one stands for."""

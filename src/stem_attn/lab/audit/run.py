@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_attn import backends
 from stem_attn.api import stem_attention
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
@@ -62,8 +63,9 @@ def check_layers(
         out, selection = stem_attention(q, k, v, config=own, scale=dense.scale, return_selection=True)
         truth = dense.measure(Choice(Stem(own), selection))
         call = Call(Layout.dense(q, k, v), own.block_size, dense.scale)
+        backend = backends.for_call("auto", call, again=True)
         audits = [
-            audit(call, [selection], out, "auto", rows=policy.audit_rows, seed=layer * draws + draw).read()
+            audit(call, [selection], out, backend, rows=policy.audit_rows, seed=layer * draws + draw).read()
             for draw in range(draws)
         ]
         record: Record = {"layer": layer, "density": truth.density, "rows": audits[0].rows}

@@ -184,7 +184,7 @@ def bench(
         if softcap is not None and not 0 < softcap < math.inf:
             raise InputError(f"--softcap must be a finite number above 0, got {softcap}")
         for length in settings["lengths"]:
-            if not 1 <= (q_len or length) <= length:
+            if q_len is not None and not 1 <= q_len <= length:
                 raise InputError(f"--q-len must be from 1 to the length {length}, got {q_len}")
     files = _files(out, json_path, csv_path, plot)
     report = {**new_record("bench", settings, where), "cases": []}

@@ -1,6 +1,6 @@
 """The contenders: every dense and sparse kernel a user could pick, each ready to run on one problem.
 
-A builder returns contenders or raises `UnavailableError` with the reason, which the report lists.
+What cannot run here raises `UnavailableError` with the reason, which the report lists.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,20 +82,22 @@ def names() -> list[str]:
     return [*_OTHERS, *backends.names()]
 
 
-def build(name: str, problem: Problem) -> list[Contender]:
-    """Prepare one by its name: a kernel alone, or what one of the package's backends does.
+def variants(name: str, problem: Problem) -> Iterator[tuple[str, Callable[[], list[Contender]]]]:
+    """Name what runs under a contender's name: a backend of the package's plain, then with all that the problem asks.
 
-    Raises:
-        UnavailableError: It cannot run this problem on this machine.
+    Returns:
+        What each is called, and what prepares it: a kernel alone, or all parts of a backend. That raises
+        `UnavailableError` where it cannot run this problem on this machine.
     """
     if name in _OTHERS:
         part, prepare = _OTHERS[name]
-        return [Contender(name, part, prepare(problem))]
-    plain_problem = dataclasses.replace(problem, config=dataclasses.replace(problem.config, precision="auto"))
-    plain = _backend(name, plain_problem, {}, "")
-    if not problem.suffix:
-        return plain
-    return [*plain, *_backend(name, problem, {"softcap": problem.softcap, "sinks": problem.sinks}, problem.suffix)]
+        yield name, lambda: [Contender(name, part, prepare(problem))]
+        return
+    plain = dataclasses.replace(problem, config=dataclasses.replace(problem.config, precision="auto"))
+    yield name, lambda: _backend(name, plain, {}, "")
+    if problem.suffix:
+        properties = {"softcap": problem.softcap, "sinks": problem.sinks}
+        yield name + problem.suffix, lambda: _backend(name, problem, properties, problem.suffix)
 
 
 def _backend(name: str, p: Problem, properties: dict[str, Any], suffix: str) -> list[Contender]:

@@ -70,19 +70,11 @@ def run_case(
     failed: list[Record] = []
     for name in names:
         on_step(f"{case.k_len} tokens, checking {name}")
-        try:
-            built = contenders.build(name, problem)
-        except UnavailableError as reason:
-            skipped.append({"name": name, "reason": str(reason)})
-            continue
-        except Exception as error:  # one that breaks must not take the others' numbers along
-            failed.append({"name": name, "part": None, "reason": _one_line(error)})
-            continue
-        for contender in built:
+        for contender in _prepared(name, problem, skipped, failed):
             try:
                 first_s, errors, allowed = gates.check(contender)
                 peak = peak_extra_mib(contender.run, case.device)
-            except Exception as error:  # the same; a GateError lands here too
+            except Exception as error:  # one that is wrong or breaks must not take the others' numbers along
                 failed.append({"name": contender.name, "part": contender.part, "reason": _one_line(error)})
                 continue
             ready.append(contender)
@@ -130,6 +122,21 @@ def run_case(
         "skipped": skipped,
         "failed": failed,
     }
+
+
+def _prepared(name: str, problem: Problem, skipped: list[Record], failed: list[Record]) -> list[Contender]:
+    """Prepare what can run under a contender's name, and note what cannot, with the reason."""
+    found: list[Contender] = []
+    for label, prepare in contenders.variants(name, problem):
+        try:
+            found += prepare()
+        except UnavailableError as reason:
+            skipped.append({"name": label, "reason": str(reason)})
+            break  # what follows asks for more
+        except Exception as error:  # as above
+            failed.append({"name": label, "part": None, "reason": _one_line(error)})
+            break
+    return found
 
 
 def _compare(entries: list[Record]) -> None:

@@ -152,7 +152,9 @@ def _methods(names: str, variants: list[str], block_size: int) -> list[NamedMeth
         ]
     chosen = parse_methods(names, variants)
     if not 1 <= len(chosen) <= 2:
-        raise InputError(f"inspect shows one method or two, got {', '.join(named.name for named in chosen)}")
+        raise InputError(
+            f"inspect shows one method or two, got {', '.join(named.name for named in chosen) or '(none)'}"
+        )
     for named in chosen:
         size = named.build(block_size).block_size
         if size != block_size:

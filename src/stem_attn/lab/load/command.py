@@ -24,37 +24,42 @@ def load(
         str, typer.Option(help="Tokens of the shortest and the longest prompt.", rich_help_panel=PROMPT)
     ] = "4096,30000",
     tokens: Annotated[str, typer.Option(help="Likewise of the answers.", rich_help_panel=PROMPT)] = "32,64",
-    seconds: Annotated[float, typer.Option(min=0, help="Of each rate.", rich_help_panel=PROMPT)] = 30.0,
-    percents: Annotated[
-        str,
+    seconds: Annotated[
+        float,
         typer.Option(
-            help="Rates, in percent of what the dense server gets through when all come at once.",
-            rich_help_panel=PROMPT,
+            min=0, help="Of each trial, at the rate of what comes all at once; longer below it.", rich_help_panel=PROMPT
         ),
-    ] = "52,62,70,78,86,94,104,116",
+    ] = 30.0,
+    trials: Annotated[
+        int,
+        typer.Option(min=1, help="Rates that are tried on each server; six find it within 2%.", rich_help_panel=PROMPT),
+    ] = 6,
     burst: Annotated[int, typer.Option(min=1, help="How many come at once to find that.", rich_help_panel=PROMPT)] = 24,
     short: Annotated[
         int,
-        typer.Option(min=0, help="Short prompts before the rates, whose tokens are compared.", rich_help_panel=PROMPT),
+        typer.Option(min=0, help="Short prompts at the end, whose tokens are compared.", rich_help_panel=PROMPT),
     ] = 1000,
     short_seconds: Annotated[float, typer.Option(help="In which they come, above 0.", rich_help_panel=PROMPT)] = 20.0,
     seed: SeedOption = 0,
 ) -> None:
-    """Load two servers with the same requests at the same times: one with dense attention, one with Stem.
+    """Load two servers with the same requests: one with dense attention, one with Stem.
 
-    Prompts are public text, arrivals a Poisson process at rising rates. Goodput is the highest rate at which 99% of the
-    requests have their first token within 3 times what the dense server takes for the longest prompt without load.
-    Servers on devices of their own do not disturb each other. Every number goes to the file.
+    Prompts are public text, arrivals a Poisson process. Goodput is the highest rate at which 99% of the requests have
+    their first token within 3 times what the dense server takes for the longest prompt without load. Both servers are
+    searched for theirs at the same time, each at its own pace, and then both get the dense server's. Servers on devices
+    of their own do not disturb each other. Every number goes to the file.
     """
     require("transformers", extra="hf")
     if not 0 < short_seconds < math.inf:
         raise InputError(f"--short-seconds takes a number above 0, got {short_seconds:g}")
+    if seconds == math.inf:
+        raise InputError("--seconds takes a finite number, got inf")
     settings: Record = {
         "model": Path(model).name,
         "lengths": _range("--lengths", lengths),
         "tokens": _range("--tokens", tokens),
         "seconds": seconds,
-        "shares": [percent / 100 for percent in whole_numbers("--percents", percents)],
+        "trials": trials,
         "burst": burst,
         "short": short,
         "short_seconds": short_seconds,

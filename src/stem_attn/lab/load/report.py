@@ -1,4 +1,4 @@
-"""Say what two servers did under load: a line a rate, and what follows from all."""
+"""Say what two servers did under load: a line a trial, and what follows from all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def line(record: Record) -> str:
             f"{capacity['dense']:.2f} and {capacity['stem']:.2f} requests/s; limit {record['limit']:.2f} s"
         )
     both = [record[name] for name in SERVERS]
-    text = f"{record['requests_a_second']:.2f} requests/s" if record["kind"] == "rate" else "short prompts"
+    text = "short prompts"
+    if record["kind"] != "short":
+        text = " and ".join(f"{record['requests_a_second'][name]:.2f}" for name in SERVERS) + " requests/s"
     for name in ("p50", "p99"):
         text += f"; first token {name} " + " and ".join(f"{one['first_token_seconds'][name] or 0:.3f}" for one in both)
     text += " s; each later token " + " and ".join(f"{1000 * (one['next_token_seconds'] or 0):.1f}" for one in both)
@@ -38,11 +40,13 @@ def summary(records: Sequence[Record]) -> str:
     best = [goodput(records, name) for name in SERVERS]
     if best[0] is None or best[1] is None:
         return f"goodput: {best[0]} and {best[1]} requests/s"
-    at = next(r for r in records if r["kind"] == "rate" and r["requests_a_second"] == best[0])
-    p99 = [at[name]["first_token_seconds"]["p99"] for name in SERVERS]
-    text = (
-        f"goodput: {best[0]:.2f} and {best[1]:.2f} requests/s, ratio {best[1] / best[0]:.2f}; at the dense server's, "
+    text = f"goodput: {best[0]:.2f} and {best[1]:.2f} requests/s, ratio {best[1] / best[0]:.2f}"
+    both = next((record for record in records if record["kind"] == "rate"), None)
+    if both is None:  # a run that was cut
+        return text
+    p99 = [both[name]["first_token_seconds"]["p99"] for name in SERVERS]
+    if None in p99:
+        return f"{text}; at the dense server's, one answers nothing"
+    return (
+        f"{text}; at the dense server's, first token p99 {p99[0]:.3f} and {p99[1]:.3f} s, ratio {p99[1] / p99[0]:.2f}"
     )
-    if p99[1] is None:
-        return f"{text}Stem's answers nothing"
-    return f"{text}first token p99 {p99[0]:.3f} and {p99[1]:.3f} s, ratio {p99[1] / p99[0]:.2f}"

@@ -1,10 +1,12 @@
-"""Send the same requests to two servers at the same time, at rising rates, and compare what comes back when."""
+"""Send requests to two servers at the same time, search for the rate that each stands, and compare what comes when."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from stem_attn.lab.results import Record
 SERVERS = ("dense", "stem")
 WITHIN = 0.99  # of the requests, for a rate to count as served
 NEAR = 0.25  # nats: two tokens this close are about as likely, and rounding may swap them
+_SEARCHED = (0.5, 1.5)  # of what a server gets through when all come at once: where its goodput is looked for
 _LIKELIEST = 20
 _SHORT = (1, 2000)  # tokens of a short prompt: by every preset's policy its attention is dense
 
@@ -58,13 +61,17 @@ class Prompts:
 def compare_servers(
     servers: Mapping[str, Server], prompts: Prompts, settings: Record, on_record: Callable[[Record], None]
 ) -> None:
-    """Load two servers, each rate at the same time on both.
+    """Load two servers, both at the same time.
+
+    Each is searched for its goodput by itself, with the same requests at its own pace; then both get the same load, the
+    dense server's goodput.
 
     Args:
         servers: One by each name of `SERVERS`.
         prompts: Where requests come from.
         settings: What the command was asked for; see `command.load`.
-        on_record: Given a record of what the dense server takes without load, one of short prompts, and one a rate.
+        on_record: Given a record of what the dense server takes without load, one a trial of the search, one of the
+            dense server's goodput on both, and one of short prompts.
 
     Raises:
         InputError: A server answers nothing before it is loaded.
@@ -81,28 +88,67 @@ def compare_servers(
     capacity = {name: len(burst) / seconds for name, seconds in done.items()}
     limit = 3 * sorted(one["dense"] for one in alone)[1]
     on_record({"kind": "unloaded", "first_token_seconds": alone, "requests_a_second": capacity, "limit": limit})
+    count = max(1, round(capacity["dense"] * settings["seconds"]))
+    searches = {name: Search(*(share * capacity[name] for share in _SEARCHED)) for name in servers}
+
+    def load(kind: str, rates: Mapping[str, float]) -> dict[str, Record]:
+        asked = {name: prompts.requests(count, rate, lengths, tokens) for name, rate in rates.items()}
+        found = {name: told(given, limit) for name, given in each(servers, asked).items()}
+        on_record({"kind": kind, "requests_a_second": dict(rates), **found})
+        return found
+
+    for _ in range(settings["trials"]):
+        for name, one in load("search", {name: search.rate for name, search in searches.items()}).items():
+            searches[name].tell(one["within_limit"] >= WITHIN)
+    if searches["dense"].best is not None:
+        load("rate", dict.fromkeys(servers, searches["dense"].best))
     if settings["short"]:
         short = prompts.requests(settings["short"], settings["short"] / settings["short_seconds"], _SHORT, tokens)
         answers = both(servers, short, with_ids=True)
         found = {name: told(given, limit) for name, given in answers.items()}
         on_record({"kind": "short", **found, "differ": differing(servers["dense"], short, answers)})
 
-    for share in settings["shares"]:
-        rate = share * capacity["dense"]
-        count = max(1, round(rate * settings["seconds"]))
-        answers = both(servers, prompts.requests(count, rate, lengths, tokens))
-        found = {name: told(given, limit) for name, given in answers.items()}
-        on_record({"kind": "rate", "requests_a_second": rate, "share": share, **found})
-        if all(one["within_limit"] < WITHIN / 2 for one in found.values()):
-            break
+
+@dataclass(slots=True)
+class Search:
+    """The highest rate that a server stands, between two, in requests a second. Every trial halves what lies between.
+
+    Args:
+        low: A rate that it may stand.
+        high: One that it may not.
+        best: The highest that it stood; None: none so far.
+    """
+
+    low: float
+    high: float
+    best: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """The next one to try."""
+        return math.sqrt(self.low * self.high)
+
+    def tell(self, stood: bool) -> None:
+        """Take note of whether the server stood it."""
+        if stood:
+            self.low = self.best = self.rate
+        else:
+            self.high = self.rate
 
 
 def both(
     servers: Mapping[str, Server], requests: Sequence[Request], *, with_ids: bool = False
 ) -> dict[str, list[Answer]]:
     """Send the same requests to both servers at the same times."""
+    return each(servers, dict.fromkeys(servers, requests), with_ids=with_ids)
+
+
+def each(
+    servers: Mapping[str, Server], requests: Mapping[str, Sequence[Request]], *, with_ids: bool = False
+) -> dict[str, list[Answer]]:
+    """Send each server its requests, to both at the same time."""
     with ThreadPoolExecutor(len(servers)) as pool:
-        sent = {name: pool.submit(server.replay, requests, with_ids=with_ids) for name, server in servers.items()}
+        sent = {name: pool.submit(server.replay, requests[name], with_ids=with_ids) for name, server in servers.items()}
         return {name: answers.result() for name, answers in sent.items()}
 
 
@@ -144,11 +190,9 @@ def differing(dense: Server, requests: Sequence[Request], answers: Mapping[str, 
 
 
 def goodput(records: Sequence[Record], name: str) -> float | None:
-    """Return the highest rate at which a server had enough requests within the limit; None: there is none."""
-    return max(
-        (r["requests_a_second"] for r in records if r["kind"] == "rate" and r[name]["within_limit"] >= WITHIN),
-        default=None,
-    )
+    """Return the highest rate of the search at which enough requests were within the limit; None: there is none."""
+    trials = [r for r in records if r["kind"] == "search" and r[name]["within_limit"] >= WITHIN]
+    return max((trial["requests_a_second"][name] for trial in trials), default=None)
 
 
 def _times(name: str, answers: Sequence[Answer]) -> list[tuple[float, float]]:

@@ -14,6 +14,8 @@ from stem_attn.lab.options import METHOD, MODEL, OUTPUT, PROMPT, whole_numbers
 from stem_attn.lab.results import Record, check_folder, new_record, print_text, to_json, write_files
 from stem_attn.lab.shapes import MODELS
 
+_BACKENDS = ("STEM", "CUSTOM")
+
 
 def serving(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where vllm_prefill.json goes.", rich_help_panel=OUTPUT)],
@@ -24,7 +26,9 @@ def serving(
         str | None,
         typer.Option(help=f"Random weights instead of a model: {', '.join(MODELS)}.", rich_help_panel=MODEL),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="vLLM's dtype.", rich_help_panel=MODEL)] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="vLLM's: auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)
+    ] = "float32",
     execution: Annotated[
         str,
         typer.Option(
@@ -85,8 +89,7 @@ def serving(
     Prompts are public text, or with --shape random tokens for a model of random weights. The prefix cache is off.
     A line for each chunk size and length; every number goes to the file.
     """
-    require("vllm", extra="vllm")
-    from stem_attn.lab.devices import pick_device
+    from stem_attn.lab.devices import check_dtype, pick_device
     from stem_attn.lab.serving.report import line
     from stem_attn.lab.serving.run import EXECUTION, SIDES, compare_engines, random_prompt, text_prompt
 
@@ -96,6 +99,9 @@ def serving(
         raise InputError(f"--shape must be one of {', '.join(MODELS)}, got {shape!r}")
     if execution not in EXECUTION:
         raise InputError(f"--execution must be one of {', '.join(EXECUTION)}, got {execution!r}")
+    check_dtype(dtype)
+    if backend not in _BACKENDS:
+        raise InputError(f"--backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     if not 0 < memory <= 1:
         raise InputError(f"--memory takes a share above 0, at most 1, got {memory:g}")
     if cache is not None and not 0 < cache < math.inf:
@@ -123,6 +129,7 @@ def serving(
     }
     file = out / "vllm_prefill.json"
     check_folder(out, file)
+    require("vllm", extra="vllm")
     from stem_attn.integrations.vllm.compat import VLLM_VERSION
 
     prompts = [text_prompt(model, n) if model else random_prompt(str(shape), n) for n in settings["lengths"]]

@@ -11,7 +11,6 @@ from stem_attn.lab.results import Record
 # Colour-blind safe.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MEASURES = (("drift", "drift, nats a token"), ("agreement", "same answer as dense, %"))
-
 _HOW_MUCH = ("density", "budget_scale")  # what methods of one line may differ in
 
 
@@ -65,9 +64,7 @@ def lines_of(methods: list[Record]) -> dict[str, set[str]]:
     alike: dict[str, list[Record]] = {}
     for method in methods:
         if method["base"] != "dense":
-            fields = {
-                name: value for name, value in method["fields"].items() if name not in ("density", "budget_scale")
-            }
+            fields = {name: value for name, value in method["fields"].items() if name not in _HOW_MUCH}
             alike.setdefault(json.dumps([method["base"], fields], sort_keys=True), []).append(method)
     named: dict[str, set[str]] = {}
     for group in alike.values():

@@ -11,6 +11,8 @@ from stem_attn.lab.errors import InputError
 from stem_attn.lab.results import print_text
 
 _LINE_STARTS = b'{"key": '
+# Fields of a config that answers may be older than, and what stood in their place before there was a choice.
+_LATER = {"precision": "auto"}
 
 
 class Store:
@@ -92,10 +94,19 @@ def read_answers(file: Path) -> dict[str, dict[str, Any]]:
         try:
             record = json.loads(line)
             if not isinstance(record["key"], dict):
-                raise TypeError("its key is no object")
+                raise TypeError
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{file}, line {number}: not a record of this command ({type(error).__name__}: {error})"
+                f"{file}, line {number}: not a record of this command, which is a JSON object with a key"
             ) from error
+        record["key"] = _completed(record["key"])
         records[_text(record["key"])] = record
     return records
+
+
+def _completed(settings: Any) -> Any:
+    """Give the configs in an older record's key the fields that came later, so that today's key still finds it."""
+    if not isinstance(settings, dict):
+        return settings
+    known = {name: _completed(value) for name, value in settings.items()}
+    return {**known, **{name: value for name, value in _LATER.items() if "residual" in known and name not in known}}
