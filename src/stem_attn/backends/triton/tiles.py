@@ -85,8 +85,8 @@ def choose_fp8_tile(block_size: int, head_dim: int, v_head_dim: int) -> HopperTi
     """Pick the launch choices of the Hopper kernel with 8-bit products; arguments as in `choose_hopper_tile`.
 
     A program has as many queries as a tile has keys. With 64 of them two programs share a multiprocessor. Blocks of
-    128 have two such programs where 256 value dims leave no registers for the scores of 128 keys. A third tile in
-    their rings would leave no cache for the numbers that lie in memory, for want of registers.
+    128 have two such programs where 256 value dims leave no registers for the scores of 128 keys. With a third
+    tile in their rings they are slower: it would leave no cache for what registers do not hold.
     """
     if block_size == 128 and v_head_dim <= 128:
         return HopperTile(128, 2, 168)
