@@ -1,6 +1,7 @@
 """`residual="mean"`: pruned blocks return through their means. Every backend against float64."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -155,6 +156,23 @@ def forbid_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     from stem_attn.backends.triton import residual
 
     monkeypatch.setattr(residual, "merge_means", None)
+
+
+def test_a_kernel_ruled_out_is_ruled_out_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be the module first loaded meanwhile: a test that came first would decide for all that follow."""
+    pytest.importorskip("triton")
+    from stem_attn.backends import triton
+    from stem_attn.backends.triton import attention, residual
+
+    monkeypatch.delitem(sys.modules, residual.__name__)
+    monkeypatch.delattr(triton, "residual")
+    inputs, mask, asked = make_qkv(70, heads=2, kv_heads=1, dim=32, dtype=torch.float16), random_mask(70, 70, 32), []
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "hopper_fits", lambda *_: asked.append(None))
+        check("triton", *inputs, mask, 32)
+    times = len(asked)
+    check("triton", *inputs, mask, 32)
+    assert len(asked) == times > 0
 
 
 @in_the_hopper_kernel

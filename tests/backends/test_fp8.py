@@ -18,6 +18,7 @@ from stem_attn import (
 )
 from stem_attn.backends import fallbacks
 from stem_attn.backends.triton import TritonBackend
+from stem_attn.backends.triton.tiles import choose_fp8_tile
 from stem_attn.blocks import BlockGrid
 from stem_attn.call import Call
 from stem_attn.layout import Layout
@@ -28,6 +29,8 @@ GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK = 128
+BLOCKS = [64, 128]
+SHAPES = [(128, 128), (64, 64), (128, 64), (256, 128), (256, 64)]  # head dims, tokens a block
 E4M3 = torch.float8_e4m3fn
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 DTYPES = [torch.float16, torch.bfloat16]
@@ -52,22 +55,24 @@ def _rounding_that_carries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def values_of(v: Tensor, dims: int) -> Tensor:
-    """Undo the transposition of the blocks of values [B, H, blocks * dims, 128], and the order of their keys."""
-    slot = torch.arange(BLOCK)
+    """Undo the transposition of the blocks of values [B, H, blocks * dims, block], and the order of their keys."""
+    slot = torch.arange(v.shape[3])
     key = slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
     blocks = v.float().cpu().unflatten(2, (-1, dims))
     return blocks[..., key.argsort()].transpose(3, 4).flatten(2, 3)
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotate queries or keys: signs, then a Hadamard matrix, over dims padded to a power of two."""
+    """Rotate queries or keys: signs, then a Hadamard matrix, over runs of up to 128 dims of a power of two."""
     dims = max(64, 1 << (x.shape[3] - 1).bit_length())
-    d = torch.arange(dims)
+    run = min(dims, 128)
+    d = torch.arange(run)
     hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) < dims:
+    while len(hadamard) < run:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     signs = 1 - 2 * (d * d * 5 // 8 % 2)
-    return F.pad(x.double().cpu(), (0, dims - x.shape[3])) @ (signs[:, None] * hadamard) * dims**-0.5
+    runs = F.pad(x.double().cpu(), (0, dims - x.shape[3])).unflatten(3, (-1, run))
+    return (runs @ (signs[:, None] * hadamard) * run**-0.5).flatten(3)
 
 
 def rounded_by_torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -87,16 +92,24 @@ def assert_rounded(ours: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("q_len", "k_len", "dim", "v_dim"), [(1, 1, 64, 64), (63, 200, 40, 64), (130, 130, 128, 96), (77, 333, 64, 128)]
+    ("q_len", "k_len", "dim", "v_dim", "block_size"),
+    [
+        (1, 1, 64, 64, 128),
+        (63, 200, 40, 64, 128),
+        (130, 130, 128, 96, 128),
+        (77, 333, 64, 128, 64),
+        (70, 190, 256, 64, 128),
+        (150, 201, 192, 256, 64),
+    ],
 )
-def test_rounding(q_len: int, k_len: int, dim: int, v_dim: int) -> None:
+def test_rounding(q_len: int, k_len: int, dim: int, v_dim: int, block_size: int) -> None:
     from stem_attn.backends.triton.fp8 import quantize
 
     q, k, v = make_qkv(q_len, k_len, batch=2, heads=4, kv_heads=2, dim=dim, v_dim=v_dim, dtype=torch.float16)
     k = k + 5 * torch.randn(2, 2, 1, dim, generator=torch.Generator().manual_seed(1)).half()
-    x = quantize(*(t.to(DEVICE) for t in (q, k, v)), k_len, None, shifts=True)
+    x = quantize(*(t.to(DEVICE) for t in (q, k, v)), k_len, None, block_size, shifts=True)
     exact_q, exact_k, exact_v, q_scales, k_scales, v_scales = rounded_by_torch(q, k, v)
-    first = (k_len - q_len) % BLOCK  # what the first block of queries lacks
+    first = (k_len - q_len) % block_size  # what the first block of queries lacks
     queries = slice(first, first + q_len)
 
     torch.testing.assert_close(x.q_scales[:, :, queries, None].cpu(), q_scales)
@@ -117,8 +130,8 @@ def test_rounding(q_len: int, k_len: int, dim: int, v_dim: int) -> None:
     assert not x.unsafe.any()
 
 
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_rounding_of_pages(page_size: int) -> None:
+@pytest.mark.parametrize(("page_size", "block_size"), [(16, 64), (24, 128), (128, 128)])
+def test_rounding_of_pages(page_size: int, block_size: int) -> None:
     """Pages in any order, and garbage past the end."""
     from stem_attn.backends.triton.fp8 import quantize
 
@@ -131,8 +144,8 @@ def test_rounding_of_pages(page_size: int) -> None:
         padded = F.pad(x[0], (0, 0, 0, count * page_size - 150), value=torch.nan)
         cache[pages.long()] = padded.unflatten(1, (count, page_size)).transpose(0, 1)
         caches.append(cache)
-    expected = quantize(q, k, v, 150, None, shifts=False)
-    x = quantize(q, *caches, 150, pages, shifts=False)
+    expected = quantize(q, k, v, 150, None, block_size, shifts=False)
+    x = quantize(q, *caches, 150, pages, block_size, shifts=False)
     for name in ("q", "k", "v", "q_scales", "kv_scales", "unsafe"):
         ours, theirs = getattr(x, name), getattr(expected, name)
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), name
@@ -145,7 +158,7 @@ def test_heads_whose_numbers_reach_too_far(where: str, value: float) -> None:
 
     inputs = dict(zip("qkv", make_qkv(200, batch=2, heads=2, kv_heads=2, dim=64, dtype=torch.float16), strict=True))
     inputs[where][1, 0, 150, 3] = value
-    x = quantize(*(t.to(DEVICE) for t in inputs.values()), 200, None, shifts=False)
+    x = quantize(*(t.to(DEVICE) for t in inputs.values()), 200, None, BLOCK, shifts=False)
     assert x.unsafe.tolist() == [[0, 0], [1, 0]]
 
 
@@ -153,7 +166,7 @@ def test_zeros_are_safe() -> None:
     from stem_attn.backends.triton.fp8 import quantize
 
     q, k, v = (torch.zeros(1, 1, 150, 64, dtype=torch.float16, device=DEVICE) for _ in range(3))
-    x = quantize(q, k, v, 150, None, shifts=False)
+    x = quantize(q, k, v, 150, None, BLOCK, shifts=False)
     assert not x.unsafe.any()
     assert (x.kv_scales > 0).all()
     assert (x.q_scales > 0).all()
@@ -175,15 +188,15 @@ def test_precision_is_never_replaced() -> None:
     everything = BlockSelection.everything(batch=1, heads=2, grid=BlockGrid(300, 300, 128), device="cpu")
     with pytest.raises(ValueError, match="precision='fp8' cannot be combined with residual='mean'"):
         block_sparse_attention(q, k, v, everything, residual="mean", precision="fp8")
-    selection = BlockSelection.everything(batch=1, heads=2, grid=BlockGrid(300, 300, 64), device=DEVICE)
-    call = Call(Layout.dense(*(x.to(DEVICE) for x in (q, k, v))), 64, 0.1, precision="fp8")
-    assert "its block size is 128, got 64" in str(TritonBackend().why_unsupported(call))
-    with pytest.raises(ValueError, match=r"8-bit|block size is 128|inputs' precision"):
+    selection = BlockSelection.everything(batch=1, heads=2, grid=BlockGrid(300, 300, 32), device=DEVICE)
+    call = Call(Layout.dense(*(x.to(DEVICE) for x in (q, k, v))), 32, 0.1, precision="fp8")
+    assert "its block sizes are 64 and 128, got 32" in str(TritonBackend().why_unsupported(call))
+    with pytest.raises(ValueError, match=r"8-bit|block sizes are 64 and 128|inputs' precision"):
         block_sparse_attention(*(x.to(DEVICE) for x in (q, k, v)), selection, precision="fp8")
 
 
 def test_a_refusal_says_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stem_attn.backends.triton import attention, fp8
+    from stem_attn.backends.triton import fp8
 
     def said(q: Tensor, k: Tensor, v: Tensor) -> str:
         return str(fp8.why_unsupported(Call(Layout.dense(q, k, v), BLOCK, 0.1, precision="fp8")))
@@ -191,30 +204,27 @@ def test_a_refusal_says_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = make_qkv(300, heads=2, kv_heads=1, dim=64, dtype=torch.float16)
     assert "needs a Hopper GPU" in said(q, k, v)
     assert "got cpu and Triton 3" in said(q, k, v)
-    for module in (attention, fp8):
-        monkeypatch.setattr(module, "gluon_runs_on", lambda device: True)
+    monkeypatch.setattr(fp8, "gluon_runs_on", lambda device: True)
     assert said(q, k, v) == "None"
-    odd = torch.zeros(1, 1, 300, 66, dtype=torch.float16)[..., :64]
-    assert "got no pages, strides (38400, 19200, 64, 1), (19800, 19800, 66, 1)" in said(q, odd, v)
-    pages = torch.zeros(20, 24, 1, 64, dtype=torch.float16)
-    table = torch.arange(20, dtype=torch.int32)[None]
-    layout = Layout.paged(q[0].transpose(0, 1), pages, pages, [0, 300], [300], table)
-    assert "got pages of 24 tokens, strides" in str(fp8.why_unsupported(Call(layout, BLOCK, 0.1, precision="fp8")))
+    assert "takes float16 and bfloat16, got torch.float32" in said(q.float(), k.float(), v.float())
+    assert "its head dims go from 33 to 256, got 64 and 32" in said(q, k, v[..., :32])
 
 
-def random_selection(q_len: int, k_len: int, *, batch: int = 1, heads: int = 4) -> BlockSelection:
+def random_selection(
+    q_len: int, k_len: int, *, batch: int = 1, heads: int = 4, block_size: int = BLOCK
+) -> BlockSelection:
     """Keep the diagonal blocks and half of the others."""
     gen = torch.Generator().manual_seed(1)
-    grid = BlockGrid(q_len, k_len, BLOCK)
+    grid = BlockGrid(q_len, k_len, block_size)
     columns, diagonal = torch.arange(grid.k_blocks), grid.block_ids()[:, None]
     mask = torch.rand(batch, heads, grid.q_blocks, grid.k_blocks, generator=gen) < 0.5
     mask = (mask & (columns < diagonal)) | (columns == diagonal)
-    made = BlockSelection.from_mask(mask, block_size=BLOCK, q_len=q_len, k_len=k_len)
+    made = BlockSelection.from_mask(mask, block_size=block_size, q_len=q_len, k_len=k_len)
     return BlockSelection.made(made.indices.to(DEVICE), made.counts.to(DEVICE), grid)
 
 
 def weights_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the kernel's weights of logits [..., BLOCK], in powers of two, and the largest logits.
+    """Return the kernel's weights of logits [..., tile], in powers of two, and the largest logits.
 
     The bits of an e4m3 number are about 8 times its logarithm; the largest weight of a tile is 448.
     """
@@ -223,39 +233,41 @@ def weights_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return bits.view(E4M3).double(), peak
 
 
-def emulated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, window: int | None) -> Tensor:
+def emulated(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_size: int, scale: float, window: int | None
+) -> Tensor:
     """Attend in float64 with inputs that were rounded to e4m3, and with the kernel's weights."""
     *numbers, q_scales, k_scales, v_scales = rounded_by_torch(q, k, v)
     scales = q_scales, k_scales, v_scales
     q, k, v = (x.to(E4M3).double() * s for x, s in zip(numbers, scales, strict=True))
+    tile = choose_fp8_tile(block_size, q.shape[3], 1 << (v.shape[3] - 1).bit_length()).keys
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     i, j = torch.arange(k.shape[2])[-q.shape[2] :, None], torch.arange(k.shape[2])
-    seen = mask[:, :, (i - i[0] // BLOCK * BLOCK) // BLOCK, j // BLOCK] & (j <= i)
+    seen = mask[:, :, (i - i[0] // block_size * block_size) // block_size, j // block_size] & (j <= i)
     if window is not None:
         seen &= j > i - window
     logits = (q @ k.transpose(2, 3) * (scale / math.log(2))).masked_fill(~seen, -torch.inf)
-    logits = F.pad(logits, (0, -k.shape[2] % BLOCK), value=-torch.inf).unflatten(3, (-1, BLOCK))
+    logits = F.pad(logits, (0, -k.shape[2] % tile), value=-torch.inf).unflatten(3, (-1, tile))
     weights, peaks = weights_of(logits)
     weights = (weights * (peaks - peaks.amax(3, keepdim=True)).exp2()).flatten(3)[..., : k.shape[2]]
     return weights @ v / weights.sum(3, keepdim=True)
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, softcap: float | None = None, sinks=None
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = BLOCK, window: int | None = None, softcap=None, sinks=None
 ) -> None:
     """Compare with float64: little more may be lost than what rounding costs in exact arithmetic."""
     batch, heads, q_len, dim = q.shape
-    selection = random_selection(q_len, k.shape[2], batch=batch, heads=heads)
+    selection = random_selection(q_len, k.shape[2], batch=batch, heads=heads, block_size=block_size)
     mask, scale = selection.to_mask().cpu(), dim**-0.5
     asked = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    exact, exact_lse = reference_attention(q.cpu(), k.cpu(), v.cpu(), mask, BLOCK, **asked)
+    host = q.cpu(), k.cpu(), v.cpu(), mask, block_size
+    exact, exact_lse = reference_attention(*host, **asked)
     out, lse = block_sparse_attention(q, k, v, selection, precision="fp8", return_lse=True, **asked)
     error = out.double().cpu() - exact
-    allowed = (
-        emulated(q, k, v, mask, scale, window)
-        - reference_attention(q.cpu(), k.cpu(), v.cpu(), mask, BLOCK, scale=scale, window=window)[0]
-    )
+    plain = reference_attention(*host, scale=scale, window=window)[0]
+    allowed = emulated(q, k, v, mask, block_size, scale, window) - plain
     assert error.pow(2).mean().sqrt() <= 1.2 * allowed.pow(2).mean().sqrt()
     assert error.abs().max() <= 2 * allowed.abs().max()
     torch.testing.assert_close(lse.double().cpu(), exact_lse, atol=0.15, rtol=0)
@@ -285,48 +297,68 @@ def test_odd_lengths_and_prefixes(q_len: int, k_len: int, dtype: torch.dtype, po
 
 
 @on_hopper
-@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (80, 128), (128, 64), (96, 96), (40, 72)])
-def test_head_dims(dim: int, v_dim: int, poisoned: None) -> None:
-    check(*draw(150, 270, dim=dim, v_dim=v_dim))
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 63), (64, 64), (65, 65), (200, 333), (1000, 1500)])
+def test_odd_lengths_and_prefixes_in_blocks_of_64(q_len: int, k_len: int, dim: int, poisoned: None) -> None:
+    check(*draw(q_len, k_len, batch=2, dim=dim), block_size=64)
 
 
 @on_hopper
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 100), (129, 129), (1000, 1500)])
+def test_odd_lengths_and_prefixes_in_tiles_of_half_a_block(q_len: int, k_len: int, poisoned: None) -> None:
+    check(*draw(q_len, k_len, batch=2, dim=256))
+
+
+@on_hopper
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(64, 64), (80, 128), (128, 64), (96, 96), (40, 72), (192, 128), (64, 256), (256, 200)]
+)
+def test_head_dims(dim: int, v_dim: int, block_size: int, poisoned: None) -> None:
+    check(*draw(150, 270, dim=dim, v_dim=v_dim), block_size=block_size)
+
+
+@on_hopper
+@pytest.mark.parametrize(("dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("window", [1, 50, 300])
-def test_sliding_window(window: int, poisoned: None) -> None:
-    check(*draw(150, 400), window=window)
+def test_sliding_window(window: int, dim: int, block_size: int, poisoned: None) -> None:
+    check(*draw(150, 400, dim=dim), block_size=block_size, window=window)
 
 
 @on_hopper
+@pytest.mark.parametrize(("dim", "block_size"), SHAPES)
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(None, True), (5.0, False), (5.0, True)])
-def test_softcap_and_sinks(softcap: float | None, with_sinks: bool, poisoned: None) -> None:
+def test_softcap_and_sinks(softcap: float | None, with_sinks: bool, dim: int, block_size: int, poisoned: None) -> None:
     sinks = torch.tensor([-1.0, 2.0, 20.0, -torch.inf], device=DEVICE) if with_sinks else None
-    check(*draw(150, 270), softcap=softcap, sinks=sinks)
+    check(*draw(150, 270, dim=dim), block_size=block_size, softcap=softcap, sinks=sinks)
 
 
 @on_hopper
-def test_a_long_row_of_equal_signs() -> None:
+@pytest.mark.parametrize(("dim", "block_size"), SHAPES)
+def test_a_long_row_of_equal_signs(dim: int, block_size: int) -> None:
     """Sums that only grow: the tensor core keeps 14 bits of them, so a long sum must not be left to it."""
     tokens = 32768
-    q, k, v = draw(tokens, tokens, heads=1, kv_heads=1)
-    q, v = q / 32, (1 + v.abs() / 4) * torch.linspace(0.5, 1, 128, device=DEVICE, dtype=v.dtype)  # outputs round apart
-    selection = BlockSelection.everything(batch=1, heads=1, grid=BlockGrid(tokens, tokens, BLOCK), device=DEVICE)
+    q, k, v = draw(tokens, tokens, heads=1, kv_heads=1, dim=dim)
+    q, v = q / 32, (1 + v.abs() / 4) * torch.linspace(0.5, 1, dim, device=DEVICE, dtype=v.dtype)  # outputs round apart
+    selection = BlockSelection.everything(batch=1, heads=1, grid=BlockGrid(tokens, tokens, block_size), device=DEVICE)
     out = block_sparse_attention(q, k, v, selection, precision="fp8")[0, 0, -BLOCK:].double()
     *numbers, q_scales, k_scales, v_scales = rounded_by_torch(q[:, :, -BLOCK:], k, v)
     scales = q_scales, k_scales, v_scales
     q, k, v = (x.to(E4M3).double() * s for x, s in zip(numbers, scales, strict=True))
     i = torch.arange(tokens)
-    logits = (q @ k.transpose(2, 3) * 128**-0.5).masked_fill(i > i[-BLOCK:, None], -torch.inf)
+    logits = (q @ k.transpose(2, 3) * dim**-0.5).masked_fill(i > i[-BLOCK:, None], -torch.inf)
     exact = (logits.softmax(3) @ v)[0, 0]
     bias = ((out.cpu() - exact) / exact).mean()
     assert bias.abs() < 2**-11, bias  # an eighth of what a bfloat16 can tell apart
 
 
 @on_hopper
+@pytest.mark.parametrize(("dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("where", ["k", "v"])
-def test_unsafe_heads_are_computed_as_without(where: str, poisoned: None) -> None:
-    """Bit for bit; and no other head is touched."""
-    inputs = dict(zip("qkv", draw(700, 900, batch=2), strict=True))
-    selection = random_selection(700, 900, batch=2)
+def test_unsafe_heads_are_computed_as_without(where: str, dim: int, block_size: int, poisoned: None) -> None:
+    """Bit for bit, whichever kernel that is; and no other head is touched."""
+    inputs = dict(zip("qkv", draw(700, 900, batch=2, dim=dim), strict=True))
+    selection = random_selection(700, 900, batch=2, block_size=block_size)
     before = block_sparse_attention(*inputs.values(), selection, precision="fp8")
     reason = "triton: heads whose numbers 8 bits do not hold are computed in the inputs' precision"
     counted = fallbacks().get(reason, 0)
@@ -355,20 +387,22 @@ def test_one_query_reaches_its_own_row(value: float) -> None:
 
 
 @on_hopper
-def test_packed_and_paged_equal_dense() -> None:
-    config = StemConfig(precision="fp8", budget_ratio=0.3, budget_bias=1)
+@pytest.mark.parametrize("page", [16, 24])
+@pytest.mark.parametrize(("dim", "block_size"), SHAPES)
+def test_packed_and_paged_equal_dense(dim: int, block_size: int, page: int) -> None:
+    config = StemConfig(precision="fp8", budget_ratio=0.3, budget_bias=1, block_size=block_size)
     lengths = [700, 1300]
-    parts = [draw(n, n, seed=n) for n in lengths]
+    parts = [draw(n, n, seed=n, dim=dim) for n in lengths]
     dense = [stem_attention(*x, config=config)[0].transpose(0, 1) for x in parts]
     packed = [torch.cat([x[i][0].transpose(0, 1) for x in parts]) for i in range(3)]
     starts = [0, 700, 2000]
     out = stem_attention_varlen(*packed, cu_seqlens_q=starts, config=config)
     assert torch.equal(out, torch.cat(dense))
-    page, table, caches = 16, torch.arange(200, dtype=torch.int32, device=DEVICE).view(2, 100), []
+    table, caches = torch.arange(200, dtype=torch.int32, device=DEVICE).view(2, 100), []
     for x in packed[1:]:
         cache = torch.zeros(200, page, *x.shape[1:], dtype=x.dtype, device=DEVICE)
         for n, (start, length) in enumerate(((0, 700), (700, 1300))):
-            cache.flatten(0, 1)[n * 1600 : n * 1600 + length] = x[start : start + length]
+            cache.flatten(0, 1)[n * 100 * page : n * 100 * page + length] = x[start : start + length]
         caches.append(cache)
     how = {"cu_seqlens_q": starts, "seq_lens": lengths, "block_table": table}
     out = stem_attention_paged(packed[0], *caches, config=config, **how)

@@ -77,9 +77,10 @@ def test_limits_that_are_no_numbers_miss_as_on_the_host(values, target):
     assert verdict(values, **target) is policy.misses(sums.read())
 
 
-def test_a_recall_of_nothing_is_left_to_the_host():
-    """Its lower limit is 0 at least; the kernel's is not."""
-    values = torch.tensor([100, 500.0**2, 500.0**4, 0, 1, 0, 0], dtype=torch.float64, device=DEVICE)
+@pytest.mark.parametrize("spread", [0.0, 500.0, math.inf, math.nan])
+def test_a_recall_of_nothing_misses_only_what_is_no_number(spread):
+    """The lower limit of a recall is 0 at least, however wide the interval."""
+    values = [100, spread**2, spread**4, 0, 1, 0, 0]
     policy = PrefillPolicy(audit_rows=ROWS, min_recall=0.0)
-    assert not policy.misses(AuditSums(1000, ROWS, values).read())
-    assert BACKEND.misses(values, 1000, ROWS, 0.0, None) is None
+    sums = AuditSums(1000, ROWS, torch.tensor(values, dtype=torch.float64))
+    assert verdict(values, min_recall=0.0) is policy.misses(sums.read()) is not math.isfinite(spread)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from stem_attn.backends.triton import attention
 from stem_attn.backends.triton.attention import (
     Layouts,
-    Operands,
     addressable,
     alignment_of,
     geometry_of,
     gluon_runs_on,
-    hopper_fits,
-    launch_hopper,
     layouts_of,
     padded,
     rows_of,
@@ -28,44 +27,35 @@ from stem_attn.backends.triton.attention import (
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
+from stem_attn.backends.triton.tiles import choose_fp8_tile
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.fallbacks import note_on_device
 from stem_attn.layout import Part
 
-BLOCK = 128
 CHUNKS = 64
 """Runs of a head's keys that are measured apart: with 8 KV heads, four programs a multiprocessor."""
 MEASURED = 32
-"""Keys and values that are measured at once."""
+"""Keys and values that are measured at once; half as many of more than 128 dims."""
 TOKENS = 64
-"""Queries, keys or values that are rounded at once: two programs of 8 warps share a multiprocessor."""
+"""Queries, keys or values that are rounded at once: two programs of 8 warps share a multiprocessor; likewise."""
 RUN = 16
 """Such tiles a program, which makes the rotation once."""
 
 
 def why_unsupported(call: Call) -> str | None:
     """Say why a call that the backend takes in the precision of its inputs cannot be computed in 8 bits."""
-    q, k, v = call.q, call.k, call.v
-    head_dims = q.shape[3], v.shape[3]
-    if call.block_size != BLOCK:
-        return f"with precision='fp8' its block size is {BLOCK}, got {call.block_size}"
+    q = call.q
+    head_dims = q.shape[3], call.v.shape[3]
+    if call.block_size not in (64, 128):
+        return f"with precision='fp8' its block sizes are 64 and 128, got {call.block_size}"
     if q.element_size() != 2:
         return f"with precision='fp8' it takes float16 and bfloat16, got {q.dtype}"
-    if min(head_dims) <= 32 or max(head_dims) > 128:
-        return f"with precision='fp8' its head dims go from 33 to 128, got {head_dims[0]} and {head_dims[1]}"
+    if min(head_dims) <= 32:
+        return f"with precision='fp8' its head dims go from 33 to 256, got {head_dims[0]} and {head_dims[1]}"
     if not gluon_runs_on(q.device):
         return (
             f"precision='fp8' needs a Hopper GPU (compute capability 9.0) and Triton 3.6 to 3.9, got {_got(q.device)}"
-        )
-    if not hopper_fits(q, k, v, BLOCK, call.layout.page_size):
-        pages = f"pages of {call.layout.page_size} tokens" if call.layout.page_size else "no pages"
-        strides = ", ".join(str(x.stride()) for x in (q, k, v))
-        places = [x.data_ptr() % 16 for x in (q, k, v)]
-        return (
-            "with precision='fp8' pages are a multiple of 128 tokens or of 8, 16, 32, 64, and strides and "
-            f"addresses of q, k and v multiples of 16 bytes; got {pages}, strides {strides} in numbers, and addresses "
-            f"{places} bytes past such"
         )
     return None
 
@@ -90,29 +80,27 @@ def attend_part(call: Call, part: Part, selection: BlockSelection, out: Tensor, 
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
     logits = Logits.of(call, scale)
     shifts = lse is not None or call.sinks is not None or call.softcap is not None
-    x = quantize(q, k, v, part.k_len, part.pages, shifts=shifts)
-    indices = rows_of(selection)
-    launch(x, call, logits, indices, selection.counts, out, lse, part.k_len)
+    x = quantize(q, k, v, part.k_len, part.pages, call.block_size, shifts=shifts)
+    launch(x, call, logits, rows_of(selection), selection.counts, out, lse, part.k_len)
     note_on_device(
         "triton: heads whose numbers 8 bits do not hold are computed in the inputs' precision", x.unsafe.sum()
     )
     others = x.unsafe.bool().repeat_interleave(q.shape[1] // k.shape[1], 1, output_size=q.shape[1])[:, :, None]
-    table = None if part.pages is None else part.pages[None]
-    launch_hopper(Operands(call, q, k, v, scale, indices, selection.counts, out, lse, part.k_len, table, wanted=others))
+    attention.attend_part(call, part, selection, out, lse, others)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
-    """Queries, keys and values in e4m3, in whole blocks of 128 tokens; see `quantize_kernels`.
+    """Queries, keys and values in e4m3, in whole blocks; see `quantize_kernels`.
 
     Args:
-        q: [B, Hq, Qb * 128, D], D padded to a power of two, as Dv below.
-        k: [B, Hkv, Kb * 128, D], less its mean.
-        v: [B, Hkv, Kb * Dv, 128], blocks transposed, keys in an order of their own.
-        q_scales: float32 [B, Hq, Qb * 128].
+        q: [B, Hq, Qb * block_size, D], D padded to a power of two, as Dv below.
+        k: [B, Hkv, Kb * block_size, D], less its mean.
+        v: [B, Hkv, Kb * Dv, block_size], blocks transposed, keys in an order of their own.
+        q_scales: float32 [B, Hq, Qb * block_size].
         kv_scales: float32 [2, B, Hkv], of k and v.
         unsafe: int32 [B, Hkv], 1 where the numbers of a head reach too far.
-        shifts: float32 [B, Hq, Qb * 128], the dot products of q with the mean of k; None: not wanted.
+        shifts: float32 [B, Hq, Qb * block_size], the dot products of q with the mean of k; None: not wanted.
     """
 
     q: Tensor
@@ -124,7 +112,9 @@ class Rounded:
     shifts: Tensor | None
 
 
-def quantize(q: Tensor, k: Tensor, v: Tensor, k_len: int, pages: Tensor | None, *, shifts: bool) -> Rounded:
+def quantize(
+    q: Tensor, k: Tensor, v: Tensor, k_len: int, pages: Tensor | None, block_size: int, *, shifts: bool
+) -> Rounded:
     """Round to e4m3.
 
     Args:
@@ -133,12 +123,13 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, k_len: int, pages: Tensor | None, 
         v: [B, Hkv, Tk, Dv], likewise.
         k_len: Tk.
         pages: int32, the sequence's pages, last stride 1; None where nothing is in pages.
+        block_size: Tokens a block, 64 or 128.
         shifts: Whether the dot products with the mean key are wanted.
     """
     batch, heads, q_len, head_dim = q.shape
     kv_heads, v_head_dim = k.shape[1], v.shape[3]
-    k_blocks = -(-k_len // BLOCK)
-    q_blocks = k_blocks - (k_len - q_len) // BLOCK
+    k_blocks = -(-k_len // block_size)
+    q_blocks = k_blocks - (k_len - q_len) // block_size
     pad, pad_v = padded(head_dim), padded(v_head_dim)
     dims = max(pad, pad_v)
 
@@ -147,18 +138,18 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, k_len: int, pages: Tensor | None, 
 
     measured, means = new(batch * kv_heads, CHUNKS, 5, dims), new(batch * kv_heads, dims)
     rounded = Rounded(
-        new(batch, heads, q_blocks * BLOCK, pad, dtype=torch.float8_e4m3fn),
-        new(batch, kv_heads, k_blocks * BLOCK, pad, dtype=torch.float8_e4m3fn),
-        new(batch, kv_heads, k_blocks * pad_v, BLOCK, dtype=torch.float8_e4m3fn),
-        new(batch, heads, q_blocks * BLOCK),
+        new(batch, heads, q_blocks * block_size, pad, dtype=torch.float8_e4m3fn),
+        new(batch, kv_heads, k_blocks * block_size, pad, dtype=torch.float8_e4m3fn),
+        new(batch, kv_heads, k_blocks * pad_v, block_size, dtype=torch.float8_e4m3fn),
+        new(batch, heads, q_blocks * block_size),
         new(2, batch, kv_heads),
         new(batch, kv_heads, dtype=torch.int32),
-        new(batch, heads, q_blocks * BLOCK) if shifts else None,
+        new(batch, heads, q_blocks * block_size) if shifts else None,
     )
     x = rounded
     table = means if pages is None else pages
     key = layouts_of(q, k, v), q.dtype, q.device, alignment_of(q, k, v)
-    measure, combine, quantize = _rounding_launches(*key, k_len, pages is not None, shifts)
+    measure, combine, quantize = _rounding_launches(*key, k_len, block_size, pages is not None, shifts)
     run_on(q.device, measure, k, v, measured, table)
     run_on(q.device, combine, measured, means, x.kv_scales, x.unsafe)
     written = x.q, x.k, x.v, x.unsafe, x.q_scales, x.q_scales if x.shifts is None else x.shifts
@@ -173,30 +164,32 @@ def _rounding_launches(
     device: torch.device,
     alignment: tuple[bool, ...],
     k_len: int,
+    block_size: int,
     paged: bool,
     shifts: bool,
 ) -> tuple[Launch, Launch, Launch]:
     """Make the launches that calls of equal layouts share: measure, combine, quantize."""
     (batch, heads, q_len, head_dim), (_, kv_heads, page, _), v_head_dim = layouts[0][0], layouts[1][0], layouts[2][0][3]
-    offset, k_blocks = k_len - q_len, -(-k_len // BLOCK)
-    q_blocks = k_blocks - offset // BLOCK
+    offset, k_blocks = k_len - q_len, -(-k_len // block_size)
+    q_blocks = k_blocks - offset // block_size
     pad, pad_v = padded(head_dim), padded(v_head_dim)
     dims = {"D_PAD": pad, "DV_PAD": pad_v, "DIMS": max(pad, pad_v)}
     constants = dims | {"D": head_dim, "DV": v_head_dim, "PAGE": page if paged else 0}
     strides = tuple(layout[1][:3] for layout in layouts)
-    chunk = -(-k_len // (CHUNKS * MEASURED)) * MEASURED
+    measured, tokens = (MEASURED, TOKENS) if dims["DIMS"] <= 128 else (MEASURED // 2, TOKENS // 2)
+    chunk = -(-k_len // (CHUNKS * measured)) * measured
     rows, kv_rows = batch * heads, batch * kv_heads
     measure = Launch(
         measure_kernel,
         (CHUNKS, kv_rows),
         (*strides[1:], kv_heads, k_len, chunk),
-        constants | {"TOKENS": MEASURED},
+        constants | {"TOKENS": measured},
         num_warps=8,
     )
     combine = Launch(combine_kernel, (kv_rows, 1), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
-    numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % BLOCK, q_len, k_len, q_blocks, k_blocks, RUN
-    constants |= {"BLOCK": BLOCK, "TOKENS": TOKENS, "SHIFTS": shifts}
-    q_runs, k_runs = (-(-blocks * (BLOCK // TOKENS) // RUN) for blocks in (q_blocks, k_blocks))
+    numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % block_size, q_len, k_len, q_blocks, k_blocks, RUN
+    constants |= {"BLOCK": block_size, "TOKENS": tokens, "SHIFTS": shifts}
+    q_runs, k_runs = (-(-blocks * (block_size // tokens) // RUN) for blocks in (q_blocks, k_blocks))
     grid = (rows * q_runs + 2 * kv_rows * k_runs, 1)
     return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8, num_stages=3)
 
@@ -225,16 +218,12 @@ def launch(
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from stem_attn.backends.triton.hopper_fp8_kernel import box_layout
-
     tensors = (out, out if lse is None else lse, indices, counts)
     key = layouts_of(x.q, x.k, x.v, out, indices, counts), out.dtype, out.device, alignment_of(*tensors)
-    plan = _attention_launch(*key, logits, call.window, lse is not None, k_len)
-    pad_v = x.v.shape[2] * BLOCK // x.k.shape[2]
-    boxes = (64, x.q.shape[3]), (BLOCK, x.k.shape[3]), (pad_v, BLOCK)
+    plan, boxes = _attention_launch(*key, logits, call.window, lse is not None, k_len)
     inputs = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], box_layout(*box))
-        for t, box in zip((x.q, x.k, x.v), boxes, strict=True)
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], layout)
+        for t, (box, layout) in zip((x.q, x.k, x.v), boxes, strict=True)
     )
     shifts = x.q_scales if x.shifts is None else x.shifts
     read = x.q_scales, x.kv_scales, x.unsafe, shifts
@@ -251,13 +240,21 @@ def _attention_launch(
     window: int | None,
     lse: bool,
     k_len: int,
-) -> Launch:
-    """Make the launch that calls of equal layouts share."""
-    from stem_attn.backends.triton.hopper_fp8_kernel import hopper_fp8_kernel
+) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
+    """Make the launch that calls of equal layouts share, and the tile and its layout of each descriptor."""
+    from stem_attn.backends.triton.hopper_fp8_kernel import box_layout, hopper_fp8_kernel
 
+    (_, _, k_tokens, pad), (_, _, v_rows, block_size) = layouts[1][0], layouts[2][0]
+    pad_v = v_rows * block_size // k_tokens
+    tile = choose_fp8_tile(block_size, pad, pad_v)
     (_, _, q_len, v_head_dim), strides = layouts[3]
-    grid, numbers = geometry_of(layouts, q_len, k_len, logits, window)
-    constants = {"DV": v_head_dim, "STAGES": 2, **switches_of(logits, dtype, device, window, lse)}
+    (programs, batch, _), numbers = geometry_of(layouts, q_len, k_len, logits, window)
+    switches = switches_of(logits, dtype, device, window, lse)
+    constants = {"DV": v_head_dim, "STAGES": tile.stages, **switches, "BLOCK": block_size}
     numbers = (strides, *layouts[4][1][:3], *layouts[5][1], *numbers)
-    # 384 threads share 64 Ki registers; the kernel deals them out anew.
-    return Launch(hopper_fp8_kernel, grid, numbers, constants, num_warps=4, maxnreg=168)
+    # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
+    options = {"num_warps": 4, "maxnreg": tile.registers}
+    grid = programs * (block_size // tile.keys), batch
+    boxes = (64, pad), (tile.keys, pad), (pad_v, tile.keys)
+    plan = Launch(hopper_fp8_kernel, grid, numbers, constants, **options)
+    return plan, [(box, box_layout(*box)) for box in boxes]

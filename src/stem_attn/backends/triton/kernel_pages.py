@@ -27,6 +27,20 @@ def load_pages(
 
 
 @triton.jit
+def page_of(
+    block_table,  # int32 [pages of the sequence]
+    token,  # int32, of any shape
+    held,  # bool, likewise: of the others no page is read
+    PAGE: tl.constexpr,
+):
+    """Return the page of each token, for `token_offset`; any number where keys and values are not paged."""
+    if PAGE > 0:
+        return tl.load(block_table + token // PAGE, mask=held, other=0)
+    else:
+        return token
+
+
+@triton.jit
 def token_offset(token, page, strides, PAGE: tl.constexpr):
     """Return how far tokens lie from the first token of [B, H, T, D], or of page 0 in [pages, H, PAGE, D]."""
     if PAGE > 0:

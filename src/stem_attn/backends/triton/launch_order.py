@@ -14,14 +14,14 @@ last head took a sixth of the time (docs/log.md).
 
 
 @triton.jit
-def row_and_head(rows, lead):
-    """Return which row of which head this program computes, of a grid (rows * heads, batch).
+def row_and_head(rows, lead, programs: tl.constexpr = 1):
+    """Return which row of which head this program computes, of a grid (rows * heads * programs, batch).
 
     The last `lead` rows of all heads come first. The others follow head by head, the last row first: neighbouring
     programs share a KV head then, and its keys and values stay in L2.
     """
-    program = tl.program_id(0)
-    heads = tl.num_programs(0) // rows
+    program = tl.program_id(0) // programs
+    heads = tl.num_programs(0) // (rows * programs)
     if program < lead * heads:
         row = rows - 1 - program // heads
         head = program % heads

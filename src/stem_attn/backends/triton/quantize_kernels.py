@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stem_attn.backends.triton.kernel_pages import token_offset
+from stem_attn.backends.triton.kernel_pages import page_of, token_offset
 
 LARGEST = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(1e-15)
@@ -51,11 +51,8 @@ def measure_kernel(
 ):
     """Measure a run of a head's keys and values."""
     head = tl.program_id(1).to(tl.int64)
-    k += head % kv_heads * k_strides[1]
-    v += head % kv_heads * v_strides[1]
-    if PAGE == 0:
-        k += head // kv_heads * k_strides[0]
-        v += head // kv_heads * v_strides[0]
+    k += _head_offset(head, kv_heads, k_strides, PAGE)
+    v += _head_offset(head, kv_heads, v_strides, PAGE)
     dims = tl.arange(0, D_PAD)
     dims_v = tl.arange(0, DV_PAD)
     start = tl.program_id(0) * chunk
@@ -68,9 +65,7 @@ def measure_kernel(
     for first in range(start, stop, TOKENS):
         token = first + tl.arange(0, TOKENS)
         held = (token < stop)[:, None]
-        page = token
-        if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=token < stop, other=0)
+        page = page_of(block_table, token, token < stop, PAGE)
         key_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
         key = tl.load(key_at, mask=held & (dims < D), other=0.0).to(tl.float32)
         sums += key
@@ -113,8 +108,10 @@ def combine_kernel(
     at_v = chunks + 3 * DIMS + tl.arange(0, DV_PAD)
     size_v = tl.max(tl.max(tl.load(at_v + DIMS), 0), 0)
     # The mean of rotated keys is the rotated mean.
-    rotated = tl.sum(mean[:, None] * _rotation(D_PAD, tl.float32), 0) * (1.0 / D_PAD**0.5)
-    tl.store(means + head * DIMS + dims, rotated)
+    rotation = _rotation(D_PAD, tl.float32)
+    RUN: tl.constexpr = rotation.shape[0]
+    rotated = tl.sum(tl.reshape(mean, [D_PAD // RUN, RUN])[:, :, None] * rotation[None, :, :], 1) * (1.0 / RUN**0.5)
+    tl.store(means + head * DIMS + dims, tl.reshape(rotated, [D_PAD]))
     tl.store(scales + head, tl.maximum(size, SMALLEST) / LARGEST)
     tl.store(scales + tl.num_programs(0) + head, tl.maximum(size_v, SMALLEST) / LARGEST)
     everything = size + tl.sum(tl.abs(mean), 0) + tl.sum(tl.sum(tl.load(at_v), 0), 0)
@@ -173,7 +170,7 @@ def quantize_kernel(
     if program < q_runs:
         head = (program // tl.cdiv(q_tiles, run)).to(tl.int64)
         first = program % tl.cdiv(q_tiles, run) * run
-        q += head // (kv_heads * group) * q_strides[0] + head % (kv_heads * group) * q_strides[1]
+        q += _head_offset(head, kv_heads * group, q_strides, 0)
         q_rotation = _rotation(D_PAD, q.dtype.element_ty)
         if SHIFTS:
             q_mean = tl.load(means + head // group * DIMS + dims)
@@ -193,9 +190,7 @@ def quantize_kernel(
         program -= q_runs
         head = (program // tl.cdiv(k_tiles, run)).to(tl.int64)
         first = program % tl.cdiv(k_tiles, run) * run
-        k += head % kv_heads * k_strides[1]
-        if PAGE == 0:
-            k += head // kv_heads * k_strides[0]
+        k += _head_offset(head, kv_heads, k_strides, PAGE)
         k_rotation = _rotation(D_PAD, k.dtype.element_ty)
         mean = tl.load(means + head * DIMS + dims)
         k_factor = 1.0 / tl.load(scales + head)
@@ -203,9 +198,7 @@ def quantize_kernel(
         for tile in range(first, min(first + run, k_tiles)):
             token = tile * TOKENS + slot
             held = token < k_len
-            page = token
-            if PAGE > 0:
-                page = tl.load(block_table + token // PAGE, mask=held, other=0)
+            page = page_of(block_table, token, held, PAGE)
             k_at = k + token_offset(token, page, k_strides, PAGE)[:, None] + dims
             key = tl.load(k_at, mask=held[:, None] & (dims < D), other=0.0)
             key = _rotate(key, k_rotation)
@@ -217,17 +210,13 @@ def quantize_kernel(
         program -= q_runs + k_runs
         head = (program // tl.cdiv(k_tiles, run)).to(tl.int64)
         first = program % tl.cdiv(k_tiles, run) * run
-        v += head % kv_heads * v_strides[1]
-        if PAGE == 0:
-            v += head // kv_heads * v_strides[0]
+        v += _head_offset(head, kv_heads, v_strides, PAGE)
         dims_v = tl.arange(0, DV_PAD)
         v_factor = 1.0 / tl.load(scales + batch_kv_heads + head)
         for tile in range(first, min(first + run, k_tiles)):
             token = tile * TOKENS + _key_of_slot(slot)
             held = token < k_len
-            page = token
-            if PAGE > 0:
-                page = tl.load(block_table + token // PAGE, mask=held, other=0)
+            page = page_of(block_table, token, held, PAGE)
             v_at = v + token_offset(token, page, v_strides, PAGE)[:, None] + dims_v
             value = tl.load(v_at, mask=held[:, None] & (dims_v < DV), other=0.0).to(tl.float32) * v_factor
             v8_at = v8 + (head * k_blocks + tile * TOKENS // BLOCK) * (DV_PAD * BLOCK) + dims_v[:, None] * BLOCK
@@ -237,10 +226,20 @@ def quantize_kernel(
 
 
 @triton.jit
+def _head_offset(head, heads, strides, PAGE: tl.constexpr):
+    """Return where a head of [B, heads, T, D] starts, counted over the batch; in pages there is no batch."""
+    if PAGE > 0:
+        return head * strides[1]
+    else:
+        return head // heads * strides[0] + head % heads * strides[1]
+
+
+@triton.jit
 def _rotation(DIMS: tl.constexpr, dtype: tl.constexpr):
-    """Return a Hadamard matrix [DIMS, DIMS] whose rows have signs of their own, 1 and -1."""
-    row = tl.arange(0, DIMS)[:, None]
-    odd = row & tl.arange(0, DIMS)[None, :]
+    """Return a Hadamard matrix whose rows have signs of their own, 1 and -1, for runs of up to 128 of some dims."""
+    RUN: tl.constexpr = min(DIMS, 128)  # a larger one would fill shared memory
+    row = tl.arange(0, RUN)[:, None]
+    odd = row & tl.arange(0, RUN)[None, :]
     odd ^= odd >> 4
     odd ^= odd >> 2
     odd ^= (odd >> 1) ^ (row * row * 5 >> 3)  # bits that look drawn: without them, equal dims would gather in one
@@ -249,9 +248,10 @@ def _rotation(DIMS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _rotate(x, rotation):
-    """Rotate rows of 16-bit numbers; the products are exact, their sums float32."""
-    D: tl.constexpr = x.shape[1]
-    return tl.dot(x, rotation) * (1.0 / D**0.5)
+    """Rotate the runs of dims of 16-bit rows; the products are exact, their sums float32."""
+    RUN: tl.constexpr = rotation.shape[0]
+    runs = tl.reshape(x, [x.shape[0] * (x.shape[1] // RUN), RUN])
+    return tl.reshape(tl.dot(runs, rotation), x.shape) * (1.0 / RUN**0.5)
 
 
 @triton.jit

@@ -14,13 +14,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stem_attn.backends.triton import attention
 from stem_attn.backends.triton.attention import (
     LONG_TOKENS,
     Operands,
     addressable,
     attend_part,
     has_copy_engine,
-    hopper_fits,
     launch_hopper,
     padded,
     portable_tile,
@@ -56,7 +56,7 @@ def _attend_in_one(call: Call, part: Part, selection: BlockSelection, out: Tenso
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
     page_size = call.layout.page_size
     # Beyond, its tiles are smaller than blocks.
-    if max(q.shape[3], v.shape[3]) > 128 or not hopper_fits(q, k, v, call.block_size, page_size):
+    if max(q.shape[3], v.shape[3]) > 128 or not attention.hopper_fits(q, k, v, call.block_size, page_size):
         return False
     if page_size and part.q_len < LONG_TOKENS:
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stem_attn.backends.triton.kernel_pages import token_offset
+from stem_attn.backends.triton.kernel_pages import page_of, token_offset
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -68,9 +68,7 @@ def _mean(
     for first in tl.static_range(0, BLOCK, TOKENS):
         token = (block * BLOCK + first + tl.arange(0, TOKENS))[:, None]
         held = token < blocks * BLOCK
-        page = token
-        if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        page = page_of(block_table, token, held, PAGE)
         at = x + token_offset(token, page, strides, PAGE)
         sums += tl.load(at, mask=held & (dims < D)[None, :], other=0.0).to(tl.float32)
     return tl.sum(sums, 0) / BLOCK

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from stem_attn.backends.triton.kernel_pages import token_offset
+from stem_attn.backends.triton.kernel_pages import page_of, token_offset
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 LOWEST = tl.constexpr(-(2**31))
@@ -130,9 +130,7 @@ def _pool(
             turn = turn % SLOTS * STRIDE + turn // SLOTS
         token = (start + turn)[:, None]
         held = (token >= 0) & (token < length)
-        page = token
-        if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        page = page_of(block_table, token, held, PAGE)
         at = x + token_offset(token, page, strides, PAGE)
         token_value = tl.load(at, mask=held & real[None, :], other=0.0).to(tl.float32)
         sums += token_value
@@ -193,9 +191,7 @@ def _measure(
     for position in tl.static_range(0, STRIDE):
         token = (start + groups * STRIDE + position)[:, None]
         held = token < length
-        page = token
-        if PAGE > 0:
-            page = tl.load(block_table + token // PAGE, mask=held, other=0)
+        page = page_of(block_table, token, held, PAGE)
         at = v + token_offset(token, page, strides, PAGE)
         value = tl.load(at, mask=held & (dims < DV)[None, :], other=0.0).to(tl.float32)
         squares = tl.maximum(squares, tl.sum(value * value, 1))

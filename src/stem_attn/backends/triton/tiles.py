@@ -57,7 +57,7 @@ def choose_exact_rows_tile(*, block_size: int, head_dim: int, item_bytes: int) -
 
 @dataclass(frozen=True, slots=True)
 class HopperTile:
-    """Launch choices of the Hopper kernel.
+    """Launch choices of the Hopper kernels.
 
     Args:
         keys: Key tokens a step; divides the block.
@@ -79,6 +79,18 @@ def choose_hopper_tile(block_size: int, head_dim: int, v_head_dim: int) -> Hoppe
     if block_size == 64:
         return HopperTile(64, 3, 128)
     return HopperTile(128 if max(head_dim, v_head_dim) <= 128 else 64, 2, 168)
+
+
+def choose_fp8_tile(block_size: int, head_dim: int, v_head_dim: int) -> HopperTile:
+    """Pick the launch choices of the Hopper kernel with 8-bit products; arguments as in `choose_hopper_tile`.
+
+    A program has as many queries as a tile has keys. With 64 of them two programs share a multiprocessor. Blocks of
+    128 have two such programs where 256 value dims leave no registers for the scores of 128 keys. With a third
+    tile in their rings they are slower: it would leave no cache for what registers do not hold.
+    """
+    if block_size == 128 and v_head_dim <= 128:
+        return HopperTile(128, 2, 168)
+    return HopperTile(64, 4 if max(head_dim, v_head_dim) <= 128 else 2, 128)
 
 
 def choose_mass_tile(depth: int, slots: int, q_slots: int, item_bytes: int) -> tuple[int, int, int, int]:

@@ -74,7 +74,8 @@ def verdict_kernel(
     whole, sampled = queries.to(tl.float64), rows.to(tl.float64)
     share = tl.load(sums) / whole
     half = _half_width(tl.load(sums + 1), tl.load(sums + 2), whole, sampled)
-    recalls = tl.where(share > 1, 1.0, share) - half >= min_recall
+    low = tl.where(share > 1, 1.0, share) - half
+    recalls = tl.where(low < 0, 0.0, low) >= min_recall
     power = tl.load(sums + 4)
     half = _half_width(tl.load(sums + 5), tl.load(sums + 6), power, sampled)
     high = tl.where(power == 0, 0.0, tl.sqrt(tl.load(sums + 3) / power + half))
