@@ -76,7 +76,9 @@ def resolve_prompt_len(prompt_len: Any, batch: int, k_len: int) -> tuple[int, ..
         prompt_len = prompt_len.tolist()
     lengths = tuple(prompt_len) if isinstance(prompt_len, Sequence) else (prompt_len,) * batch
     if len(lengths) != batch or any(type(n) is not int or n < k_len for n in lengths):
-        raise ValueError(f"prompt_len must be an int or {batch} ints of at least k's {k_len} tokens, got {prompt_len}")
+        raise ValueError(
+            f"prompt_len must be an int or {batch} ints of at least k's {k_len} tokens, got {prompt_len!r}"
+        )
     return lengths if len(set(lengths)) > 1 else lengths[:1]
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers import make_qkv
-from stem_attn import BlockSelection
+from stem_attn import BlockSelection, PrefillPolicy, StemConfig
+from stem_attn.backends.base import Geometry
 from stem_attn.backends.fa4 import BLOCK, Fa4Backend, block_lists
 from stem_attn.blocks import BlockGrid
 from stem_attn.call import Call
@@ -24,6 +25,14 @@ def random_selection(q_len: int, k_len: int, *, batch: int = 1, heads: int = 4) 
     mask = torch.rand(batch, heads, grid.q_blocks, grid.k_blocks, generator=gen) < 0.5
     mask = (mask & (columns < diagonal)) | (columns == diagonal)
     return BlockSelection.from_mask(mask, block_size=BLOCK, q_len=q_len, k_len=k_len)
+
+
+def test_long_prompts_run_on_it_where_adapters_ask_what_it_gains() -> None:
+    grid = BlockGrid(32768, 32768, BLOCK)
+    geometry = Geometry("cuda", torch.bfloat16, 128, 0)
+    assert PrefillPolicy().why_dense(StemConfig(), [(32768, grid)], None, BACKEND, geometry) is None
+    short = BlockGrid(4096, 4096, BLOCK)
+    assert PrefillPolicy().why_dense(StemConfig(), [(4096, short)], None, BACKEND, geometry) == "no gain from sparsity"
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (700, 700), (300, 300 + 3 * BLOCK)])

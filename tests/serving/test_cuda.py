@@ -140,17 +140,32 @@ def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, m
 
     recorded, config, spec, names = steps
     with set_current_vllm_config(config):
-        for name in names:
-            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", make_impl(cuda))
+        for name, window in zip(names, (16, None), strict=True):
+            impl = cuda.StemCudaImpl(4, 32, 32**-0.5, 2, None, window, "auto")
+            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", impl)
         builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
-    builder._requests.of = lambda common: pytest.fail("the runner was asked")
     common = next(step.common for step in recorded if not step.common.is_prefilling.any())
     rows, starts = len(common.is_prefilling), common.query_start_loc_cpu
     padded = torch.cat([starts, starts[-1:].repeat(3)])
-    for given in (starts, padded):
+    given = [common.replace(query_start_loc_cpu=x, num_actual_tokens=rows + 3) for x in (starts, padded)]
+    counters.reset()
+    for step in given:  # what CUDA graphs record
+        assert not hasattr(builder.build_for_cudagraph_capture(step), "plan")
+    assert counters.read()["dense_tokens"] == {}
+    builder._requests.of = lambda common: pytest.fail("the runner was asked")
+    for step in given:
         counters.reset()
-        assert builder.build(0, common.replace(query_start_loc_cpu=given, num_actual_tokens=rows + 3)).plan == {}
-        assert counters.read()["dense_tokens"] == {"decode": rows * len(names)}
+        assert builder.build(0, step).plan == {}
+        assert counters.read()["dense_tokens"] == {"decode": rows, "sliding window": rows}
+
+
+def test_an_image_makes_its_steps_dense_and_the_chance_of_one_does_not(steps):
+    from stem_attn.integrations.vllm.builder import _why_all_dense
+
+    common = steps[0][0].common
+    # What vLLM tells of models whose images are seen as a whole: a list a request, empty where it has none.
+    assert _why_all_dense(common.replace(mm_req_doc_ranges={0: [], 1: []})) is None
+    assert _why_all_dense(common.replace(mm_req_doc_ranges={0: [], 1: [(3, 9)]})) == "multimodal prefix"
 
 
 def test_softcap_and_sinks_reach_the_kernels(steps, cuda):

@@ -78,6 +78,21 @@ def test_gemma3_sliding_layers_stay_with_the_parent(folders):
         assert windows == [WINDOW, None]
 
 
+@pytest.mark.parametrize("kinds", ["one kind of cache", "a cache for each kind"])
+def test_chunked_attention_stays_with_the_parent(folders, kinds):
+    # vLLM reads no weights of a dense Llama 4 that transformers wrote.
+    options = {"load_format": "dummy", "disable_hybrid_kv_cache_manager": kinds == "one kind of cache"}
+    with engine(folders("llama4_text"), KEEP_ALL, **options) as llm:
+        kept = answer(llm, PROMPTS)
+        counts = stats(llm)
+        decoded = len(PROMPTS) * 7
+        assert counts["sparse_tokens"] == PROMPT_TOKENS  # one layer of the two
+        assert counts["dense_tokens"] == {"decode": decoded, "chunked attention": PROMPT_TOKENS + decoded}
+        assert [layer.impl.dense_reason for layer in attention_layers(llm).values()] == ["chunked attention", None]
+        reconfigure(llm, DENSE)
+        assert answer(llm, PROMPTS) == kept
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 @torch.no_grad()
 def test_softcap_and_sinks(folders, family):

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 LAYERS = 2
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((1502, 33, 700, 64, 1025, 1, 512))]
+PROMPT_TOKENS = sum(map(len, PROMPTS)) - 1  # the prompt of one token is a decode
 NEW_TOKENS = 8
 NEAR = 0.25  # nats; what bfloat16 may turn round
 OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 2048, "max_num_seqs": 16}
@@ -78,7 +79,7 @@ def test_with_everything_kept_answers_are_flash_attentions(llm, dense, record_pr
     assert differ <= 2
     counts = stats(llm)
     # The last prompt finds its first 1024 tokens in the cache, and the last token of a prompt is never taken from it.
-    assert counts["sparse_tokens"] == (sum(map(len, PROMPTS)) + 500) * LAYERS
+    assert counts["sparse_tokens"] == (PROMPT_TOKENS + 500) * LAYERS
     assert set(counts["dense_tokens"]) == {"decode"}
     assert counts["unknown_prompt_len_tokens"] == 0
     assert counts["density"] == 1
@@ -92,7 +93,7 @@ def test_sparse_prefill_is_live_and_the_same_in_any_chunks(llm):
         # One at a time: the decodes of others would shift the chunks off the blocks.
         made.append([answers(llm, [ids])[0] for ids in PROMPTS])
         counts = stats(llm)
-        assert counts["sparse_tokens"] == sum(map(len, PROMPTS)) * LAYERS
+        assert counts["sparse_tokens"] == PROMPT_TOKENS * LAYERS
         assert counts["unknown_prompt_len_tokens"] == 0
         assert counts["density"] < 0.6
     assert differing(*made) <= 2
@@ -120,7 +121,7 @@ def test_an_fp8_cache_loses_what_it_loses_in_flash_attention(folder, dense, reco
         set_chunk(llm, 300)
         ours = answers(llm, PROMPTS)
         counts = stats(llm)
-        assert counts["sparse_tokens"] == sum(map(len, PROMPTS)) * LAYERS
+        assert counts["sparse_tokens"] == PROMPT_TOKENS * LAYERS
         assert set(counts["dense_tokens"]) == {"decode"}
         reconfigure(llm, SPARSE)
         answers(llm, PROMPTS)

@@ -39,6 +39,14 @@ FAMILIES = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 256,
+        "no_rope_layers": [1, 0],
+        "moe_layers": [],
+        "intermediate_size_mlp": 192,
+        "num_local_experts": 4,
+    },
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
 }
 

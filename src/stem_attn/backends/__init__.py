@@ -32,16 +32,6 @@ def fallbacks() -> dict[str, int]:
     return fallback_notes.counts()
 
 
-def check_name(name: str) -> None:
-    """Check that a name is `"auto"` or a backend's.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if name != "auto" and name not in _CLASSES:
-        raise ValueError(f"backend must be one of auto, {', '.join(_CLASSES)}; got {name!r}")
-
-
 def for_call(name: str, call: Call, *, again: bool = False) -> Backend:
     """Find the backend that runs a call.
 
@@ -80,7 +70,8 @@ def by_name(name: str) -> Backend:
         ValueError: The name is unknown.
         RuntimeError: The backend cannot run on this machine.
     """
-    check_name(name)
+    if name not in _CLASSES:
+        raise ValueError(f"backend must be one of auto, {', '.join(_CLASSES)}; got {name!r}")
     backend, reason = _load(name)
     if backend is None or reason:
         raise RuntimeError(f"backend {name!r} is not available here: {reason}")
@@ -93,10 +84,16 @@ def expected(name: str, device_type: str) -> Backend | None:
     Args:
         name: A backend's name or `"auto"`.
         device_type: `torch.device.type`.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The named backend cannot run on this machine.
     """
-    for candidate in _CLASSES if name == "auto" else (name,):
+    if name != "auto":
+        return by_name(name)
+    for candidate in _CLASSES:
         backend, reason = _load(candidate)
-        if backend is not None and reason is None and (name != "auto" or _is_tried(backend, device_type)):
+        if backend is not None and reason is None and _is_tried(backend, device_type):
             return backend
     return None
 

@@ -7,9 +7,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from stem_attn.backends.base import BlockedBackend
+from stem_attn.backends.base import BlockedBackend, Geometry
 from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
+from stem_attn.config import StemConfig
 
 BLOCK = 128  # FA4's query and key tile at these head dims
 
@@ -57,6 +58,11 @@ class Fa4Backend(BlockedBackend):
         if call.residual != "none":
             return f"it has no kernel that merges the means of pruned blocks (residual={call.residual!r})"
         return None
+
+    def break_even(self, geometry: Geometry, config: StemConfig) -> float:
+        # An H100, 8192 to 131072 tokens (docs/log.md): selection and attention take up to 6% longer than the Triton
+        # backend's, over the same blocks. So this is the lowest density of its table.
+        return 0.7 if geometry.tokens >= 8192 else 0.0
 
     def attend_part(
         self,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_models import BLOCK, KEEP_ALL, SPARSE, enable, relative_error, tiny_config, tiny_model, tokens
-from stem_attn import PrefillPolicy, StemConfig
+from stem_attn import PrefillPolicy, StemConfig, backends
 from stem_attn.integrations import hf
 
 LENGTH = 200
@@ -53,6 +53,21 @@ def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         hf.enable(model, **arguments)
     assert untouched(model)
+
+
+def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(backends.by_name("cpu")), "why_unavailable", lambda self: "it is Sunday")
+    backends._load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="backend 'cpu' is not available here: it is Sunday"):
+            hf.enable(model, backend="cpu")
+        assert untouched(model)
+        # Of a model that was enabled elsewhere: no prompt is dense because of it.
+        with pytest.raises(RuntimeError, match="backend 'cpu' is not available here: it is Sunday"):
+            backends.expected("cpu", "cpu")
+    finally:
+        backends._load.cache_clear()
 
 
 class Peft(torch.nn.Module):

@@ -146,6 +146,24 @@ def test_assisted_decoding_equals_sdpa():
 
 
 @torch.no_grad()
+def test_drafted_tokens_may_follow_a_prompt_whose_length_is_told():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH // 4).repeat(1, 4)
+    options = {"prompt_lookup_num_tokens": BLOCK // 2, "max_new_tokens": 30, "do_sample": False}
+    expected = model.generate(ids, **options)
+    enable(model, KEEP_ALL)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with hf.prompt_length(model, LENGTH):
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert LENGTH < seen[0] < LENGTH + BLOCK  # the prompt and its first drafts in one call
+    stats = hf.stats(model)
+    assert stats.sparse == 2
+    assert stats.dense == {"decode": stats.calls - 2}
+
+
+@torch.no_grad()
 def test_continuous_batching_is_unsupported():
     model = enable(tiny_model("llama"), SPARSE)
     with pytest.raises(ValueError, match=r"stem.* is not supported"):

@@ -10,7 +10,7 @@ from stem_attn import PrefillPolicy, StemConfig, backends
 from stem_attn.backends.base import Geometry
 from stem_attn.config import PRESETS
 from stem_attn.integrations.vllm.layers import layer_config, layer_index, table, why_dense
-from stem_attn.integrations.vllm.plan import Request, Rest, Span, split_batch
+from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
 from stem_attn.integrations.vllm.settings import Settings, choices, choose, describe, parse
 
 CONFIG = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=1, tail_blocks=0)
@@ -28,8 +28,8 @@ def span(*places):
     return Span(*places, SERVER)
 
 
-def split(*requests, dense=()):
-    return split_batch(requests, dense, *CPU)
+def split(*requests, dense=(), decode_len=1):
+    return split_batch(requests, dense, *CPU, decode_len)
 
 
 def test_a_mixed_batch_is_taken_apart():
@@ -63,6 +63,16 @@ def test_without_a_told_length_a_chunk_is_budgeted_by_what_is_seen():
 def test_the_whole_prompt_decides_whether_it_is_short():
     assert split(request(0, 50, 50, True, 99)).reasons == {"short prompt": 50}
     assert split(request(0, 50, 50, True, 100)).spans == (span(0, 0, 50, 50, 100),)
+
+
+def test_a_prompt_s_last_token_alone_is_a_decode():
+    # vLLM may replay a decode's CUDA graph for it, which holds the dense parent.
+    last, chunk = request(0, 1, 400, True, 400), request(1, 50, 400, True, 400)
+    assert split(last, chunk) == Split((span(1, 1, 50, 400, 400),), (Rest(0, 0, 1),), {"decode": 1}, 0)
+    # Speculation makes decodes longer: of drafted tokens, or of as many of a prompt.
+    drafted, two = request(0, 4, 403, True, 400), request(4, 2, 400, True, 400)
+    assert split(drafted, two, decode_len=4) == Split((), (Rest(0, 0, 4), Rest(1, 4, 2)), {"decode": 6}, 0)
+    assert split(drafted, two).spans == (span(0, 0, 1, 400, 400), span(1, 4, 2, 400, 400))
 
 
 def test_padded_rows_are_skipped():

@@ -60,6 +60,7 @@ def enable(
     Raises:
         ValueError: The model's attention cannot be routed (the reason is given), or an argument is wrong. The model
             is then as it was before.
+        RuntimeError: The named backend is not available here. Likewise.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -73,7 +74,8 @@ def enable(
     config, selector = _resolve_method(config, method, backend)
     if selector is not None and policy.layer_budgets:
         raise ValueError(f"policy.layer_budgets has no effect on method {method!r}: only Stem has budgets by layer")
-    backends.check_name(backend)
+    if backend != "auto":
+        backends.by_name(backend)  # which refuses what cannot run here
     lengths = normalize(prompt_len)
     reason = why_refused(model, policy)
     if reason:

@@ -57,8 +57,8 @@ def route(
         [B, L, Hq, Dv]; zeros at padded queries of sparse and banded calls.
 
     Raises:
-        ValueError: The prompt is longer than what `prompt_len` says, or that is for another batch size; or the cache
-            holds other keys than those that the mask is for.
+        ValueError: The prompt is longer by a block than what `prompt_len` says, or that is for another batch size; or
+            the cache holds other keys than those that the mask is for.
     """
     batch, _, q_len, _ = query.shape
     check_keys(module, query, key, mask)
@@ -71,7 +71,12 @@ def route(
     config = state.config if layer is None else state.policy.layer_config(state.config, layer, state.layers)
     reason = _why_dense(state, tokens, told_lens, q_len)
     rows = tokens.rows or ()
-    lens = told_lens or [end - first for first, end in rows]
+    real = [end - first for first, end in rows]
+    if told_lens is not None and rows:
+        told_lens = [
+            max(n, told) for n, told in zip(real, told_lens, strict=True)
+        ]  # drafted tokens may follow a prompt
+    lens = told_lens or real
     window = tokens.window if tokens.window is not None and tokens.window < max(lens, default=0) else None
     whole = None  # why all blocks are kept
     if reason is None and dense_layer and window is None:  # a band is exact, so it may stand for dense
@@ -202,10 +207,12 @@ def _why_dense(state: State, tokens: Layout, told_lens: list[int] | None, q_len:
     if told_lens is None:
         if few:
             return "decode"
-    elif any(n > told for n, told in zip(real, told_lens, strict=True)):
-        if few:
+    else:
+        beyond = max(n - told for n, told in zip(real, told_lens, strict=True))
+        if few and beyond > 0:
             return "decode"
-        raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {real}")
+        if beyond >= state.block_size:  # fewer may be drafted ones, which assisted decoding checks beside the prompt
+            raise ValueError(f"prompt_len says {told_lens} tokens, but the prompt already has {real}")
     return "short prompt" if max(told_lens or real) < state.policy.min_seq_len else None
 
 

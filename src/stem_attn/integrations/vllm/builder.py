@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stem_attn import backends
 from stem_attn.backends.base import Geometry
-from stem_attn.integrations.vllm.compat import Requests, Told, is_draft_layer, part_of
+from stem_attn.integrations.vllm.compat import Requests, Told, attends_in_chunks, is_draft_layer, part_of
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
@@ -67,6 +67,8 @@ class StemBuilder:
     Where Stem is not selected, nothing is noted.
     """
 
+    reorder_batch_threshold: int | None  # the parent's: up to so many tokens of a request are a decode
+
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kwargs: Any
     ) -> None:
@@ -78,6 +80,7 @@ class StemBuilder:
         self._per_request = allows_choice(vllm_config)
         self._sparse: list[StemImpl] = []
         self._dense_layers: Counter[str] = Counter()
+        self._recording = False
         if self._settings is None:
             return
         total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
@@ -88,6 +91,8 @@ class StemBuilder:
             if not isinstance(impl, StemImpl):
                 continue
             reason = impl.dense_reason
+            if reason is None and attends_in_chunks(layer):
+                reason = "chunked attention"  # its cache may be that of full attention
             if reason is None and type(kv_cache_spec) is not FullAttentionSpec:
                 reason = type(kv_cache_spec).__name__
             if reason is None and is_draft_layer(layer):
@@ -103,16 +108,24 @@ class StemBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build the metadata of a step; see vLLM's `AttentionMetadataBuilder.build`."""
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        if self._settings is not None:
+        if self._settings is not None and not self._recording:
             whole.plan = self._plan(common_attn_metadata, self._settings)
         return whole
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Build the metadata of a step of decodes that a CUDA graph records; its tokens are nobody's: not counted."""
+        self._recording = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self._recording = False
 
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
     def _plan(self, common: Any, settings: Settings) -> StepPlan:
-        tokens = common.num_actual_tokens
+        tokens = int(common.query_start_loc_cpu[-1])  # without what pads the batch for a CUDA graph
         for reason, count in self._dense_layers.items():
             counters.count_step(0, {reason: count * tokens}, 0)
         if not self._sparse:
@@ -124,14 +137,14 @@ class StemBuilder:
             counters.count_step(0, {for_all: len(self._sparse) * tokens}, 0)
             return {}
         if not common.is_prefilling.any():  # most steps; the host has little time in them
-            tokens = int(common.query_start_loc_cpu[len(common.is_prefilling)])  # without what pads the batch
             counters.count_step(0, {DECODE: len(self._sparse) * tokens}, 0)
             _say(DECODE)
             return {}
         requests = self._read(common, settings)
         plan: dict[StemImpl, LayerPlan] = {}
         for dense, impls in self._alike(requests).items():
-            split = split_batch(requests, dense, self._backend, self._geometry)
+            decode_len = self.reorder_batch_threshold or 1
+            split = split_batch(requests, dense, self._backend, self._geometry, decode_len)
             self._count(split, len(impls))
             if split.spans:
                 plan.update(dict.fromkeys(impls, LayerPlan(split.spans, self._dense_rest(common, split.rests))))
@@ -250,7 +263,7 @@ def _why_all_dense(common: Any) -> str | None:
         return "non-causal"
     if common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None:
         return "prefill not told from decode"
-    if common.mm_req_doc_ranges:
+    if any((common.mm_req_doc_ranges or {}).values()):  # requests without an image have an empty list
         return "multimodal prefix"
     return None
 

@@ -63,6 +63,11 @@ def is_draft_layer(layer: Any) -> bool:
     return bool(getattr(layer, "is_draft_layer", False))
 
 
+def attends_in_chunks(layer: Any) -> bool:
+    """Tell whether a layer attends within chunks of a sequence (Llama 4): vLLM gives it batches of chunks."""
+    return getattr(layer, "attention_chunk_size", None) is not None
+
+
 def instruction_set(layer: Any, impl: Any) -> str:
     """Return the instructions that vLLM's CPU platform packs a layer's keys for. In 0.26 the implementation knows."""
     return str(layer.isa if hasattr(layer, "isa") else impl.isa)

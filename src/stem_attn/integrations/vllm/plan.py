@@ -98,7 +98,11 @@ class Split:
 
 
 def split_batch(
-    requests: Sequence[Request], dense: Collection[Settings], backend: Backend | None, geometry: Geometry
+    requests: Sequence[Request],
+    dense: Collection[Settings],
+    backend: Backend | None,
+    geometry: Geometry,
+    decode_len: int,
 ) -> Split:
     """Take a batch apart into sparse spans and dense rests.
 
@@ -111,6 +115,8 @@ def split_batch(
         dense: Settings by which the layers in question are dense.
         backend: What attends sparsely; None: nothing that says what it gains.
         geometry: What is known of the calls before they come.
+        decode_len: Up to so many tokens of a request vLLM computes as a decode, perhaps by replaying a CUDA graph of
+            one, which holds the dense parent: a prompt's last token behind a chunk or a cached prefix.
     """
     spans: list[Span] = []
     rests: list[Rest] = []
@@ -122,7 +128,7 @@ def split_batch(
         prompt_tokens = _prompt_tokens(request)
         sparse_tokens = 0
         if prompt_tokens:
-            found = _sparse(row, request, prompt_tokens, dense, backend, geometry)
+            found = _sparse(row, request, prompt_tokens, dense, backend, geometry, decode_len)
             if isinstance(found, Span):
                 sparse_tokens = prompt_tokens
                 spans.append(found)
@@ -151,6 +157,7 @@ def _sparse(
     dense: Collection[Settings],
     backend: Backend | None,
     geometry: Geometry,
+    decode_len: int,
 ) -> Span | str:
     """Return the span of a request's prompt tokens, or why they are dense."""
     settings = request.settings
@@ -164,4 +171,6 @@ def _sparse(
     call = (prompt_len, BlockGrid(tokens, k_len, settings.config.block_size))
     told = None if request.prompt_len is None else (prompt_len,)
     reason = settings.policy.why_dense(settings.config, (call,), told, backend, geometry)
+    if reason is None and request.q_len <= decode_len:
+        reason = DECODE
     return reason or Span(row, request.q_start, tokens, k_len, prompt_len, settings)
