@@ -556,5 +556,5 @@ def _call(
 ) -> Call:
     """Make a call whose attention is what a config asks for."""
     scale = resolve_scale(scale, layout.q.shape[-1])
-    asked: dict[str, Any] = {"residual": config.residual, "precision": config.precision}
-    return Call(layout, block_size, scale, softcap=softcap, sinks=sinks, **asked)
+    residual, precision = config.residual, config.precision
+    return Call(layout, block_size, scale, softcap=softcap, sinks=sinks, residual=residual, precision=precision)

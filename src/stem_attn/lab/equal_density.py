@@ -40,9 +40,8 @@ class Choice:
         """Compute the attention output, [B, Hq, T, Dv]: over what is kept, and what stands for the rest."""
         method = self.method.method if isinstance(self.method, SomeRows) else self.method
         config = method.config if isinstance(method, Stem | Uniform) else StemConfig()
-        asked: Any = {"residual": config.residual, "precision": config.precision}
-        out: Tensor = block_sparse_attention(q, k, v, self.selection, scale=scale, **asked)
-        return out
+        residual, precision = config.residual, config.precision
+        return block_sparse_attention(q, k, v, self.selection, scale=scale, residual=residual, precision=precision)
 
 
 @dataclass(frozen=True, slots=True)

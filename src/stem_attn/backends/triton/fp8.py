@@ -28,7 +28,7 @@ from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
 from stem_attn.backends.triton.tiles import choose_fp8_tile
-from stem_attn.blocks import BlockSelection
+from stem_attn.blocks import BlockGrid, BlockSelection
 from stem_attn.call import Call
 from stem_attn.fallbacks import note_on_device
 from stem_attn.layout import Part
@@ -128,8 +128,8 @@ def quantize(
     """
     batch, heads, q_len, head_dim = q.shape
     kv_heads, v_head_dim = k.shape[1], v.shape[3]
-    k_blocks = -(-k_len // block_size)
-    q_blocks = k_blocks - (k_len - q_len) // block_size
+    grid = BlockGrid(q_len, k_len, block_size)
+    q_tokens, k_tokens = grid.q_blocks * block_size, grid.k_blocks * block_size
     pad, pad_v = padded(head_dim), padded(v_head_dim)
     dims = max(pad, pad_v)
 
@@ -137,24 +137,23 @@ def quantize(
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     measured, means = new(batch * kv_heads, CHUNKS, 5, dims), new(batch * kv_heads, dims)
-    rounded = Rounded(
-        new(batch, heads, q_blocks * block_size, pad, dtype=torch.float8_e4m3fn),
-        new(batch, kv_heads, k_blocks * block_size, pad, dtype=torch.float8_e4m3fn),
-        new(batch, kv_heads, k_blocks * pad_v, block_size, dtype=torch.float8_e4m3fn),
-        new(batch, heads, q_blocks * block_size),
+    x = Rounded(
+        new(batch, heads, q_tokens, pad, dtype=torch.float8_e4m3fn),
+        new(batch, kv_heads, k_tokens, pad, dtype=torch.float8_e4m3fn),
+        new(batch, kv_heads, grid.k_blocks * pad_v, block_size, dtype=torch.float8_e4m3fn),
+        new(batch, heads, q_tokens),
         new(2, batch, kv_heads),
         new(batch, kv_heads, dtype=torch.int32),
-        new(batch, heads, q_blocks * block_size) if shifts else None,
+        new(batch, heads, q_tokens) if shifts else None,
     )
-    x = rounded
     table = means if pages is None else pages
     key = layouts_of(q, k, v), q.dtype, q.device, alignment_of(q, k, v)
-    measure, combine, quantize = _rounding_launches(*key, k_len, block_size, pages is not None, shifts)
+    measure, combine, write = _rounding_launches(*key, grid, pages is not None, shifts)
     run_on(q.device, measure, k, v, measured, table)
     run_on(q.device, combine, measured, means, x.kv_scales, x.unsafe)
     written = x.q, x.k, x.v, x.unsafe, x.q_scales, x.q_scales if x.shifts is None else x.shifts
-    run_on(q.device, quantize, q, k, v, means, x.kv_scales, *written, table)
-    return rounded
+    run_on(q.device, write, q, k, v, means, x.kv_scales, *written, table)
+    return x
 
 
 @lru_cache(maxsize=1024)
@@ -163,15 +162,13 @@ def _rounding_launches(
     dtype: torch.dtype,
     device: torch.device,
     alignment: tuple[bool, ...],
-    k_len: int,
-    block_size: int,
+    grid: BlockGrid,
     paged: bool,
     shifts: bool,
 ) -> tuple[Launch, Launch, Launch]:
     """Make the launches that calls of equal layouts share: measure, combine, quantize."""
     (batch, heads, q_len, head_dim), (_, kv_heads, page, _), v_head_dim = layouts[0][0], layouts[1][0], layouts[2][0][3]
-    offset, k_blocks = k_len - q_len, -(-k_len // block_size)
-    q_blocks = k_blocks - offset // block_size
+    k_len, block_size, blocks = grid.k_len, grid.block_size, (grid.q_blocks, grid.k_blocks)
     pad, pad_v = padded(head_dim), padded(v_head_dim)
     dims = {"D_PAD": pad, "DV_PAD": pad_v, "DIMS": max(pad, pad_v)}
     constants = dims | {"D": head_dim, "DV": v_head_dim, "PAGE": page if paged else 0}
@@ -187,11 +184,12 @@ def _rounding_launches(
         num_warps=8,
     )
     combine = Launch(combine_kernel, (kv_rows, 1), (k_len,), dims | {"CHUNKS": CHUNKS}, num_warps=4)
-    numbers = rows, kv_rows, heads // kv_heads, kv_heads, offset % block_size, q_len, k_len, q_blocks, k_blocks, RUN
+    numbers = rows, kv_rows, heads // kv_heads, kv_heads, grid.offset % block_size, q_len, k_len, *blocks, RUN
     constants |= {"BLOCK": block_size, "TOKENS": tokens, "SHIFTS": shifts}
-    q_runs, k_runs = (-(-blocks * (block_size // tokens) // RUN) for blocks in (q_blocks, k_blocks))
-    grid = (rows * q_runs + 2 * kv_rows * k_runs, 1)
-    return measure, combine, Launch(quantize_kernel, grid, (*strides, *numbers), constants, num_warps=8, num_stages=3)
+    q_runs, k_runs = (-(-n * (block_size // tokens) // RUN) for n in blocks)
+    programs = rows * q_runs + 2 * kv_rows * k_runs
+    write = Launch(quantize_kernel, (programs, 1), (*strides, *numbers), constants, num_warps=8, num_stages=3)
+    return measure, combine, write
 
 
 def launch(

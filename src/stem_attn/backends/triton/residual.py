@@ -17,11 +17,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stem_attn.backends.triton import attention
 from stem_attn.backends.triton.attention import (
     LONG_TOKENS,
+    Layouts,
     Operands,
     addressable,
+    alignment_of,
     attend_part,
     has_copy_engine,
     launch_hopper,
+    layouts_of,
     padded,
     portable_tile,
     rows_of,
@@ -61,7 +64,8 @@ def _attend_in_one(call: Call, part: Part, selection: BlockSelection, out: Tenso
     if page_size and part.q_len < LONG_TOKENS:
         return False
     rows = rows_of(selection), selection.counts
-    tables = _means_launches(_layouts(q, k, v, *rows), q.dtype, selection.grid, page_size)
+    inputs = q, k, v, *rows
+    tables = _means_launches(layouts_of(*inputs), alignment_of(*inputs), q.dtype, selection.grid, page_size)
     with on_device(q.device):
         k_means, v_means, kept = tables.run(q, k, v, part.pages, *rows)
     means = (*(x.unflatten(0, (q.shape[0], k.shape[1], -1)) for x in (k_means, v_means)), kept)
@@ -88,9 +92,11 @@ def merge_means(
     tile = tile or portable_tile(q, v, selection.block_size)
     page_size = 0 if part.pages is None else k.shape[2]
     logits = Logits(scale, call.softcap)  # sinks are in lse
-    tables = _means_launches(_layouts(q, k, v, indices, selection.counts), q.dtype, selection.grid, page_size)
-    layouts = _layouts(q, k, v, out, indices, selection.counts)
-    merge = _merge_launch(layouts, q.dtype, q.device, selection.grid, logits, tile)
+    tensors = q, k, v, indices, selection.counts
+    tables = _means_launches(layouts_of(*tensors), alignment_of(*tensors), q.dtype, selection.grid, page_size)
+    merged = q, k, v, out, indices, selection.counts
+    key = layouts_of(*merged), alignment_of(*merged), q.dtype, q.device
+    merge = _merge_launch(*key, selection.grid, logits, tile)
     with on_device(q.device):
         k_means, v_means, kept = tables.run(q, k, v, part.pages, indices, selection.counts)
         inputs: tuple[Any, ...] = (k_means, v_means)
@@ -99,21 +105,15 @@ def merge_means(
         merge(q, out, lse, selection.counts, kept, *inputs)
 
 
-_Layouts = tuple[tuple[torch.Size, tuple[int, ...], bool], ...]
-"""Shapes, strides, and whether a tensor starts at a multiple of 16 bytes."""
-
-
-def _layouts(*tensors: Tensor) -> _Layouts:
-    return tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors)
-
-
 def _columns(grid: BlockGrid) -> int:
     """Return the blocks that the tables of means and of kept bits have room for, a multiple of any tile."""
     return -(-grid.k_blocks // 128) * 128
 
 
 @lru_cache(maxsize=256)
-def _means_launches(layouts: _Layouts, dtype: torch.dtype, grid: BlockGrid, page_size: int) -> MeansLaunches:
+def _means_launches(
+    layouts: Layouts, alignment: tuple[bool, ...], dtype: torch.dtype, grid: BlockGrid, page_size: int
+) -> MeansLaunches:
     return MeansLaunches(layouts, dtype, grid, page_size)
 
 
@@ -127,7 +127,7 @@ class MeansLaunches:
         page_size: Tokens a page of k and v, or 0.
     """
 
-    def __init__(self, layouts: _Layouts, dtype: torch.dtype, grid: BlockGrid, page_size: int) -> None:
+    def __init__(self, layouts: Layouts, dtype: torch.dtype, grid: BlockGrid, page_size: int) -> None:
         (batch, heads, _, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]
         strides = [layout[1] for layout in layouts]
         size, columns = grid.block_size, _columns(grid)
@@ -179,7 +179,13 @@ def _padding(dim: int, v_dim: int) -> dict[str, int]:
 
 @lru_cache(maxsize=256)
 def _merge_launch(
-    layouts: _Layouts, dtype: torch.dtype, device: torch.device, grid: BlockGrid, logits: Logits, tile: Tile
+    layouts: Layouts,
+    alignment: tuple[bool, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    grid: BlockGrid,
+    logits: Logits,
+    tile: Tile,
 ) -> Launch:
     """Make the launch of the merge that calls of equal layouts of q, k, v, out, indices and counts share."""
     (batch, heads, q_len, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]

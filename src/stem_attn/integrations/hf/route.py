@@ -72,10 +72,8 @@ def route(
     reason = _why_dense(state, tokens, told_lens, q_len)
     rows = tokens.rows or ()
     real = [end - first for first, end in rows]
-    if told_lens is not None and rows:
-        told_lens = [
-            max(n, told) for n, told in zip(real, told_lens, strict=True)
-        ]  # drafted tokens may follow a prompt
+    if told_lens is not None and rows:  # drafted tokens may follow a prompt
+        told_lens = [max(n, told) for n, told in zip(real, told_lens, strict=True)]
     lens = told_lens or real
     window = tokens.window if tokens.window is not None and tokens.window < max(lens, default=0) else None
     whole = None  # why all blocks are kept

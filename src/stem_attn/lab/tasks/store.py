@@ -109,4 +109,4 @@ def _completed(settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     known = {name: _completed(value) for name, value in settings.items()}
-    return {**known, **{name: value for name, value in _LATER.items() if "residual" in known and name not in known}}
+    return {**_LATER, **known} if "residual" in known else known  # every config has that one
