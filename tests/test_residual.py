@@ -147,6 +147,24 @@ def test_descriptors_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     check("triton", q, k, v, random_mask(70, 200, 64), 64)
 
 
+def test_devices_have_launches_of_their_own() -> None:
+    """A launch keeps its compiled kernel, which is loaded on one device."""
+    pytest.importorskip("triton")
+    from stem_attn.backends.triton.attention import alignment_of, layouts_of
+    from stem_attn.backends.triton.residual import _means_launches
+
+    q, k, v = make_qkv(128, dtype=torch.float16)
+    chosen = selection_of(random_mask(128, 128, 64, heads=q.shape[1]), q, k, 64)
+    tensors = q, k, v, chosen.indices, chosen.counts
+    rest = chosen.grid, 0
+    first, second, again = (
+        _means_launches(layouts_of(*tensors), alignment_of(*tensors), q.dtype, torch.device("cuda", index), *rest)
+        for index in (0, 1, 0)
+    )
+    assert first is again
+    assert first is not second
+
+
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 in_the_hopper_kernel = pytest.mark.skipif(not HOPPER, reason="the Hopper kernel has no interpreter")
 

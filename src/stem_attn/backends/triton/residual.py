@@ -64,8 +64,7 @@ def _attend_in_one(call: Call, part: Part, selection: BlockSelection, out: Tenso
     if page_size and part.q_len < LONG_TOKENS:
         return False
     rows = rows_of(selection), selection.counts
-    inputs = q, k, v, *rows
-    tables = _means_launches(layouts_of(*inputs), alignment_of(*inputs), q.dtype, selection.grid, page_size)
+    tables = _tables_of(q, k, v, *rows, selection.grid, page_size)
     with on_device(q.device):
         k_means, v_means, kept = tables.run(q, k, v, part.pages, *rows)
     means = (*(x.unflatten(0, (q.shape[0], k.shape[1], -1)) for x in (k_means, v_means)), kept)
@@ -92,8 +91,7 @@ def merge_means(
     tile = tile or portable_tile(q, v, selection.block_size)
     page_size = 0 if part.pages is None else k.shape[2]
     logits = Logits(scale, call.softcap)  # sinks are in lse
-    tensors = q, k, v, indices, selection.counts
-    tables = _means_launches(layouts_of(*tensors), alignment_of(*tensors), q.dtype, selection.grid, page_size)
+    tables = _tables_of(q, k, v, indices, selection.counts, selection.grid, page_size)
     merged = q, k, v, out, indices, selection.counts
     key = layouts_of(*merged), alignment_of(*merged), q.dtype, q.device
     merge = _merge_launch(*key, selection.grid, logits, tile)
@@ -110,11 +108,24 @@ def _columns(grid: BlockGrid) -> int:
     return -(-grid.k_blocks // 128) * 128
 
 
+def _tables_of(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, grid: BlockGrid, page_size: int
+) -> MeansLaunches:
+    tensors = q, k, v, indices, counts
+    return _means_launches(layouts_of(*tensors), alignment_of(*tensors), q.dtype, q.device, grid, page_size)
+
+
 @lru_cache(maxsize=256)
 def _means_launches(
-    layouts: Layouts, alignment: tuple[bool, ...], dtype: torch.dtype, grid: BlockGrid, page_size: int
+    layouts: Layouts,
+    alignment: tuple[bool, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    grid: BlockGrid,
+    page_size: int,
 ) -> MeansLaunches:
-    return MeansLaunches(layouts, dtype, grid, page_size)
+    # Kernels are compiled for dtypes and alignments, and loaded on a device.
+    return MeansLaunches(layouts, grid, page_size)
 
 
 class MeansLaunches:
@@ -122,12 +133,11 @@ class MeansLaunches:
 
     Args:
         layouts: Of q, k, v, indices and counts.
-        dtype: Of q.
         grid: The geometry of the rows.
         page_size: Tokens a page of k and v, or 0.
     """
 
-    def __init__(self, layouts: Layouts, dtype: torch.dtype, grid: BlockGrid, page_size: int) -> None:
+    def __init__(self, layouts: Layouts, grid: BlockGrid, page_size: int) -> None:
         (batch, heads, _, dim), kv_heads, v_dim = layouts[0][0], layouts[1][0][1], layouts[2][0][3]
         strides = [layout[1] for layout in layouts]
         size, columns = grid.block_size, _columns(grid)
