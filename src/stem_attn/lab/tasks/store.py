@@ -109,4 +109,5 @@ def _completed(settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     known = {name: _completed(value) for name, value in settings.items()}
-    return {**_LATER, **known} if "residual" in known else known  # every config has that one
+    # Every config has a residual. What it lacks stands last: records are written again as they were read.
+    return {**known, **_LATER, **known} if "residual" in known else known
