@@ -86,3 +86,11 @@ def test_nobodys_context_leaks_into_the_cached_budgets():
             made = budget_of(StemConfig(budget_bias=20 + n), (9000,)).blocks
         assert made.device.type == "cpu"
         assert torch.equal(made, torch.tensor(reference_budget(StemConfig(budget_bias=20 + n), 9000)))
+
+
+def test_prompts_of_as_many_blocks_share_a_budget():
+    """A server's prompts have many lengths: what follows from a budget is made once for all of as many blocks."""
+    config = StemConfig(block_size=16)
+    assert budget_of(config, (1001,)) is budget_of(config, (1008,))
+    assert budget_of(config, (1001,)) is not budget_of(config, (1009,))
+    assert budget_of(config, (1001, 90)) is budget_of(config, (1004, 96))

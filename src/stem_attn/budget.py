@@ -23,13 +23,11 @@ class Budget:
 
     Args:
         config: The schedule.
-        prompt_lens: Tokens of the whole prompt: one int for all batch rows, or one a row.
         blocks: int32 [n] on the CPU, from 1 to the prompt's n blocks, not yet clipped to a row's causal ones; [B, n]
             where batch rows differ, n being the longest prompt's.
     """
 
     config: StemConfig
-    prompt_lens: tuple[int, ...]
     blocks: Tensor
     _pruning: list[int] = field(init=False, repr=False)  # rows before each row that do not keep everything
 
@@ -47,7 +45,6 @@ class Budget:
         return self._pruning[grid.first_block] == self._pruning[grid.k_blocks]
 
 
-@lru_cache(maxsize=1024)  # layers may have budgets of their own
 def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
     """Return the budget of a prompt, or of a batch of prompts.
 
@@ -57,13 +54,19 @@ def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
 
     Source: Stem, Eq. 3 (`decay_from="first_row"`); the authors' code (`decay_from="plateau"`).
     """
-    rows = [_prompt_budget(config, -(-n // config.block_size)) for n in prompt_lens]
+    return _budget_of(config, tuple(-(-n // config.block_size) for n in prompt_lens))
+
+
+# Layers may have budgets of their own, and a server's prompts have many lengths: as blocks they soon come again.
+@lru_cache(maxsize=4096)
+def _budget_of(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
+    rows = [_prompt_budget(config, n) for n in prompt_blocks]
     if len(rows) == 1:
-        return Budget(config, prompt_lens, rows[0])
+        return Budget(config, rows[0])
     table = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int32, device="cpu")
     for n, row in enumerate(rows):
         table[n, : len(row)] = row
-    return Budget(config, prompt_lens, table)
+    return Budget(config, table)
 
 
 def _prompt_budget(config: StemConfig, n: int) -> Tensor:

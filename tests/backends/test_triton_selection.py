@@ -57,7 +57,7 @@ def whole_budget(call: Call, config: StemConfig, rows: Tensor | None) -> Budget:
     if rows is None:
         return budget_of(config, call.parts[0].prompt_lens)
     before = call.grid(call.parts[0]).first_block
-    return Budget(config, call.parts[0].prompt_lens, F.pad(rows, (before, 0), value=1))
+    return Budget(config, F.pad(rows, (before, 0), value=1))
 
 
 def make_budget(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
@@ -397,6 +397,21 @@ def test_budgets_of_layers_and_chunks_share_what_they_can():
         selection.launches_for(call, call.parts[0], config)
         selection.keep_table(budget_of(config, (320,)), 2, torch.device("cpu"))
     assert (selection._launches.cache_info().misses, selection.keep_table.cache_info().misses) == before
+
+
+def test_tables_lie_together_in_page_locked_memory(monkeypatch):
+    from stem_attn.backends.triton import keep_table
+
+    pieces = []
+    empty = torch.empty
+    monkeypatch.setattr(keep_table, "_arena", [])
+    monkeypatch.setattr(keep_table, "ARENA_NUMBERS", 64)
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, pin_memory: pieces.append(n) or empty(n, dtype=dtype))
+    tables = [torch.arange(n, dtype=torch.int32) for n in (5, 30, 24, 1, 200, 9)]
+    copies = [keep_table._page_locked(table) for table in tables]
+    assert pieces == [64, 64, 200, 64]  # 8 + 32 + 24 fill the first
+    assert all(torch.equal(copy, table) for copy, table in zip(copies, tables, strict=True))
+    assert all(copy.data_ptr() % 16 == copies[0].data_ptr() % 16 for copy in copies[:3])
 
 
 def test_a_triton_that_lacks_what_the_kernels_use_is_told(monkeypatch):

@@ -14,8 +14,14 @@ from stem_attn.selection import kept_at_least, kept_per_row, most_kept
 # Host tables that captured graphs copy from at every replay, by their numbers: they must outlive the graphs.
 _captured: dict[tuple[int, ...], Tensor] = {}
 
+ARENA_NUMBERS = 1 << 18
+"""Numbers in a piece of page-locked memory: 1 MiB."""
 
-@lru_cache(maxsize=1024)
+# The piece that tables are put into, and how many of its numbers are taken.
+_arena: list[tuple[Tensor, int]] = []
+
+
+@lru_cache(maxsize=4096)  # as of budgets
 def keep_table(budget: Budget, rivals: int, device: torch.device) -> KeepTable:
     """Find or make the table of a budget.
 
@@ -47,16 +53,17 @@ class KeepTable:
             most = (most * rivals - least * (rivals - 1)).minimum(prompt.block_ids().int() + 1)
             keep = torch.stack([keep, least])
         self._most = most
-        self._host = keep.flatten().pin_memory() if device.type == "cuda" else keep.flatten()
+        self._host = _page_locked(keep.flatten()) if device.type == "cuda" else keep.flatten()
         self._device = device
-        self._widths: dict[BlockGrid, int] = {}
+        self._widths: dict[tuple[int, int], int] = {}  # by the first and the last row of a call
         self._copies: dict[int, Tensor] = {}  # by stream
 
     def width(self, grid: BlockGrid) -> int:
         """Bound the blocks that any row of a call keeps."""
-        width = self._widths.get(grid)
+        rows = grid.first_block, grid.k_blocks
+        width = self._widths.get(rows)
         if width is None:
-            width = self._widths[grid] = int(self._most[..., grid.first_block : grid.k_blocks].max())
+            width = self._widths[rows] = int(self._most[..., slice(*rows)].max())
         return width
 
     def on_device(self) -> Tensor:
@@ -71,3 +78,13 @@ class KeepTable:
         if table is None:
             table = self._copies[stream] = self._host.to(self._device, non_blocking=True)
         return table
+
+
+def _page_locked(numbers: Tensor) -> Tensor:
+    """Copy int32 numbers to page-locked memory, of which much is taken at once: the driver may wait for the device."""
+    count = -(-numbers.numel() // 4) * 4  # 16 bytes
+    piece, taken = _arena.pop() if _arena else (numbers[:0], 0)
+    if taken + count > piece.numel():
+        piece, taken = torch.empty(max(ARENA_NUMBERS, count), dtype=numbers.dtype, pin_memory=True), 0
+    _arena.append((piece, taken + count))
+    return piece[taken : taken + numbers.numel()].copy_(numbers)
