@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, warpgroup_barrier
-from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.launch_order import UNSPECIALISED, row_and_head
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
@@ -48,18 +48,7 @@ def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "index_batch",
-        "index_head",
-        "index_row",
-        "count_batch",
-        "count_head",
-        "count_row",
-        "rows",
-        "lead",
-        "q_len",
-        "k_len",
-    ],
+    do_not_specialize=UNSPECIALISED,
     do_not_specialize_on_alignment=["sinks"],
 )
 def hopper_fp8_kernel(

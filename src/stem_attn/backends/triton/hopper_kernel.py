@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.launch_order import UNSPECIALISED, row_and_head
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
@@ -56,20 +56,8 @@ def box_layout(shape: tuple[int, int]) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, *shape], gl.float16)
 
 
-# Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @gluon.jit(
-    do_not_specialize=[
-        "index_batch",
-        "index_head",
-        "index_row",
-        "count_batch",
-        "count_head",
-        "count_row",
-        "rows",
-        "lead",
-        "q_len",
-        "k_len",
-    ],
+    do_not_specialize=UNSPECIALISED,
     do_not_specialize_on_alignment=["block_table", "sinks"],
 )
 def hopper_attention_kernel(
