@@ -334,6 +334,21 @@ def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch):
     assert sum(backends.fallbacks().values()) == before + 1
 
 
+def test_what_no_backend_computes_is_told_ahead_of_prompts():
+    layer = {"head_dim": 64, "dtype": torch.float32, "device": "cpu"}
+    before = backends.fallbacks()
+    for name in ("auto", "cpu"):
+        backends.check_ahead(name, StemConfig(), **layer, softcap=30.0)
+    eight = StemConfig(precision="fp8")
+    with pytest.raises(ValueError, match=r"no backend can run this call with precision='fp8': .*cpu: it multiplies"):
+        backends.check_ahead("auto", eight, **layer)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: it multiplies"):
+        backends.check_ahead("cpu", eight, **layer)
+    with pytest.raises(ValueError, match="softcap must be None or a finite number above 0, got -1"):
+        backends.check_ahead("auto", StemConfig(), **layer, softcap=-1.0)
+    assert backends.fallbacks() == before
+
+
 def test_importing_needs_torch_only():
     program = """
 import sys
