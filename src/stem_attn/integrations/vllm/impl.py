@@ -91,6 +91,9 @@ class StemImpl:
             kv_cache_dtype=kv_cache_dtype,
             readable=self.cache_dtypes,
         )
+        # Before weights are loaded. Beside a draft model this may be a layer of its: then the builder refuses.
+        if self.dense_reason is None and vllm_config.speculative_config is None:
+            settings.policy.check_layers(vllm_config.model_config.get_total_num_hidden_layers())
         logger.info_once(
             "stem-attn %s on vLLM %s: %s, backend STEM on %s, sparse prefill for prompts from %d tokens",
             stem_attn.__version__,
