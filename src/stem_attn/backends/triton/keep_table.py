@@ -83,8 +83,13 @@ class KeepTable:
 def _page_locked(numbers: Tensor) -> Tensor:
     """Copy int32 numbers to page-locked memory, of which much is taken at once: the driver may wait for the device."""
     count = -(-numbers.numel() // 4) * 4  # 16 bytes
-    piece, taken = _arena.pop() if _arena else (numbers[:0], 0)
-    if taken + count > piece.numel():
-        piece, taken = torch.empty(max(ARENA_NUMBERS, count), dtype=numbers.dtype, pin_memory=True), 0
-    _arena.append((piece, taken + count))
-    return piece[taken : taken + numbers.numel()].copy_(numbers)
+    try:
+        piece, taken = _arena.pop()
+    except IndexError:  # there is none yet, or another thread has it
+        piece, taken = numbers[:0], 0
+    with torch.inference_mode(False):  # what is made in inference mode nobody could write to outside of it
+        if taken + count > piece.numel():
+            size = max(ARENA_NUMBERS, count)
+            piece, taken = torch.empty(size, dtype=numbers.dtype, device="cpu", pin_memory=True), 0
+        _arena.append((piece, taken + count))
+        return piece[taken : taken + numbers.numel()].copy_(numbers)
