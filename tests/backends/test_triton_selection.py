@@ -399,6 +399,20 @@ def test_budgets_of_layers_and_chunks_share_what_they_can():
     assert (selection._launches.cache_info().misses, selection.keep_table.cache_info().misses) == before
 
 
+def test_a_table_remembers_some_chunks_only():
+    from stem_attn.backends.triton.keep_table import WIDTHS, KeepTable
+
+    config = make_config()
+    budget = budget_of(config, (320,))
+    table = KeepTable(budget, 1, torch.device("cpu"))
+    chunks = [BlockGrid(end - start, end, 16) for end in range(16, 321, 16) for start in range(0, end, 16)]
+    assert len(chunks) > 3 * WIDTHS
+    for grid in chunks:
+        most = budget.rows(grid).minimum(grid.block_ids().int() + 1)
+        assert table.width(grid) == table.width(grid) == most.max()
+        assert len(table._widths) <= WIDTHS
+
+
 @pytest.fixture
 def arena(monkeypatch):
     """Pieces of 64 numbers, which need no GPU; yields how many numbers each one has that was taken."""

@@ -16,6 +16,8 @@ _captured: dict[tuple[int, ...], Tensor] = {}
 
 ARENA_NUMBERS = 1 << 18
 """Numbers in a piece of page-locked memory: 1 MiB."""
+WIDTHS = 64
+"""Calls whose width a table remembers: the layers of a step ask for the same."""
 
 # The piece that tables are put into, and how many of its numbers are taken.
 _arena: list[tuple[Tensor, int]] = []
@@ -63,6 +65,8 @@ class KeepTable:
         rows = grid.first_block, grid.k_blocks
         width = self._widths.get(rows)
         if width is None:
+            if len(self._widths) >= WIDTHS:  # a server's chunks begin and end anywhere
+                self._widths.clear()
             width = self._widths[rows] = int(self._most[..., slice(*rows)].max())
         return width
 
