@@ -413,64 +413,6 @@ def test_a_table_remembers_some_chunks_only():
         assert len(table._widths) <= WIDTHS
 
 
-@pytest.fixture
-def arena(monkeypatch):
-    """Pieces of 64 numbers, which need no GPU; yields how many numbers each one has that was taken."""
-    from stem_attn.backends.triton import keep_table
-
-    pieces = []
-    empty = torch.empty
-
-    def take(size, pin_memory, **how):
-        assert pin_memory
-        pieces.append(size)
-        return empty(size, **how)
-
-    monkeypatch.setattr(keep_table, "_arena", [])
-    monkeypatch.setattr(keep_table, "ARENA_NUMBERS", 64)
-    monkeypatch.setattr(torch, "empty", take)
-    return pieces
-
-
-def test_tables_lie_together_in_page_locked_memory(arena):
-    from stem_attn.backends.triton.keep_table import _page_locked
-
-    tables = [torch.arange(n, dtype=torch.int32) for n in (5, 30, 24, 1, 200, 9)]
-    copies = [_page_locked(table) for table in tables]
-    assert arena == [64, 64, 200, 64]  # 8 + 32 + 24 fill the first
-    assert all(torch.equal(copy, table) for copy, table in zip(copies, tables, strict=True))
-    assert all(copy.data_ptr() % 16 == copies[0].data_ptr() % 16 for copy in copies[:3])
-
-
-def test_page_locked_memory_is_for_every_mode_and_is_no_default_devices(arena):
-    from stem_attn.backends.triton.keep_table import _page_locked
-
-    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
-        with mode():
-            table = torch.arange(5, dtype=torch.int32)
-            assert torch.equal(_page_locked(table), table)
-    assert arena == [64]
-    arena.clear()
-    with torch.device("meta"):
-        assert _page_locked(torch.arange(100, dtype=torch.int32, device="cpu")).device.type == "cpu"
-    assert arena == [100]
-
-
-def test_a_thread_that_finds_no_memory_takes_more(arena, monkeypatch):
-    from stem_attn.backends.triton import keep_table
-
-    class Taken(list):
-        """Another thread takes the piece right after this one has seen it."""
-
-        def __bool__(self):
-            return True
-
-    monkeypatch.setattr(keep_table, "_arena", Taken())
-    table = torch.arange(5, dtype=torch.int32)
-    assert torch.equal(keep_table._page_locked(table), table)
-    assert arena == [64]
-
-
 def test_a_triton_that_lacks_what_the_kernels_use_is_told(monkeypatch):
     import triton
 
