@@ -244,6 +244,23 @@ def test_compiles_to_one_graph(dynamic):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch cannot be told")
+def test_torch_is_told_that_no_cuda_graph_may_record_the_operator():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.stem_attn.prefill.default.tags
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_beside_cuda_graphs_lengths_are_read_at_every_call():
+    def step(q, k, v, starts):
+        return stem_attention_varlen(q * 2, k, v, cu_seqlens_q=starts, config=SMALL) + 1
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for seed, middle in enumerate((50, 50, 50, 50, 120, 77)):  # the first calls warm up and record
+        q, k, v = (x[0].transpose(0, 1).cuda() for x in make_qkv(200, seed=seed))
+        starts = torch.tensor([0, middle, 200])
+        torch.testing.assert_close(compiled(q, k, v, starts), step(q, k, v, starts))
+
+
 def test_what_cannot_be_traced_says_so():
     q, k, v = make_qkv(64)
     method = methods.make("a_shape", block_size=16)
@@ -332,6 +349,21 @@ def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="no backend can run"):
         stem_attention(q, k, v, config=SMALL)
     assert sum(backends.fallbacks().values()) == before + 1
+
+
+def test_what_no_backend_computes_is_told_ahead_of_prompts():
+    layer = {"head_dim": 64, "dtype": torch.float32, "device": "cpu"}
+    before = backends.fallbacks()
+    for name in ("auto", "cpu"):
+        backends.check_ahead(name, StemConfig(), **layer, softcap=30.0)
+    eight = StemConfig(precision="fp8")
+    with pytest.raises(ValueError, match=r"no backend can run this call with precision='fp8': .*cpu: it multiplies"):
+        backends.check_ahead("auto", eight, **layer)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: it multiplies"):
+        backends.check_ahead("cpu", eight, **layer)
+    with pytest.raises(ValueError, match="softcap must be None or a finite number above 0, got -1"):
+        backends.check_ahead("auto", StemConfig(), **layer, softcap=-1.0)
+    assert backends.fallbacks() == before
 
 
 def test_importing_needs_torch_only():

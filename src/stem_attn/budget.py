@@ -7,6 +7,7 @@ and every chunk asks for the same: never write to them.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -29,12 +30,12 @@ class Budget:
 
     config: StemConfig
     blocks: Tensor
-    _pruning: list[int] = field(init=False, repr=False)  # rows before each row that do not keep everything
+    _pruning: array[int] = field(init=False, repr=False)  # rows before each row that do not keep everything
 
     def __post_init__(self) -> None:
         rows = torch.arange(self.blocks.shape[-1], device="cpu")
         prune = (self.blocks <= rows).view(-1, len(rows)).any(0)
-        object.__setattr__(self, "_pruning", [0, *prune.cumsum(0).tolist()])
+        object.__setattr__(self, "_pruning", array("i", [0, *prune.cumsum(0).tolist()]))
 
     def rows(self, grid: BlockGrid) -> Tensor:
         """Return the budget of the rows that a call holds: int32 [Qb], or [B, Qb]."""

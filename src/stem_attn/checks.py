@@ -53,6 +53,17 @@ def resolve_config(config: StemConfig | str) -> StemConfig:
     return config
 
 
+def resolve_device(device: torch.device | str) -> torch.device:
+    """Return a device on which torch can make tensors here, from itself or from its name."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:  # each kind of device has its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot use device {str(device)!r}: {reason}") from error
+    return found
+
+
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """Return the factor of the logits: the given one, or `1 / sqrt(head_dim)`."""
     if scale is None:

@@ -87,7 +87,12 @@ def _as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(ints, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("stem_attn::prefill", mutates_args=())
+# What these operators launch follows from lengths that the host reads at every call, and what the first call copies to
+# the device stays there: a CUDA graph must record neither. Older torch has no such tag.
+TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("stem_attn::prefill", mutates_args=(), **TAGS)
 def _op(
     q: Tensor,
     k: Tensor,

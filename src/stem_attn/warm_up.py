@@ -10,7 +10,7 @@ import torch
 from stem_attn import backends, run
 from stem_attn.api import Config, stem_attention, stem_attention_paged
 from stem_attn.call import Call
-from stem_attn.checks import resolve_config
+from stem_attn.checks import resolve_config, resolve_device
 from stem_attn.config import check_int
 from stem_attn.layout import Layout
 
@@ -52,7 +52,8 @@ def warm_up(
         backend: `"auto"` or a name from `stem_attn.backends.available()`.
 
     Raises:
-        ValueError: A number is no positive int, the backend cannot take such calls, or audits of pages are asked for.
+        ValueError: A number is no positive int, there is no such device here, the backend cannot take such calls, or
+            audits of pages are asked for.
         RuntimeError: The named backend is not available here.
     """
     sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "max_len": max_len}
@@ -63,6 +64,7 @@ def warm_up(
     if audit_rows and page_size is not None:
         raise ValueError(f"audit_rows={audit_rows} and page_size={page_size}: prefills in pages are not audited")
     config = resolve_config(config)
+    device = resolve_device(device)
     sink = None if sinks is None else torch.zeros(query_heads, dtype=sinks, device=device)
     for q_len, k_len in _calls(max_len, chunk or max_len, config.block_size):
         if page_size is None:

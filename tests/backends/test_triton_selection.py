@@ -399,19 +399,18 @@ def test_budgets_of_layers_and_chunks_share_what_they_can():
     assert (selection._launches.cache_info().misses, selection.keep_table.cache_info().misses) == before
 
 
-def test_tables_lie_together_in_page_locked_memory(monkeypatch):
-    from stem_attn.backends.triton import keep_table
+def test_a_table_remembers_some_chunks_only():
+    from stem_attn.backends.triton.keep_table import WIDTHS, KeepTable
 
-    pieces = []
-    empty = torch.empty
-    monkeypatch.setattr(keep_table, "_arena", [])
-    monkeypatch.setattr(keep_table, "ARENA_NUMBERS", 64)
-    monkeypatch.setattr(torch, "empty", lambda n, dtype, pin_memory: pieces.append(n) or empty(n, dtype=dtype))
-    tables = [torch.arange(n, dtype=torch.int32) for n in (5, 30, 24, 1, 200, 9)]
-    copies = [keep_table._page_locked(table) for table in tables]
-    assert pieces == [64, 64, 200, 64]  # 8 + 32 + 24 fill the first
-    assert all(torch.equal(copy, table) for copy, table in zip(copies, tables, strict=True))
-    assert all(copy.data_ptr() % 16 == copies[0].data_ptr() % 16 for copy in copies[:3])
+    config = make_config()
+    budget = budget_of(config, (320,))
+    table = KeepTable(budget, 1, torch.device("cpu"))
+    chunks = [BlockGrid(end - start, end, 16) for end in range(16, 321, 16) for start in range(0, end, 16)]
+    assert len(chunks) > 3 * WIDTHS
+    for grid in chunks:
+        most = budget.rows(grid).minimum(grid.block_ids().int() + 1)
+        assert table.width(grid) == table.width(grid) == most.max()
+        assert len(table._widths) <= WIDTHS
 
 
 def test_a_triton_that_lacks_what_the_kernels_use_is_told(monkeypatch):

@@ -104,6 +104,13 @@ def test_a_precision_that_no_kernel_has_is_refused_before_any_work(arguments, as
     assert "no backend can run this call with precision='fp8': cpu: it multiplies in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [name for name in COMMANDS if name != "doctor"], indirect=True)
+def test_a_device_that_is_not_here_is_refused_before_any_work(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a model runs"))
+    assert cli.run([*arguments, "--device", "cuda:99"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stem-attn: error: cannot use device 'cuda:99': ")
+
+
 @every_command
 def test_a_disk_that_fills_up_loses_no_number(arguments, tmp_path, monkeypatch, capsys):
     write = Path.write_bytes

@@ -19,6 +19,7 @@ from engines import SPARSE, answer, attention_layers, builders, config_of, engin
 from tiny_families import prompt
 
 from stem_attn import stem_attention
+from stem_attn.budget import budget_of
 
 PAGE = 32
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((502, 33, 300, 40))]
@@ -241,6 +242,27 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
         monkeypatch.setitem(config.additional_config, "stem", {"precision": "fp8"})
         with pytest.raises(ValueError, match=r"with precision='fp8' it takes .* got torch\.float32"):
             make_impl(cuda)
+
+
+def test_no_table_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.backends.triton.keep_table import keep_table
+
+    _, config, spec, names = steps
+    with set_current_vllm_config(config):
+        for name in names:
+            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", make_impl(cuda))
+        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    warmed = []
+
+    def warm_up(*, config, device, **_):
+        warmed.append(keep_table(budget_of(config, (640,)), 1, device))
+
+    monkeypatch.setattr(cuda, "warm_up", warm_up)
+    builder._warm_up([builder._settings])
+    assert len(warmed) == 1
+    assert keep_table.cache_info().currsize == 0
 
 
 def test_graphs_and_names(cuda):

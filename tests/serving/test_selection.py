@@ -2,8 +2,11 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 from engines import SPARSE, answer, attention_layers, builders, engine, stats
@@ -51,6 +54,36 @@ def test_custom_is_another_name_and_a_config_file_is_read(folders, tmp_path):
 def test_a_wrong_config_stops_the_start(folders, stem, message):
     with pytest.raises(ValueError, match=message), engine(folders("llama"), stem):
         pass
+
+
+@pytest.mark.parametrize(
+    ("stem", "message"),
+    [
+        ({"layer_budgets": [1.0, 0.5, 1.0]}, "layer_budgets has 3 factors, and the model has 2 layers"),
+        ({"dense_layers": [2]}, r"dense_layers \(2,\) are not all layers of a model with 2"),
+    ],
+)
+def test_layers_that_the_model_lacks_are_refused_before_weights_are_loaded(folders, tmp_path, stem, message):
+    shutil.copy(Path(folders("llama")) / "config.json", tmp_path)  # there are no weights
+    with pytest.raises(ValueError, match=message), engine(str(tmp_path), {**SPARSE, **stem}):
+        pass
+
+
+def test_a_draft_model_may_have_another_number_of_layers(folders, monkeypatch):
+    with engine(folders("llama"), {**SPARSE, "layer_budgets": [1.0, 0.5]}) as llm:
+        (builder,) = builders(llm)
+        config = builder.vllm_config
+        layers = attention_layers(llm).values()
+        again = partial(type(builder), builder.kv_cache_spec, builder.layer_names, config, builder.device)
+        monkeypatch.setattr(type(config.model_config), "get_total_num_hidden_layers", lambda self: 3)
+        for layer in layers:
+            monkeypatch.setattr(layer, "is_draft_layer", True, raising=False)
+        again()
+        assert {layer.impl.dense_reason for layer in layers} == {"draft model"}
+        for layer in layers:
+            layer.is_draft_layer, layer.impl.dense_reason = False, None
+        with pytest.raises(ValueError, match="layer_budgets has 2 factors, and the model has 3 layers"):
+            again()
 
 
 def test_the_name_survives_a_process_that_has_not_loaded_plugins():

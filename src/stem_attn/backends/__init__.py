@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 from functools import cache
 
+import torch
+
 from stem_attn import fallbacks as fallback_notes
 from stem_attn.backends.base import Backend
 from stem_attn.call import Call
+from stem_attn.config import StemConfig
+from stem_attn.layout import Layout
 
 # In the order in which automatic choice tries them.
 _CLASSES = {
@@ -51,6 +55,34 @@ def for_call(name: str, call: Call, *, again: bool = False) -> Backend:
     if reason:
         raise ValueError(f"backend {name!r} cannot run this call: {reason}")
     return backend
+
+
+def check_ahead(
+    name: str,
+    config: StemConfig,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    softcap: float | None = None,
+) -> None:
+    """Check, before there is a prompt, that prefills have a backend: what one token of them would say.
+
+    Args:
+        name: A backend's name or `"auto"`.
+        config: The method's settings.
+        head_dim: D, of keys and values.
+        dtype: Of queries, keys and values.
+        device: Where prefills will run.
+        softcap: As in `Call`.
+
+    Raises:
+        ValueError: The name is unknown, or no backend, or not the named one, computes what is asked for.
+        RuntimeError: The named backend cannot run on this machine.
+    """
+    one = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    call = Call(Layout.dense(one, one, one), config.block_size, 1.0, softcap=softcap, precision=config.precision)
+    for_call(name, call, again=True)  # prompts tell what automatic choice passes over
 
 
 def selector_of(backend: Backend, call: Call) -> Backend:

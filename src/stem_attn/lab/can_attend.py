@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from stem_attn import backends
-from stem_attn.call import Call
 from stem_attn.config import StemConfig
 from stem_attn.lab.errors import InputError
-from stem_attn.layout import Layout
 
 
-def check_attention(model: Any, *methods: Any) -> None:
+def check_can_attend(model: Any, *methods: Any) -> None:
     """Check that a backend computes what is asked for by name: another precision than the model's.
 
     Args:
@@ -28,9 +24,7 @@ def check_attention(model: Any, *methods: Any) -> None:
     for config in (x if isinstance(x, StemConfig) else getattr(x, "config", None) for x in methods):
         if not isinstance(config, StemConfig) or config.precision == "auto":
             continue
-        one = torch.empty(1, 1, 1, dim, dtype=model.dtype, device=model.device)
-        call = Call(Layout.dense(one, one, one), config.block_size, 1.0, precision=config.precision)
         try:
-            backends.for_call("auto", call, again=True)  # prompts tell what automatic choice passes over
+            backends.check_ahead("auto", config, head_dim=dim, dtype=model.dtype, device=model.device)
         except ValueError as error:
             raise InputError(str(error)) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from stem_attn.lab.errors import InputError, first_line
+from stem_attn.checks import resolve_device
+from stem_attn.lab.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
@@ -19,12 +20,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        if device.type not in _DEVICE_TYPES:
-            raise ValueError(f"not one of {', '.join(_DEVICE_TYPES)}")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"cannot use device {name!r}: {first_line(error)}") from error
+        device = resolve_device(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if device.type not in _DEVICE_TYPES:
+        raise InputError(f"cannot use device {name!r}: not one of {', '.join(_DEVICE_TYPES)}")
     return device
 
 

@@ -51,6 +51,11 @@ def test_full_graph_equals_eager(family, padded):
     assert eager.sparse + eager.banded == 2
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch cannot be told")
+def test_torch_is_told_that_no_cuda_graph_may_record_the_operator():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.stem_attn.hf_prefill.default.tags
+
+
 @torch.no_grad()
 def test_settings_are_read_when_the_graph_runs():
     model, ids = enable(tiny_model("llama"), SPARSE), tokens(1, LENGTH)

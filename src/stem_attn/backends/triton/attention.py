@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention_kernel import attention_kernel
+from stem_attn.backends.triton.host_numbers import to_device
 from stem_attn.backends.triton.launch import Launch, on_device
 from stem_attn.backends.triton.launch_order import LEAD_ROWS
 from stem_attn.backends.triton.logits import Logits, sinks_of
@@ -179,7 +180,7 @@ def _pack(
             start.append(start[-1] + length)
     table = torch.tensor([x for part in (row_sequence, *starts) for x in part], dtype=torch.int32, device="cpu")
     sizes = [len(row_sequence), *(len(start) for start in starts)]
-    return indices, counts, table.to(call.q.device, non_blocking=True).split(sizes)
+    return indices, counts, to_device(table, call.q.device).split(sizes)
 
 
 def unit_stride(x: Tensor) -> Tensor:

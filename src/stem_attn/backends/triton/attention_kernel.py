@@ -11,28 +11,15 @@ import triton
 import triton.language as tl
 
 from stem_attn.backends.triton.kernel_pages import load_pages, token_offset
-from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.launch_order import UNSPECIALISED, row_and_head
 from stem_attn.backends.triton.tanh_kernel import tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-# Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @triton.jit(
-    do_not_specialize=[
-        "index_batch",
-        "index_head",
-        "index_row",
-        "count_batch",
-        "count_head",
-        "count_row",
-        "table_stride",
-        "rows",
-        "lead",
-        "q_len",
-        "k_len",
-    ],
+    do_not_specialize=(*UNSPECIALISED, "table_stride"),
     do_not_specialize_on_alignment=["block_table", "sinks"],
 )
 def attention_kernel(

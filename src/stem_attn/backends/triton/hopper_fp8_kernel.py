@@ -21,14 +21,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, warpgroup_barrier
-from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.hopper_kernel import HALF, LN2, LOG2_E, load_box, make_barriers, warpgroup_barrier
+from stem_attn.backends.triton.launch_order import UNSPECIALISED, row_and_head
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
@@ -48,18 +47,7 @@ def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "index_batch",
-        "index_head",
-        "index_row",
-        "count_batch",
-        "count_head",
-        "count_row",
-        "rows",
-        "lead",
-        "q_len",
-        "k_len",
-    ],
+    do_not_specialize=UNSPECIALISED,
     do_not_specialize_on_alignment=["sinks"],
 )
 def hopper_fp8_kernel(
@@ -131,21 +119,9 @@ def hopper_fp8_kernel(
     q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, HALF, D], q_layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D], k_layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, DV_PAD, KEYS], v_layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full.index(0), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=CONSUMERS)
-        mbarrier.init(v_free.index(i), count=CONSUMERS)
-    fence_async_shared()
+    barriers = make_barriers(STAGES, CONSUMERS)
 
     tiles = (q_tiles, k_tiles, v_tiles)
-    barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, place, first_token)
     factors = (q_scales, k_scale, v_scale, scale_log2, (tanh_factor,) if TANH != "none" else ())
     # Without what is not read: it would be carried over to the warpgroups all the same.

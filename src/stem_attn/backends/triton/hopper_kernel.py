@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attn.backends.triton.launch_order import row_and_head
+from stem_attn.backends.triton.launch_order import UNSPECIALISED, row_and_head
 from stem_attn.backends.triton.rescale_kernel import rescale
 from stem_attn.backends.triton.tanh_kernel import tanh
 
@@ -56,20 +56,8 @@ def box_layout(shape: tuple[int, int]) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, *shape], gl.float16)
 
 
-# Lengths change from call to call in a server: no kernel of its own for each that happens to divide by 16.
 @gluon.jit(
-    do_not_specialize=[
-        "index_batch",
-        "index_head",
-        "index_row",
-        "count_batch",
-        "count_head",
-        "count_row",
-        "rows",
-        "lead",
-        "q_len",
-        "k_len",
-    ],
+    do_not_specialize=UNSPECIALISED,
     do_not_specialize_on_alignment=["block_table", "sinks"],
 )
 def hopper_attention_kernel(
@@ -141,21 +129,9 @@ def hopper_attention_kernel(
     q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, HALF, D_PAD], q_layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D_PAD], k_layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, DV_PAD], v_layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full.index(0), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=CONSUMERS)
-        mbarrier.init(v_free.index(i), count=CONSUMERS)
-    fence_async_shared()
+    barriers = make_barriers(STAGES, CONSUMERS)
 
     tiles = (q_tiles, k_tiles, v_tiles)
-    barriers = (q_full, k_full, k_free, v_full, v_free)
     blocks = (indices, count, first_token)
     # Without what is not read: it would be carried over to the warpgroups all the same.
     geometry = (offset, q_len, scale_log2, window, (tanh_factor,) if TANH != "none" else ())
@@ -182,6 +158,24 @@ def hopper_attention_kernel(
             [1],
             [producer_registers],
         )
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Return the barriers of a program's tiles, ready for use: of Q, and of each ring's filled and free slots."""
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
+    fence_async_shared()
+    return q_full, k_full, k_free, v_full, v_free
 
 
 @gluon.jit

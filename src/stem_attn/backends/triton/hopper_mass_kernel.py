@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 from stem_attn.backends.triton.hopper_kernel import load_box, warpgroup_barrier
-from stem_attn.backends.triton.mass_kernels import LN2, LOG2_E, NOTHING
+from stem_attn.backends.triton.mass_kernels import LN2, LOG2_E, NOTHING, UNSPECIALISED
 from stem_attn.backends.triton.selection_kernels import finite_score
 from stem_attn.backends.triton.store_kernel import store_in_place
 from stem_attn.backends.triton.tanh_kernel import tanh
@@ -34,7 +34,7 @@ def box_layout(rows: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit(
-    do_not_specialize=["first_row", "rows", "q_blocks", "q_offset", "k_len", "k_blocks", "first_block"],
+    do_not_specialize=UNSPECIALISED,
     do_not_specialize_on_alignment=["sinks"],
 )
 def hopper_mass_kernel(

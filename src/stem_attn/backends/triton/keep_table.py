@@ -7,18 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from stem_attn.backends.triton.host_numbers import page_locked, to_device
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import Budget
 from stem_attn.selection import kept_at_least, kept_per_row, most_kept
 
-# Host tables that captured graphs copy from at every replay, by their numbers: they must outlive the graphs.
-_captured: dict[tuple[int, ...], Tensor] = {}
-
-ARENA_NUMBERS = 1 << 18
-"""Numbers in a piece of page-locked memory: 1 MiB."""
-
-# The piece that tables are put into, and how many of its numbers are taken.
-_arena: list[tuple[Tensor, int]] = []
+WIDTHS = 64
+"""Calls whose width a table remembers: the layers of a step ask for the same."""
 
 
 @lru_cache(maxsize=4096)  # as of budgets
@@ -53,7 +48,7 @@ class KeepTable:
             most = (most * rivals - least * (rivals - 1)).minimum(prompt.block_ids().int() + 1)
             keep = torch.stack([keep, least])
         self._most = most
-        self._host = _page_locked(keep.flatten()) if device.type == "cuda" else keep.flatten()
+        self._host = page_locked(keep.flatten()) if device.type == "cuda" else keep.flatten()
         self._device = device
         self._widths: dict[tuple[int, int], int] = {}  # by the first and the last row of a call
         self._copies: dict[int, Tensor] = {}  # by stream
@@ -63,6 +58,8 @@ class KeepTable:
         rows = grid.first_block, grid.k_blocks
         width = self._widths.get(rows)
         if width is None:
+            if len(self._widths) >= WIDTHS:  # a server's chunks begin and end anywhere
+                self._widths.clear()
             width = self._widths[rows] = int(self._most[..., slice(*rows)].max())
         return width
 
@@ -71,20 +68,9 @@ class KeepTable:
         if self._device.type != "cuda":
             return self._host
         if torch.cuda.is_current_stream_capturing():
-            host = _captured.setdefault(tuple(self._host.tolist()), self._host)
-            return host.to(self._device, non_blocking=True)
+            return to_device(self._host, self._device)
         stream = torch.cuda.current_stream().cuda_stream
         table = self._copies.get(stream)
         if table is None:
-            table = self._copies[stream] = self._host.to(self._device, non_blocking=True)
+            table = self._copies[stream] = to_device(self._host, self._device)
         return table
-
-
-def _page_locked(numbers: Tensor) -> Tensor:
-    """Copy int32 numbers to page-locked memory, of which much is taken at once: the driver may wait for the device."""
-    count = -(-numbers.numel() // 4) * 4  # 16 bytes
-    piece, taken = _arena.pop() if _arena else (numbers[:0], 0)
-    if taken + count > piece.numel():
-        piece, taken = torch.empty(max(ARENA_NUMBERS, count), dtype=numbers.dtype, pin_memory=True), 0
-    _arena.append((piece, taken + count))
-    return piece[taken : taken + numbers.numel()].copy_(numbers)

@@ -1,10 +1,19 @@
-"""The order in which the attention kernels take up the rows: long ones never start last."""
+"""The order in which attention kernels take up the rows, long ones never last; and what they are not specialised on."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+UNSPECIALISED = (
+    *("index_batch", "index_head", "index_row"),
+    *("count_batch", "count_head", "count_row"),
+    *("rows", "lead", "q_len", "k_len"),
+)
+"""Numbers of every attention kernel that change from call to call in a server.
+
+Nothing is compiled anew for those that happen to be 1 or to divide by 16.
+"""
 LEAD_ROWS = 8
 """A prompt's last query blocks, which see the most keys and may keep them all, start first, those of all heads.
 

@@ -20,10 +20,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)
 """The logit of what does not exist: finite, so that differences of two of them are numbers."""
+UNSPECIALISED = ("first_row", "rows", "q_blocks", "q_offset", "k_len", "k_blocks", "first_block")
+"""What changes from call to call: nothing is compiled anew for those that happen to be 1 or to divide by 16."""
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "rows", "q_blocks", "q_offset", "k_len", "k_blocks", "first_block"],
+    do_not_specialize=UNSPECIALISED,
     do_not_specialize_on_alignment=["sinks"],
 )
 def mass_kernel(

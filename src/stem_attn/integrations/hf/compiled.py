@@ -11,6 +11,7 @@ from torch import Tensor
 from stem_attn.integrations.hf.properties import Properties
 from stem_attn.integrations.hf.route import route
 from stem_attn.integrations.hf.state import State
+from stem_attn.traced import TAGS
 
 
 def route_op(
@@ -47,11 +48,7 @@ def refuse_export() -> None:
         )
 
 
-# It reads masks on the host, which a CUDA graph must not record; older torch has no such tag.
-_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-
-
-@torch.library.custom_op("stem_attn::hf_prefill", mutates_args=(), **_TAGS)
+@torch.library.custom_op("stem_attn::hf_prefill", mutates_args=(), **TAGS)  # masks are read on the host, too
 def _op(
     query: Tensor,
     key: Tensor,

@@ -84,18 +84,20 @@ class StemBuilder:
         if self._settings is None:
             return
         total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
-        self._settings.policy.check_layers(total)
         self._backend = backends.expected("auto", device.type)
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
             impl = layer.impl
             if not isinstance(impl, StemImpl):
                 continue
+            drafts = is_draft_layer(layer)  # a draft model has another number of layers
+            if not drafts:
+                self._settings.policy.check_layers(total)
             reason = impl.dense_reason
             if reason is None and attends_in_chunks(layer):
                 reason = "chunked attention"  # its cache may be that of full attention
             if reason is None and type(kv_cache_spec) is not FullAttentionSpec:
                 reason = type(kv_cache_spec).__name__
-            if reason is None and is_draft_layer(layer):
+            if reason is None and drafts:
                 reason = "draft model"
             impl.dense_reason, impl.name, impl.layers = reason, name, total
             if reason is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypedDict
 
-import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
@@ -13,13 +12,11 @@ from vllm.v1.attention.backend import AttentionType
 
 import stem_attn
 from stem_attn import backends
-from stem_attn.call import Call
 from stem_attn.config import StemConfig
 from stem_attn.integrations.vllm import layers
 from stem_attn.integrations.vllm.compat import VLLM_VERSION
 from stem_attn.integrations.vllm.plan import Span
 from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
-from stem_attn.layout import Layout
 
 logger = init_logger("vllm.stem")
 
@@ -94,6 +91,9 @@ class StemImpl:
             kv_cache_dtype=kv_cache_dtype,
             readable=self.cache_dtypes,
         )
+        # Before weights are loaded. Beside a draft model this may be a layer of its: then the builder refuses.
+        if self.dense_reason is None and vllm_config.speculative_config is None:
+            settings.policy.check_layers(vllm_config.model_config.get_total_num_hidden_layers())
         logger.info_once(
             "stem-attn %s on vLLM %s: %s, backend STEM on %s, sparse prefill for prompts from %d tokens",
             stem_attn.__version__,
@@ -174,12 +174,15 @@ class StemImpl:
         Raises:
             ValueError: It cannot, by the server's settings.
         """
-        vllm_config, config = get_current_vllm_config(), self.settings.config
-        device = vllm_config.device_config.device_type
-        one = torch.empty(1, 1, 1, head_size, dtype=vllm_config.model_config.dtype, device=device)
-        layout, softcap = Layout.dense(one, one, one), self.properties["softcap"]
-        call = Call(layout, config.block_size, self.scale, softcap=softcap, precision=config.precision)
-        backends.for_call(backend, call, again=True)  # prompts tell what automatic choice passes over
+        vllm_config = get_current_vllm_config()
+        backends.check_ahead(
+            backend,
+            self.settings.config,
+            head_dim=head_size,
+            dtype=vllm_config.model_config.dtype,
+            device=vllm_config.device_config.device_type,
+            softcap=self.properties["softcap"],
+        )
 
     def config_of(self, settings: Settings) -> StemConfig | None:
         """Return the layer's own config by some settings; None: it is dense by them."""

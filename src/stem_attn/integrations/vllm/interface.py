@@ -45,6 +45,7 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "model_config",
             "parallel_config",
             "scheduler_config",
+            "speculative_config",
         ),
         "vllm.config.attention:AttentionConfig": ("backend", "backend_per_kind"),
         "vllm.config.model:ModelConfig": (

@@ -56,12 +56,12 @@ def audit(
 
     from stem_attn.lab.audit import run
     from stem_attn.lab.audit.report import render
-    from stem_attn.lab.can_attend import check_attention
+    from stem_attn.lab.can_attend import check_can_attend
     from stem_attn.lab.progress import show_progress
     from stem_attn.lab.texts import excerpts
 
     loaded = load_model(model, gguf, device, dtype)
-    check_attention(loaded.model, config)
+    check_can_attend(loaded.model, config)
     if length > loaded.context_tokens:
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     texts = excerpts(loaded.tokenizer, length, prompts, text_file or [])

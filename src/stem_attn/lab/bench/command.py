@@ -239,7 +239,7 @@ def _ttft_cases(
     on_step: OnStep,
 ) -> Iterator[Record]:
     from stem_attn.lab.bench import ttft
-    from stem_attn.lab.can_attend import check_attention
+    from stem_attn.lab.can_attend import check_can_attend
 
     s = report["settings"]
     on_step("building the model")
@@ -249,7 +249,7 @@ def _ttft_cases(
         policy.check_layers(model.layers)
     except ValueError as error:
         raise InputError(str(error)) from error
-    check_attention(model.module, config)
+    check_can_attend(model.module, config)
     report["check"] = ttft.check_adapter(model, config, s["seed"])
     for length in s["lengths"]:
         yield ttft.measure(

@@ -105,7 +105,7 @@ def fidelity(
     layers stay exact.
     """
     require("transformers", "gguf", "matplotlib", extra="eval")
-    from stem_attn.lab.can_attend import check_attention
+    from stem_attn.lab.can_attend import check_can_attend
     from stem_attn.lab.named_methods import parse_methods
 
     # Everything that can be refused without the model is refused before it loads.
@@ -128,7 +128,7 @@ def fidelity(
 
     torch.manual_seed(_SEED)
     loaded = load_model(model, gguf, device, dtype)
-    check_attention(loaded.model, *(candidate.named.build(block_size) for candidate in candidates))
+    check_can_attend(loaded.model, *(candidate.named.build(block_size) for candidate in candidates))
     if length > loaded.context_tokens:
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     for candidate in candidates:

@@ -104,14 +104,14 @@ def inspect(
     own = read_text(prompt_file) if prompt_file is not None else None
     check_folder(out, out / "inspect.json", out / "inspect.html", *(out / name for name in _PICTURES))
 
-    from stem_attn.lab.can_attend import check_attention
+    from stem_attn.lab.can_attend import check_can_attend
     from stem_attn.lab.inspect.pack import rows_to_show
     from stem_attn.lab.inspect.report import contents, numbers, sentence
     from stem_attn.lab.inspect.run import look
     from stem_attn.lab.progress import show_progress
 
     loaded = load_model(model, gguf, device, dtype)
-    check_attention(loaded.model, *(named.build(block_size) for named in chosen))
+    check_can_attend(loaded.model, *(named.build(block_size) for named in chosen))
     prompt = _prompt(loaded, own, question, max_tokens)
     _check_length(prompt, loaded, chosen, block_size)
     config = loaded.model.config.get_text_config()

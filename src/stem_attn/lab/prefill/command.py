@@ -102,14 +102,14 @@ def prefill(
     check_outputs(json_path, plot, inputs=[prompt_file])
     own = read_text(prompt_file) if prompt_file is not None else None
 
-    from stem_attn.lab.can_attend import check_attention
+    from stem_attn.lab.can_attend import check_can_attend
     from stem_attn.lab.prefill.measure import memory_method
     from stem_attn.lab.prefill.report import render
     from stem_attn.lab.prefill.run import compare
     from stem_attn.lab.progress import show_progress
 
     loaded = load_model(model, gguf, device, dtype)
-    check_attention(loaded.model, config)
+    check_can_attend(loaded.model, config)
     if new_tokens >= loaded.context_tokens:
         raise InputError(f"--new-tokens {new_tokens} leaves no room in the model's context of {loaded.context_tokens}")
     prompt = _prompt(loaded, own, question, max_tokens, new_tokens, seed)

@@ -126,7 +126,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
     ) -> None:
         started = time.monotonic()
         require("transformers", "gguf", "wonderwords", extra="eval")
-        from stem_attn.lab.can_attend import check_attention
+        from stem_attn.lab.can_attend import check_can_attend
         from stem_attn.lab.named_methods import NamedMethod, parse_methods
         from stem_attn.lab.progress import show_progress
         from stem_attn.lab.tasks.report import render
@@ -158,7 +158,7 @@ def _command(name: str, default_tasks: str, summary: str) -> Callable[..., None]
         check_outputs(json_path, inputs=[out])
         store = Store(out)
         loaded = load_model(model, gguf, device, dtype)
-        check_attention(loaded.model, *(named.build(block_size) for named in settings.methods))
+        check_can_attend(loaded.model, *(named.build(block_size) for named in settings.methods))
         if max(settings.lengths) > loaded.context_tokens:
             raise InputError(
                 f"--lengths {max(settings.lengths)} is more than the model's context of {loaded.context_tokens} tokens"

@@ -72,7 +72,7 @@ def tune(
     stem_attn.policy.read_settings read. Budgets scale with the prompt; tune at the length that matters to you.
     """
     require("transformers", "gguf", extra="demo")
-    from stem_attn.lab.can_attend import check_attention
+    from stem_attn.lab.can_attend import check_can_attend
     from stem_attn.lab.tune.target import parse_target
 
     # Everything that can be refused without the model is refused before it loads.
@@ -97,7 +97,7 @@ def tune(
 
     torch.manual_seed(_SEED)
     loaded = load_model(model, gguf, device, dtype)
-    check_attention(loaded.model, config)
+    check_can_attend(loaded.model, config)
     if length > loaded.context_tokens:
         raise InputError(f"--length {length} is more than the model's context of {loaded.context_tokens} tokens")
     texts = excerpts(loaded.tokenizer, length, prompts + held_out, text_file or [])
