@@ -29,8 +29,12 @@ class Counters:
         self._dense_tokens: Counter[str] = Counter()
         self._unknown_prompt_len_tokens = 0
         self._selection_seconds = 0.0
+        self._kept_blocks = 0
         self._causal_blocks = 0
-        self._kept_blocks: dict[str, Tensor] = {}  # by device, int64, so that counting never waits for the device
+        # A worker has one GPU. What it holds is added up once a step, by few launches, and nobody waits for it.
+        self._waiting: list[Tensor] = []
+        self._waiting_causal = 0
+        self._kept_on_gpu: Tensor | None = None  # int64 []
         self._late = Late()
 
     def count_step(self, sparse: int, dense: Mapping[str, int], unknown_prompt_len: int) -> None:
@@ -44,42 +48,52 @@ class Counters:
         self._sparse_tokens += sparse
         self._dense_tokens.update(dense)
         self._unknown_prompt_len_tokens += unknown_prompt_len
+        self._add_up()
         metrics = _metrics()
         if sparse:
             metrics["tokens"].labels("sparse", "").inc(sparse)
         for reason, tokens in dense.items():
             metrics["tokens"].labels("dense", reason).inc(tokens)
-        for total in self._kept_blocks.values():
-            if total.is_cuda:
-                kept, causal = self._late.read(total, self._causal_blocks)
-                metrics["kept"].inc(kept)
-                metrics["causal"].inc(causal)
+        if self._kept_on_gpu is not None:
+            kept, causal = self._late.read(self._kept_on_gpu, self._causal_blocks)
+            metrics["kept"].inc(kept)
+            metrics["causal"].inc(causal)
 
-    def count_selection(self, selection: BlockSelection, seconds: float) -> None:
-        """Note one layer's selection for one span, and the time it took."""
-        self.count_blocks(selection.counts.sum(), selection.counts.shape[1] * selection.grid.causal_blocks)
-        self.count_selection_seconds(seconds)
-
-    def count_blocks(self, kept: Tensor, causal: int) -> None:
-        """Note kept blocks (a scalar on any device) and the causal ones they were kept of."""
-        device = str(kept.device)
-        if device not in self._kept_blocks:
-            with torch.inference_mode(False):  # so that it can be added to in any mode
-                self._kept_blocks[device] = torch.zeros((), dtype=torch.int64, device=kept.device)
-        self._kept_blocks[device] += kept  # in place: a copy of it may be under way
+    def count_blocks(self, selection: BlockSelection) -> None:
+        """Note what one layer kept for one span."""
+        counts = selection.counts
+        causal = counts.shape[0] * counts.shape[1] * selection.grid.causal_blocks
+        if counts.is_cuda:
+            self._waiting.append(counts)
+            self._waiting_causal += causal
+            return
+        kept = int(counts.sum())
+        self._kept_blocks += kept
         self._causal_blocks += causal
-        if not kept.is_cuda:
-            _metrics()["kept"].inc(int(kept))
-            _metrics()["causal"].inc(causal)
+        _metrics()["kept"].inc(kept)
+        _metrics()["causal"].inc(causal)
 
     def count_selection_seconds(self, seconds: float) -> None:
         """Note time spent choosing blocks."""
         self._selection_seconds += seconds
         _metrics()["seconds"].inc(seconds)
 
+    def _add_up(self) -> None:
+        if not self._waiting:
+            return
+        if self._kept_on_gpu is None:
+            with torch.inference_mode(False):  # so that it can be added to in any mode
+                self._kept_on_gpu = torch.zeros((), dtype=torch.int64, device=self._waiting[0].device)
+        # In place: a copy of it may be under way.
+        self._kept_on_gpu += torch.cat([counts.flatten() for counts in self._waiting]).sum()
+        self._causal_blocks += self._waiting_causal
+        self._waiting.clear()
+        self._waiting_causal = 0
+
     def read(self) -> dict[str, Any]:
         """Return the counts so far, as plain values."""
-        kept = sum(int(n) for n in self._kept_blocks.values())
+        self._add_up()
+        kept = self._kept_blocks + (0 if self._kept_on_gpu is None else int(self._kept_on_gpu))
         return {
             "sparse_tokens": self._sparse_tokens,
             "dense_tokens": dict(self._dense_tokens),

@@ -57,7 +57,8 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
             selection = select_blocks(
                 q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len, **self.properties
             )
-            counters.count_selection(selection, time.perf_counter() - began)
+            counters.count_selection_seconds(time.perf_counter() - began)
+            counters.count_blocks(selection)
             out = block_sparse_attention(
                 q,
                 k,

@@ -150,7 +150,7 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
             )
             for selection in selections:
                 # The time that choosing takes is not counted: knowing it would mean waiting for the device.
-                counters.count_blocks(selection.counts.sum(), selection.counts.shape[1] * selection.grid.causal_blocks)
+                counters.count_blocks(selection)
 
 
 class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]
