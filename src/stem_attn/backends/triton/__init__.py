@@ -63,8 +63,11 @@ class TritonBackend(Backend):
             return f"its block sizes are 16, 32, 64 and 128, got {call.block_size}"
         if max(q.shape[3], call.v.shape[3]) > 256:
             return f"its head dims go up to 256, got {q.shape[3]} and {call.v.shape[3]}"
-        if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-            return f"it needs an NVIDIA GPU since Ampere, got {torch.cuda.get_device_name(q.device)}"
+        if q.is_cuda and torch.version.hip is None:
+            from stem_attn.backends.triton.launch import capability_of
+
+            if capability_of(q.device) < (8, 0):
+                return f"it needs an NVIDIA GPU since Ampere, got {torch.cuda.get_device_name(q.device)}"
         if call.precision == "fp8":
             from stem_attn.backends.triton.fp8 import why_unsupported
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention_kernel import attention_kernel
+from stem_attn.backends.triton.boxes import Boxes
 from stem_attn.backends.triton.host_numbers import to_device
-from stem_attn.backends.triton.launch import Launch, on_device
+from stem_attn.backends.triton.launch import Launch, capability_of, on_device
 from stem_attn.backends.triton.launch_order import LEAD_ROWS
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.tiles import HopperTile, Tile, choose_hopper_tile, choose_tile
@@ -268,7 +269,7 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int
 
 def gluon_runs_on(device: torch.device) -> bool:
     """Tell whether the Hopper kernels run on a device."""
-    if device.type != "cuda" or torch.version.hip is not None or _capability(device) != (9, 0):
+    if device.type != "cuda" or torch.version.hip is not None or capability_of(device) != (9, 0):
         return False
     return _gluon_known()
 
@@ -284,8 +285,6 @@ def _gluon_known() -> bool:
 
 def launch_hopper(x: Operands) -> None:
     """Run the Hopper kernel, over one part, on q's device, on its current stream."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
     q, k, v, lse, counts = x.q, x.k, x.v, x.lse, x.kept
     sinks = sinks_of(x.call, counts)
     tensors = (x.out, lse if lse is not None else x.out, x.indices, counts)
@@ -295,9 +294,7 @@ def launch_hopper(x: Operands) -> None:
     flags = x.call.window, lse is not None, *sizes, x.wanted is not None, x.means is not None
     plan, boxes = _hopper_launch(*key, x.logits, *flags, tile)
     described = (q, k, v) if x.means is None else (q, k, v, *x.means[:2])
-    inputs = [
-        GluonDescriptor(t, *_described(t, *shape), layout) for t, (shape, layout) in zip(described, boxes, strict=True)
-    ]
+    inputs = [box.of(t) for t, box in zip(described, boxes, strict=True)]
     means = (None, None, None) if x.means is None else (*inputs[3:], x.means[2])
     run_on(q.device, plan, *inputs[:3], *tensors, counts if x.block_table is None else x.block_table[0], sinks, *means)
 
@@ -317,8 +314,10 @@ def _hopper_launch(
     may_skip: bool,
     means: bool,
     tile: HopperTile,
-) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
-    """Make the launch that calls of equal layouts share, and the tile and its layout of each descriptor."""
+) -> tuple[Launch, list[Boxes]]:
+    """Make the launch that calls of equal layouts share, and its descriptors."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
 
     pad, pad_v = padded(layouts[0][0][3]), padded(layouts[2][0][3])
@@ -337,10 +336,15 @@ def _hopper_launch(
     # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
     options = {"num_warps": 4, "maxnreg": tile.registers}
     plan = Launch(hopper_attention_kernel, grid, (*strides, *numbers), constants, **options)
-    boxes = [(64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v))]
+    shapes = [(64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v))]
     if means:
-        boxes += [(tile.keys, pad), (tile.keys, pad_v)]
-    return plan, [(box, box_layout(box)) for box in boxes]
+        shapes += [(tile.keys, pad), (tile.keys, pad_v)]
+
+    def boxes(shape: tuple[int, int]) -> Boxes:
+        layout = box_layout(shape)
+        return Boxes(lambda x: GluonDescriptor(x, *_described(x, *shape), layout))
+
+    return plan, [boxes(shape) for shape in shapes]
 
 
 def geometry_of(
@@ -381,18 +385,16 @@ def has_copy_engine(device: torch.device) -> bool:
 
     Consumer Blackwell has the engine too, but there Triton 3.6 spills thousands of bytes a thread with it.
     """
-    return device.type == "cuda" and torch.version.hip is None and _capability(device)[0] in (9, 10)
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return device.type == "cuda" and torch.version.hip is None and capability_of(device)[0] in (9, 10)
 
 
 def _describable(x: Tensor) -> bool:
     """Tell whether the copy engine can address a tensor: 16-byte aligned base and strides."""
-    steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in steps)
+    aligned = 16 // x.element_size()
+    strides, shape = x.stride(), x.shape
+    return x.data_ptr() % 16 == 0 and all(
+        shape[i] == 1 or (strides[i] > 0 and strides[i] % aligned == 0) for i in range(3)
+    )
 
 
 def _described(x: Tensor, tokens: int, dims: int) -> tuple[list[int], list[int], list[int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from stem_attn.backends.triton.attention import (
     run_on,
     switches_of,
 )
+from stem_attn.backends.triton.boxes import Boxes
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
@@ -214,15 +214,10 @@ def launch(
         lse: float32 [B, Hq, Tq] contiguous, or None; likewise.
         k_len: Tokens of the sequence.
     """
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     tensors = (out, out if lse is None else lse, indices, counts)
     key = layouts_of(x.q, x.k, x.v, out, indices, counts), out.dtype, out.device, alignment_of(*tensors)
     plan, boxes = _attention_launch(*key, logits, call.window, lse is not None, k_len)
-    inputs = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], layout)
-        for t, (box, layout) in zip((x.q, x.k, x.v), boxes, strict=True)
-    )
+    inputs = (box.of(t) for t, box in zip((x.q, x.k, x.v), boxes, strict=True))
     shifts = x.q_scales if x.shifts is None else x.shifts
     read = x.q_scales, x.kv_scales, x.unsafe, shifts
     run_on(out.device, plan, *inputs, *read, *tensors, sinks_of(call, counts))
@@ -238,8 +233,10 @@ def _attention_launch(
     window: int | None,
     lse: bool,
     k_len: int,
-) -> tuple[Launch, list[tuple[tuple[int, int], Any]]]:
-    """Make the launch that calls of equal layouts share, and the tile and its layout of each descriptor."""
+) -> tuple[Launch, list[Boxes]]:
+    """Make the launch that calls of equal layouts share, and its descriptors."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
     from stem_attn.backends.triton.hopper_fp8_kernel import box_layout, hopper_fp8_kernel
 
     (_, _, k_tokens, pad), (_, _, v_rows, block_size) = layouts[1][0], layouts[2][0]
@@ -253,6 +250,10 @@ def _attention_launch(
     # A multiprocessor's threads share 64 Ki registers; the kernel deals its own out anew.
     options = {"num_warps": 4, "maxnreg": tile.registers}
     grid = programs * (block_size // tile.keys), batch
-    boxes = (64, pad), (tile.keys, pad), (pad_v, tile.keys)
+
+    def boxes(rows: int, columns: int) -> Boxes:
+        layout = box_layout(rows, columns)
+        return Boxes(lambda x: GluonDescriptor.from_tensor(x, [1, 1, rows, columns], layout))
+
     plan = Launch(hopper_fp8_kernel, grid, numbers, constants, **options)
-    return plan, [(box, box_layout(*box)) for box in boxes]
+    return plan, [boxes(64, pad), boxes(tile.keys, pad), boxes(pad_v, tile.keys)]

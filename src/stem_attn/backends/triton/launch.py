@@ -25,7 +25,7 @@ class Launch:
         options: Warps, stages and what else Triton takes.
     """
 
-    __slots__ = ("_arguments", "_compiled", "_grid", "_kernel", "_named", "_numbers")
+    __slots__ = ("_arguments", "_grid", "_kernel", "_named", "_numbers", "_run")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], constants: dict[str, Any], **options: int
@@ -33,22 +33,33 @@ class Launch:
         self._kernel, self._grid, self._numbers = kernel, (*grid, 1)[:3], numbers
         self._named = {**constants, **options}
         self._arguments = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
-        self._compiled: Any = None
+        self._run: Any = None
 
     def __call__(self, *tensors: Any) -> None:
         """Run on the current device and stream."""
-        if self._compiled is None:  # always so in the interpreter, which compiles nothing
-            self._compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
+        if self._run is None:
+            compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
+            if compiled is not None:  # the interpreter compiles nothing
+                self._run = compiled[self._grid]
         else:
-            self._compiled[self._grid](*tensors, *self._arguments)
+            self._run(*tensors, *self._arguments)
 
 
 @cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
 def can_chain(device: torch.device) -> bool:
     """Tell whether a kernel can be launched before its predecessor has ended: on NVIDIA's GPUs since Hopper."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability_of(device) >= (9, 0)
+
+
+_HERE = nullcontext()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Launch on this device, not on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _HERE

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton.attention import gluon_runs_on
+from stem_attn.backends.triton.boxes import Boxes
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits
 from stem_attn.backends.triton.mass_kernels import mass_kernel
@@ -114,7 +115,16 @@ class HopperMassScores:
     """Masses of means of runs, by the Hopper kernel."""
 
     def __init__(self, sizes: Sizes, logits: Logits, tile: HopperMassTile) -> None:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+        from stem_attn.backends.triton.hopper_mass_kernel import box_layout
+
+        def boxes(side: int) -> Boxes:
+            layout = box_layout(side)
+            return Boxes(lambda pooled: GluonDescriptor.from_tensor(pooled, [side, 64], layout))
+
         self._sizes, self._logits, self._tile = sizes, logits, tile
+        self._q_tiles, self._k_tiles = boxes(64), boxes(tile.columns)
 
     def launches(self, first: int, rows: int) -> Steps:
         """Plan the scores of `rows` query blocks from `first` on."""
@@ -131,15 +141,7 @@ class HopperMassScores:
 
     def describe(self, pooled: Tensor) -> dict[str, Any]:
         """Describe the boxes in which the kernel reads pooled blocks."""
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-        from stem_attn.backends.triton.hopper_mass_kernel import box_layout
-
-        q_tiles, k_tiles = (
-            GluonDescriptor(pooled, pooled.shape, pooled.stride(), [side, 64], box_layout(side))
-            for side in (64, self._tile.columns)
-        )
-        return {"q_tiles": q_tiles, "k_tiles": k_tiles}
+        return {"q_tiles": self._q_tiles.of(pooled), "k_tiles": self._k_tiles.of(pooled)}
 
 
 _MASS_TENSORS = ("q_tiles", "k_tiles", "table", "sinks", "masses", "scores")
