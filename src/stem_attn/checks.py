@@ -15,6 +15,7 @@ from stem_attn.config import PRESETS, Residual, StemConfig
 
 # Ready-made: torch.compile does not trace what makes them.
 _PRESETS = {name: StemConfig.preset(name) for name in PRESETS}
+_RESIDUALS = get_args(Residual)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -22,6 +23,19 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {shape_of(x)}")
+    check_numbers(q, k, v)
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        raise ValueError(f"q, k and v must not be empty, got {shape_of(q)}, {shape_of(k)}, {shape_of(v)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must agree in batch, heads and tokens, got {shape_of(k)} and {shape_of(v)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must agree in batch and head_dim, got {shape_of(q)} and {shape_of(k)}")
+    check_heads(q.shape[1], k.shape[1])
+    check_tokens(q.shape[2], k.shape[2])
+
+
+def check_numbers(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check dtypes and devices, that there are numbers, and that no gradient is asked for."""
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
@@ -30,18 +44,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             "q, k and v must hold numbers: which blocks are kept depends on them; got meta or fake tensors"
         )
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        raise ValueError(f"q, k and v must not be empty, got {shape_of(q)}, {shape_of(k)}, {shape_of(v)}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k and v must agree in batch, heads and tokens, got {shape_of(k)} and {shape_of(v)}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must agree in batch and head_dim, got {shape_of(q)} and {shape_of(k)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"q must not have more tokens than k, got {q.shape[2]} and {k.shape[2]}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("sparse prefill has no backward: call it under torch.no_grad() or with detached inputs")
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Check that KV heads serve query heads in equal groups."""
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
+
+
+def check_tokens(q_len: int, k_len: int) -> None:
+    """Check that every query has a key of its own."""
+    if q_len > k_len:
+        raise ValueError(f"q must not have more tokens than k, got {q_len} and {k_len}")
 
 
 def resolve_config(config: StemConfig | str) -> StemConfig:
@@ -118,8 +134,8 @@ def check_window(window: int | None) -> None:
 
 def check_residual(residual: Residual, window: int | None) -> None:
     """Check what stands for pruned blocks, and that it is not asked for within a window."""
-    if residual not in get_args(Residual):
-        raise ValueError(f"residual must be one of {', '.join(get_args(Residual))}, got {residual!r}")
+    if residual not in _RESIDUALS:
+        raise ValueError(f"residual must be one of {', '.join(_RESIDUALS)}, got {residual!r}")
     if residual != "none" and window is not None:
         raise ValueError(
             f"residual={residual!r} cannot be combined with a window: blocks that have left it would return; "

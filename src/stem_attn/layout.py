@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.checks import check_qkv, resolve_lengths, resolve_prompt_len, resolve_starts, shape_of
+from stem_attn.checks import (
+    check_heads,
+    check_numbers,
+    check_qkv,
+    check_tokens,
+    resolve_lengths,
+    resolve_prompt_len,
+    resolve_starts,
+    shape_of,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,16 +177,16 @@ class Layout:
         q, k, v = q.transpose(0, 1)[None], k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         parts = []
         for n, (start, stop) in enumerate(pairwise(starts)):
-            query = q[:, :, start:stop]
-            # Of the sequence's shape; its numbers mean nothing.
-            check_qkv(query, *(x[:1, :, :1].expand(-1, -1, k_lens[n], -1) for x in (k, v)))
-            lengths = resolve_prompt_len(told[n], 1, k_lens[n])
-            parts.append(Part(query, k, v, block_table[n], stop - start, k_lens[n], lengths, slice(start, stop)))
+            tokens, k_len = slice(start, stop), k_lens[n]
+            check_tokens(stop - start, k_len)
+            query = q if count == 1 else q[:, :, tokens]
+            lengths = resolve_prompt_len(told[n], 1, k_len)
+            parts.append(Part(query, k, v, block_table[n], stop - start, k_len, lengths, tokens))
         return cls(q, k, v, block_table, tuple(parts))
 
 
 def _check_paged(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
-    """Check what `check_qkv` does not: ranks of packed queries and caches, the caches' strides, the block table."""
+    """Check what does not differ between sequences."""
     for name, x, rank, form in (
         ("q", q, 3, "[tokens, heads, head_dim]"),
         ("k_cache", k_cache, 4, "[pages, page_size, heads, head_dim]"),
@@ -190,6 +199,10 @@ def _check_paged(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
             "k_cache and v_cache must agree in pages, page_size and heads and have a last stride of 1; got "
             f"{list(k_cache.shape)} with strides {k_cache.stride()} and {list(v_cache.shape)} with {v_cache.stride()}"
         )
+    check_numbers(q, k_cache, v_cache)
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(f"q and k_cache must agree in head_dim, got {shape_of(q)} and {shape_of(k_cache)}")
+    check_heads(q.shape[1], k_cache.shape[2])
     table = block_table if isinstance(block_table, Tensor) and block_table.ndim == 2 else None
     if table is None or table.dtype != torch.int32 or table.device != q.device or table.stride(1) != 1:
         got = "no such tensor" if table is None else f"{table.dtype} on {table.device} with strides {table.stride()}"
