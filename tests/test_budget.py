@@ -94,3 +94,42 @@ def test_prompts_of_as_many_blocks_share_a_budget():
     assert budget_of(config, (1001,)) is budget_of(config, (1008,))
     assert budget_of(config, (1001,)) is not budget_of(config, (1009,))
     assert budget_of(config, (1001, 90)) is budget_of(config, (1004, 96))
+
+
+def test_what_layers_will_ask_for_is_made_at_once():
+    layers = [StemConfig(block_size=16, budget_scale=1 + n / 10, budget_bias=9) for n in range(6)]
+    first = [budget_of(config, (777,)) for config in layers]
+    second = [budget_of(config, (1500,)) for config in reversed(layers)]
+    assert len({id(budget.of_layers) for budget in first}) == 6  # nobody knew of the others yet
+    assert len({id(budget.of_layers) for budget in second}) == 1
+    for config, budget in zip(reversed(layers), second, strict=True):
+        assert budget.config == config
+        assert budget.blocks.tolist() == reference_budget(config, 1500)
+        assert budget_of(config, (1500,)) is budget
+    assert budget_of(StemConfig(block_size=16, budget_bias=8), (1500,)).of_layers is not second[0].of_layers
+
+
+def test_what_keeps_everything_is_told_by_layer():
+    layers = [StemConfig(block_size=16, budget_scale=scale, budget_bias=2, tail_blocks=1) for scale in (0.5, 1.0, 5.0)]
+    for prompts in ((640,), (640, 320)):
+        for config in (*layers, *layers):
+            budget = budget_of(config, prompts)
+            for q_len, k_len in [(16, 16), (80, 80), (640, 640), (320, 640), (16, 640), (32, 640)]:
+                grid = BlockGrid(q_len, k_len, 16)
+                rows = grid.block_ids() + 1
+                assert budget.keeps_everything(grid) == bool((budget.rows(grid) >= rows).all())
+
+
+def test_budgets_kept_are_bounded(monkeypatch):
+    from stem_attn import budget
+
+    monkeypatch.setattr(budget, "_kept", {})
+    monkeypatch.setattr(budget, "_asked", {})
+    monkeypatch.setattr(budget, "KEPT", 40)
+    monkeypatch.setattr(budget, "LAYERS", 8)
+    for length in range(100, 1000, 16):
+        for scale in range(20):
+            config = StemConfig(block_size=16, budget_scale=1 + scale / 10)
+            assert budget_of(config, (length,)).blocks.tolist() == reference_budget(config, length)
+            assert len(budget._kept) <= 40
+            assert all(len(alike) <= 8 for alike in budget._asked.values())

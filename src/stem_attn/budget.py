@@ -1,15 +1,19 @@
 """Token Position-Decay: how many key blocks each query block keeps.
 
 A budget depends on positions, the prompt's length and the config only. So it is made on the host, for the whole
-prompt, and a chunk reads its rows of it: a chunk boundary changes nothing. Results are cached, because every layer
-and every chunk asks for the same: never write to them.
+prompt, and a chunk reads its rows of it: a chunk boundary changes nothing. Results are kept, because every layer and
+every chunk asks for the same: never write to them.
+
+Layers may differ in the scale of their budgets, and a server's prompts have many lengths. So what the layers of a model
+will ask for one after the other is made at once, as soon as the first of them asks for a length that is new.
 """
 
 from __future__ import annotations
 
-from array import array
+import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -17,25 +21,63 @@ from torch import Tensor
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 
+KEPT = 8192
+"""Budgets that are kept: of 128 lengths in a model of 64 layers."""
+LAYERS = 128
+"""Scales that are made together at most, the latest to be asked for."""
+CHUNKS = 64
+"""Chunks of which something is remembered: a server's begin and end anywhere, but a step's layers ask for the same."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Budgets:
+    """Budgets of the same prompts by configs that differ in `budget_scale` only.
+
+    Args:
+        configs: One a layer.
+        blocks: int32 [L, n] on the CPU, from 1 to the prompt's n blocks, not yet clipped to a row's causal ones;
+            [L, B, n] where batch rows differ, n being the longest prompt's.
+    """
+
+    configs: tuple[StemConfig, ...]
+    blocks: Tensor
+    _whole: dict[tuple[int, int], list[bool]] = field(init=False, repr=False, default_factory=dict)
+
+    def keep_everything(self, grid: BlockGrid) -> list[bool]:
+        """Tell of every layer whether each row of a call keeps all its causal blocks."""
+        first, last = rows = grid.first_block, grid.k_blocks
+        whole = self._whole.get(rows)
+        if whole is None:
+            prune = self.blocks[..., first:last] <= torch.arange(first, last, dtype=torch.int32, device="cpu")
+            if len(self._whole) >= CHUNKS:
+                self._whole.clear()
+            whole = self._whole[rows] = (~prune.flatten(1).any(1)).tolist()
+        return whole
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budget:
     """The blocks that every query row of a prompt may keep.
 
     Args:
-        config: The schedule.
-        blocks: int32 [n] on the CPU, from 1 to the prompt's n blocks, not yet clipped to a row's causal ones; [B, n]
-            where batch rows differ, n being the longest prompt's.
+        of_layers: Where it was made.
+        layer: Which of them it is.
+        blocks: int32 [n] or [B, n], its own.
     """
 
-    config: StemConfig
+    of_layers: Budgets
+    layer: int
     blocks: Tensor
-    _pruning: array[int] = field(init=False, repr=False)  # rows before each row that do not keep everything
 
-    def __post_init__(self) -> None:
-        rows = torch.arange(self.blocks.shape[-1], device="cpu")
-        prune = (self.blocks <= rows).view(-1, len(rows)).any(0)
-        object.__setattr__(self, "_pruning", array("i", [0, *prune.cumsum(0).tolist()]))
+    @classmethod
+    def alone(cls, config: StemConfig, blocks: Tensor) -> Budget:
+        """Return a budget of given blocks."""
+        return cls(Budgets((config,), blocks[None]), 0, blocks)
+
+    @property
+    def config(self) -> StemConfig:
+        """The schedule."""
+        return self.of_layers.configs[self.layer]
 
     def rows(self, grid: BlockGrid) -> Tensor:
         """Return the budget of the rows that a call holds: int32 [Qb], or [B, Qb]."""
@@ -43,7 +85,12 @@ class Budget:
 
     def keeps_everything(self, grid: BlockGrid) -> bool:
         """Tell whether every row of a call keeps all its causal blocks, so that there is nothing to score."""
-        return self._pruning[grid.first_block] == self._pruning[grid.k_blocks]
+        return self.of_layers.keep_everything(grid)[self.layer]
+
+
+_kept: dict[tuple[StemConfig, tuple[int, ...]], Budget] = {}
+_asked: dict[StemConfig, dict[StemConfig, None]] = {}  # by what they share, configs that have asked for a budget
+_lock = Lock()
 
 
 def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
@@ -55,34 +102,64 @@ def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
 
     Source: Stem, Eq. 3 (`decay_from="first_row"`); the authors' code (`decay_from="plateau"`).
     """
-    return _budget_of(config, tuple(-(-n // config.block_size) for n in prompt_lens))
+    key = config, tuple(-(-n // config.block_size) for n in prompt_lens)
+    budget = _kept.get(key)
+    return _make(*key) if budget is None else budget
 
 
-# Layers may have budgets of their own, and a server's prompts have many lengths: as blocks they soon come again.
-@lru_cache(maxsize=4096)
-def _budget_of(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
-    rows = [_prompt_budget(config, n) for n in prompt_blocks]
+def _make(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
+    """Make the budgets of some prompts for a config, and for those like it that have asked for budgets before."""
+    with _lock:
+        alike = _asked.setdefault(_unscaled(config), {})
+        alike.pop(config, None)
+        alike[config] = None
+        if len(alike) > LAYERS:
+            del alike[next(iter(alike))]
+        configs = tuple(one for one in alike if (one, prompt_blocks) not in _kept)
+        made = Budgets(configs, _blocks(configs, prompt_blocks))
+        for layer, (one, blocks) in enumerate(zip(configs, made.blocks.unbind(0), strict=True)):
+            _kept[one, prompt_blocks] = Budget(made, layer, blocks)
+        budget = _kept[config, prompt_blocks]
+        while len(_kept) > KEPT:
+            del _kept[next(iter(_kept))]
+        return budget
+
+
+@lru_cache(maxsize=1024)
+def _unscaled(config: StemConfig) -> StemConfig:
+    return dataclasses.replace(config, budget_scale=1.0)
+
+
+def _blocks(configs: tuple[StemConfig, ...], prompt_blocks: tuple[int, ...]) -> Tensor:
+    """Return the budgets of some prompts by configs that differ in their scale: int32 [L, n] or [L, B, n]."""
+    rows = [_prompt_budget(configs, n) for n in prompt_blocks]
     if len(rows) == 1:
-        return Budget(config, rows[0])
-    table = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int32, device="cpu")
+        return rows[0]
+    table = torch.zeros(len(configs), len(rows), max(prompt_blocks), dtype=torch.int32, device="cpu")
     for n, row in enumerate(rows):
-        table[n, : len(row)] = row
-    return Budget(config, table)
+        table[:, n, : row.shape[1]] = row
+    return table
 
 
-def _prompt_budget(config: StemConfig, n: int) -> Tensor:
-    """Return the budget of all n rows of a prompt."""
-    if n < config.dense_below:
-        return torch.full((n,), n, dtype=torch.int32, device="cpu")
-    start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
-    if config.decay_from == "first_row":
-        budget = start - start * (1 - config.decay) / n * torch.arange(n, dtype=torch.float64, device="cpu")
-    else:
-        plateau = min(max(int(start), config.budget_floor), n)
-        budget = torch.full((n,), plateau, dtype=torch.float64, device="cpu")
-        end = config.decay * plateau
-        budget[plateau:] = torch.linspace(plateau, end, n - plateau, dtype=torch.float64, device="cpu")
-    rows = budget.floor().clamp(min=config.budget_floor, max=n).to(torch.int32)
-    tail = torch.arange(max(n - config.tail_blocks, 0), n, device="cpu")
-    rows[tail] = rows[tail].maximum((config.tail_ratio * (tail + 1).double()).ceil().to(torch.int32))
+def _prompt_budget(configs: tuple[StemConfig, ...], n: int) -> Tensor:
+    """Return the budgets of all n rows of a prompt: int32 [L, n]."""
+    shared = configs[0]
+    if n < shared.dense_below:
+        return torch.full((len(configs), n), n, dtype=torch.int32, device="cpu")
+    rows = torch.empty(len(configs), n, dtype=torch.int32, device="cpu")
+    for row, config in zip(rows.unbind(0), configs, strict=True):
+        start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
+        if config.decay_from == "first_row":
+            places = torch.arange(n, dtype=torch.float64, device="cpu")
+            row.copy_((start - start * (1 - config.decay) / n * places).floor_())
+        else:
+            plateau = min(max(int(start), config.budget_floor), n)
+            row[:plateau] = plateau
+            end = config.decay * plateau
+            row[plateau:] = torch.linspace(plateau, end, n - plateau, dtype=torch.float64, device="cpu").floor_()
+    rows.clamp_(min=shared.budget_floor, max=n)
+    first = max(n - shared.tail_blocks, 0)
+    if first < n:
+        tail = torch.arange(first + 1, n + 1, dtype=torch.float64, device="cpu").mul_(shared.tail_ratio).ceil_()
+        rows[:, first:] = rows[:, first:].maximum(tail.to(torch.int32))
     return rows

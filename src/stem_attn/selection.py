@@ -65,7 +65,8 @@ def select_rows(
         kv_heads: KV heads.
         device: Of the scores.
     """
-    keep, width = kept_per_row(budget, grid, config)
+    keep, most = kept_per_row(budget, grid, config)
+    width = int(most.max())  # of the selection's indices: known on the host, so that a GPU need not be asked
     least = kept_at_least(keep, grid, config).expand(batch, -1)
     keep = keep.expand(batch, -1)
     # The last rows see the most: first.
@@ -157,8 +158,8 @@ def _share(scores: Tensor, least: Tensor, forced: Tensor, alone: Tensor, config:
     return mask.transpose(1, 2).reshape(scores.shape)
 
 
-def kept_per_row(budget: Tensor, grid: BlockGrid, config: StemConfig) -> tuple[Tensor, int]:
-    """Clip a budget to what a row has, and bound the blocks that any row keeps.
+def kept_per_row(budget: Tensor, grid: BlockGrid, config: StemConfig) -> tuple[Tensor, Tensor]:
+    """Clip a budget to what a row has, and bound the blocks that it keeps.
 
     Args:
         budget: int32 [Qb] or [B, Qb] on the CPU.
@@ -167,11 +168,11 @@ def kept_per_row(budget: Tensor, grid: BlockGrid, config: StemConfig) -> tuple[T
 
     Returns:
         The blocks that top-k takes, int32 in the shape of `budget` (forced ones among them when they are inside),
-        and the width of the selection's `indices`: known on the host, so that a GPU need not be asked.
+        and those that a row keeps at most, from `most_kept`.
     """
     most = most_kept(budget, grid, config)
     keep = most if config.forced_blocks == "inside" else budget.minimum(most)
-    return keep, int(most.max())
+    return keep, most
 
 
 def kept_at_least(keep: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
@@ -202,7 +203,8 @@ def most_kept(budget: Tensor, grid: BlockGrid, config: StemConfig) -> Tensor:
     """
     forced = config.sink_blocks + config.local_blocks
     most = budget.clamp(min=forced) if config.forced_blocks == "inside" else budget + forced
-    return most.minimum(grid.block_ids(budget.device).int() + 1)
+    causal = torch.arange(grid.first_block + 1, grid.k_blocks + 1, dtype=torch.int32, device=budget.device)
+    return most.minimum(causal)
 
 
 def _top(scores: Tensor, keep: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def whole_budget(call: Call, config: StemConfig, rows: Tensor | None) -> Budget:
     if rows is None:
         return budget_of(config, call.parts[0].prompt_lens)
     before = call.grid(call.parts[0]).first_block
-    return Budget(config, F.pad(rows, (before, 0), value=1))
+    return Budget.alone(config, F.pad(rows, (before, 0), value=1))
 
 
 def make_budget(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
@@ -381,6 +381,7 @@ def test_long_prompts(preset, k_len):
 def test_budgets_of_layers_and_chunks_share_what_they_can():
     """Layers that differ in their budget share launches, chunks of a prompt share its table."""
     from stem_attn.backends.triton import selection
+    from stem_attn.backends.triton.keep_table import keep_tables
 
     q, k, v = make_qkv(16, 320, heads=2, kv_heads=1)
     layers = [make_config(score="mass", budget_scope="layer", budget_scale=1 + n / 100) for n in range(32)]
@@ -392,25 +393,46 @@ def test_budgets_of_layers_and_chunks_share_what_they_can():
             tables.add(selection.keep_table(budget_of(config, (320,)), 2, torch.device("cpu")))
     assert len(launches) == 20  # a chunk each
     assert len(tables) == 32  # a layer each
-    before = selection._launches.cache_info().misses, selection.keep_table.cache_info().misses
+    before = selection._launches.cache_info().misses, keep_tables.cache_info().misses
     for config in layers:
         selection.launches_for(call, call.parts[0], config)
         selection.keep_table(budget_of(config, (320,)), 2, torch.device("cpu"))
-    assert (selection._launches.cache_info().misses, selection.keep_table.cache_info().misses) == before
+    assert (selection._launches.cache_info().misses, keep_tables.cache_info().misses) == before
+
+
+@pytest.mark.parametrize("rivals", [1, 2])
+@pytest.mark.parametrize("prompts", [(320,), (330, 150)])
+def test_tables_of_layers_lie_together(rivals, prompts):
+    """Every layer reads what it would read alone, from a multiple of 16 bytes on."""
+    from stem_attn.backends.triton.keep_table import keep_table
+
+    layers = [make_config(budget_scope="layer", budget_scale=1 + n / 5, budget_bias=7 + rivals) for n in range(5)]
+    for config in layers:
+        budget_of(config, (17,))  # asked before: made together from now on
+    budgets = [budget_of(config, prompts) for config in layers]
+    tables = [keep_table(budget, rivals, torch.device("cpu")) for budget in budgets]
+    assert len({id(table.tables) for table in tables}) == 1
+    grid = BlockGrid(100, min(prompts), 16)
+    for config, budget, table in zip(layers, budgets, tables, strict=True):
+        alone = keep_table(Budget.alone(config, budget.blocks), rivals, torch.device("cpu"))
+        assert torch.equal(table.on_device(), alone.on_device())
+        assert (table.on_device().data_ptr() - tables[0].on_device().data_ptr()) % 16 == 0
+        assert (table.stride, table.least_at, table.width(grid)) == (alone.stride, alone.least_at, alone.width(grid))
+    assert len({tuple(table.on_device().tolist()) for table in tables}) > 1
 
 
 def test_a_table_remembers_some_chunks_only():
-    from stem_attn.backends.triton.keep_table import WIDTHS, KeepTable
+    from stem_attn.backends.triton.keep_table import CHUNKS, keep_table
 
     config = make_config()
     budget = budget_of(config, (320,))
-    table = KeepTable(budget, 1, torch.device("cpu"))
+    table = keep_table(budget, 1, torch.device("cpu"))
     chunks = [BlockGrid(end - start, end, 16) for end in range(16, 321, 16) for start in range(0, end, 16)]
-    assert len(chunks) > 3 * WIDTHS
+    assert len(chunks) > 3 * CHUNKS
     for grid in chunks:
         most = budget.rows(grid).minimum(grid.block_ids().int() + 1)
         assert table.width(grid) == table.width(grid) == most.max()
-        assert len(table._widths) <= WIDTHS
+        assert len(table.tables._widths) <= CHUNKS
 
 
 def test_a_triton_that_lacks_what_the_kernels_use_is_told(monkeypatch):

@@ -247,7 +247,7 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
 def test_no_table_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, cuda, monkeypatch):
     from vllm.config import set_current_vllm_config
 
-    from stem_attn.backends.triton.keep_table import keep_table
+    from stem_attn.backends.triton.keep_table import keep_table, keep_tables
 
     _, config, spec, names = steps
     with set_current_vllm_config(config):
@@ -262,7 +262,7 @@ def test_no_table_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, 
     monkeypatch.setattr(cuda, "warm_up", warm_up)
     builder._warm_up([builder._settings])
     assert len(warmed) == 1
-    assert keep_table.cache_info().currsize == 0
+    assert keep_tables.cache_info().currsize == 0
 
 
 def test_graphs_and_names(cuda):

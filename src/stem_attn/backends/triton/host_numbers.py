@@ -41,4 +41,4 @@ def page_locked(numbers: Tensor) -> Tensor:
             size = max(ARENA_NUMBERS, count)
             piece, taken = torch.empty(size, dtype=numbers.dtype, device="cpu", pin_memory=True), 0
         _arena.append((piece, taken + count))
-        return piece[taken : taken + numbers.numel()].copy_(numbers)
+        return piece[taken : taken + numbers.numel()].view(numbers.shape).copy_(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -9,14 +10,10 @@ from torch import Tensor
 
 from stem_attn.backends.triton.host_numbers import page_locked, to_device
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import Budget
-from stem_attn.selection import kept_at_least, kept_per_row, most_kept
-
-WIDTHS = 64
-"""Calls whose width a table remembers: the layers of a step ask for the same."""
+from stem_attn.budget import CHUNKS, Budget, Budgets
+from stem_attn.selection import kept_at_least, kept_per_row
 
 
-@lru_cache(maxsize=4096)  # as of budgets
 def keep_table(budget: Budget, rivals: int, device: torch.device) -> KeepTable:
     """Find or make the table of a budget.
 
@@ -25,52 +22,89 @@ def keep_table(budget: Budget, rivals: int, device: torch.device) -> KeepTable:
         rivals: Heads that share budgets; at most 1: none do.
         device: Where kernels read it.
     """
-    return KeepTable(budget, rivals, device)
+    return keep_tables(budget.of_layers, rivals, device)[budget.layer]
 
 
+@lru_cache(maxsize=256)
+def keep_tables(budgets: Budgets, rivals: int, device: torch.device) -> list[KeepTable]:
+    """Make the tables of budgets that were made together; see `keep_table`."""
+    tables = KeepTables(budgets, rivals, device)
+    return [KeepTable(tables, layer) for layer in range(len(budgets.configs))]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class KeepTable:
     """What the kernels read of a budget: a number for every row of the whole prompt, so that all chunks share it.
 
-    `stride` leads from one batch row to the next, 0 where they share a budget; `least_at` to the blocks that every head
-    keeps at least, which follow where heads share budgets.
+    Args:
+        tables: Where it stands.
+        layer: Which of them it is.
     """
 
-    def __init__(self, budget: Budget, rivals: int, device: torch.device) -> None:
-        config, blocks = budget.config, budget.blocks
-        tokens = blocks.shape[-1] * config.block_size
-        prompt = BlockGrid(tokens, tokens, config.block_size)
-        keep, _ = kept_per_row(blocks, prompt, config)
-        most = most_kept(blocks, prompt, config)
-        self.stride = blocks.shape[-1] if blocks.ndim == 2 else 0
-        self.least_at = keep.numel()
-        if rivals > 1:  # a head keeps the most when all others keep the least
-            least = kept_at_least(keep, prompt, config)
-            most = (most * rivals - least * (rivals - 1)).minimum(prompt.block_ids().int() + 1)
-            keep = torch.stack([keep, least])
-        self._most = most
-        self._host = page_locked(keep.flatten()) if device.type == "cuda" else keep.flatten()
-        self._device = device
-        self._widths: dict[tuple[int, int], int] = {}  # by the first and the last row of a call
-        self._copies: dict[int, Tensor] = {}  # by stream
+    tables: KeepTables
+    layer: int
+
+    @property
+    def stride(self) -> int:
+        """Numbers from one batch row to the next, 0 where they share a budget."""
+        return self.tables.stride
+
+    @property
+    def least_at(self) -> int:
+        """Where the blocks that every head keeps at least begin, where heads share budgets."""
+        return self.tables.least_at
 
     def width(self, grid: BlockGrid) -> int:
         """Bound the blocks that any row of a call keeps."""
-        rows = grid.first_block, grid.k_blocks
-        width = self._widths.get(rows)
-        if width is None:
-            if len(self._widths) >= WIDTHS:  # a server's chunks begin and end anywhere
-                self._widths.clear()
-            width = self._widths[rows] = int(self._most[..., slice(*rows)].max())
-        return width
+        return self.tables.widths(grid)[self.layer]
 
     def on_device(self) -> Tensor:
         """Return the table on the device: copied once a stream, and within a captured graph each time."""
+        return self.tables.on_device(self.layer)
+
+
+class KeepTables:
+    """The tables of budgets that were made together; see `KeepTable` for what they share."""
+
+    def __init__(self, budgets: Budgets, rivals: int, device: torch.device) -> None:
+        config, blocks = budgets.configs[0], budgets.blocks
+        tokens = blocks.shape[-1] * config.block_size
+        prompt = BlockGrid(tokens, tokens, config.block_size)
+        keep, most = kept_per_row(blocks, prompt, config)
+        self.stride = blocks.shape[-1] if blocks.ndim == 3 else 0
+        self.least_at = keep[0].numel()
+        parts = [keep]
+        if rivals > 1:  # a head keeps the most when all others keep the least
+            least = kept_at_least(keep, prompt, config)
+            most = (most * rivals - least * (rivals - 1)).minimum(prompt.block_ids().int() + 1)
+            parts.append(least)
+        self._most = most
+        numbers = torch.cat([part.flatten(1) for part in parts], 1)
+        # Every table starts at a multiple of 16 bytes: kernels are compiled for it.
+        numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % 4))
+        self._host = page_locked(numbers) if device.type == "cuda" else numbers
+        self._device = device
+        self._widths: dict[tuple[int, int], list[int]] = {}  # by the first and the last row of a call
+        self._copies: dict[int, tuple[Tensor, ...]] = {}  # by stream
+
+    def widths(self, grid: BlockGrid) -> list[int]:
+        """Bound the blocks that any row of a call keeps, of every layer."""
+        rows = grid.first_block, grid.k_blocks
+        widths = self._widths.get(rows)
+        if widths is None:
+            if len(self._widths) >= CHUNKS:
+                self._widths.clear()
+            widths = self._widths[rows] = self._most[..., slice(*rows)].flatten(1).amax(1).tolist()
+        return widths
+
+    def on_device(self, layer: int) -> Tensor:
+        """Return one layer's table; see `KeepTable.on_device`."""
         if self._device.type != "cuda":
-            return self._host
+            return self._host[layer]
         if torch.cuda.is_current_stream_capturing():
-            return to_device(self._host, self._device)
+            return to_device(self._host[layer], self._device)
         stream = torch.cuda.current_stream().cuda_stream
-        table = self._copies.get(stream)
-        if table is None:
-            table = self._copies[stream] = to_device(self._host, self._device)
-        return table
+        copies = self._copies.get(stream)
+        if copies is None:
+            copies = self._copies[stream] = to_device(self._host, self._device).unbind(0)
+        return copies[layer]

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from stem_attn.api import stem_attention_paged
 from stem_attn.backends.triton.fp8_pages import widen_pages
-from stem_attn.backends.triton.keep_table import keep_table
+from stem_attn.backends.triton.keep_table import keep_tables
 from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import names_backends
 from stem_attn.integrations.vllm.counters import counters
@@ -86,7 +86,7 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
             row = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
             scale = torch.ones((), dtype=torch.float32, device=self.device)
             widen_pages(page.view(torch.float8_e4m3fn), row, [1], scale, scale, config.model_config.dtype)
-        keep_table.cache_clear()  # a builder may be made in memory whose numbers vLLM forgets in its sleep mode
+        keep_tables.cache_clear()  # a builder may be made in memory whose numbers vLLM forgets in its sleep mode
         torch.cuda.empty_cache()
         logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
 
