@@ -127,9 +127,11 @@ def test_budgets_kept_are_bounded(monkeypatch):
     monkeypatch.setattr(budget, "_asked", {})
     monkeypatch.setattr(budget, "KEPT", 40)
     monkeypatch.setattr(budget, "LAYERS", 8)
+    monkeypatch.setattr(budget, "FAMILIES", 3)
     for length in range(100, 1000, 16):
-        for scale in range(20):
-            config = StemConfig(block_size=16, budget_scale=1 + scale / 10)
+        for n in range(20):
+            config = StemConfig(block_size=16, budget_bias=n % 5, budget_scale=1 + n / 10)
             assert budget_of(config, (length,)).blocks.tolist() == reference_budget(config, length)
+            assert len(budget._asked) <= 3
             assert len(budget._kept) <= 40
             assert all(len(alike) <= 8 for alike in budget._asked.values())

@@ -23,6 +23,8 @@ from stem_attn.config import StemConfig
 
 KEPT = 8192
 """Budgets that are kept: of 128 lengths in a model of 64 layers."""
+FAMILIES = 64
+"""Configs that differ in more than their scale, of which it is remembered which scales have been asked for."""
 LAYERS = 128
 """Scales that are made together at most, the latest to be asked for."""
 CHUNKS = 64
@@ -69,11 +71,6 @@ class Budget:
     layer: int
     blocks: Tensor
 
-    @classmethod
-    def alone(cls, config: StemConfig, blocks: Tensor) -> Budget:
-        """Return a budget of given blocks."""
-        return cls(Budgets((config,), blocks[None]), 0, blocks)
-
     @property
     def config(self) -> StemConfig:
         """The schedule."""
@@ -111,6 +108,8 @@ def _make(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
     """Make the budgets of some prompts for a config, and for those like it that have asked for budgets before."""
     with _lock:
         alike = _asked.setdefault(_unscaled(config), {})
+        if len(_asked) > FAMILIES:
+            del _asked[next(iter(_asked))]
         alike.pop(config, None)
         alike[config] = None
         if len(alike) > LAYERS:

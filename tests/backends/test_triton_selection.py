@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers import VECTORS, assert_same_blocks, load_vector, make_qkv, score_rounding
 from stem_attn import BlockSelection, StemConfig
 from stem_attn.blocks import BlockGrid
-from stem_attn.budget import Budget, budget_of
+from stem_attn.budget import Budget, Budgets, budget_of
 from stem_attn.call import Call
 from stem_attn.layout import Layout
 from stem_attn.reference import reference_scores
@@ -52,12 +52,16 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float 
     return Call(Layout.dense(*(x.to(DEVICE) for x in (q, k, v))), config.block_size, scale)
 
 
+def lone_budget(config: StemConfig, blocks: Tensor) -> Budget:
+    return Budget(Budgets((config,), blocks[None]), 0, blocks)
+
+
 def whole_budget(call: Call, config: StemConfig, rows: Tensor | None) -> Budget:
     """The budget of a prompt whose last rows are given; by default what the config says."""
     if rows is None:
         return budget_of(config, call.parts[0].prompt_lens)
     before = call.grid(call.parts[0]).first_block
-    return Budget.alone(config, F.pad(rows, (before, 0), value=1))
+    return lone_budget(config, F.pad(rows, (before, 0), value=1))
 
 
 def make_budget(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
@@ -414,7 +418,7 @@ def test_tables_of_layers_lie_together(rivals, prompts):
     assert len({id(table.tables) for table in tables}) == 1
     grid = BlockGrid(100, min(prompts), 16)
     for config, budget, table in zip(layers, budgets, tables, strict=True):
-        alone = keep_table(Budget.alone(config, budget.blocks), rivals, torch.device("cpu"))
+        alone = keep_table(lone_budget(config, budget.blocks), rivals, torch.device("cpu"))
         assert torch.equal(table.on_device(), alone.on_device())
         assert (table.on_device().data_ptr() - tables[0].on_device().data_ptr()) % 16 == 0
         assert (table.stride, table.least_at, table.width(grid)) == (alone.stride, alone.least_at, alone.width(grid))
