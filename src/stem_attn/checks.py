@@ -73,7 +73,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     """Return a device on which torch can make tensors here, from itself or from its name."""
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.empty(1, dtype=torch.uint8, device=found)
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:  # each kind of device has its own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot use device {str(device)!r}: {reason}") from error
