@@ -105,6 +105,15 @@ def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, t
     for rate in rates:
         assert rate["dense"]["requests"] == rate["stem"]["requests"] == max(1, round(0.1 * capacity["dense"]))
         assert rate["dense"]["lost"] == []
+        for name in SERVERS:
+            due, lengths, _, _ = zip(*rate[name]["samples"], strict=True)
+            assert len(due) == rate[name]["requests"]
+            assert list(due) == sorted(due)
+            assert min(lengths) >= 100
+            assert max(lengths) <= 1000
+        within = [first <= unloaded["limit"] for _, _, first, _ in rate["dense"]["samples"]]
+        assert sum(within) / len(within) == pytest.approx(rate["dense"]["within_limit"], abs=1 / len(within))
+        assert [a[1] for a in rate["dense"]["samples"]] == [b[1] for b in rate["stem"]["samples"]]
         assert rate["dense"]["first_token_seconds"]["p50"] >= 100 * StandIn.seconds_a_token
         nothing = (
             len(rate["stem"]["lost"]) == rate["stem"]["requests"]

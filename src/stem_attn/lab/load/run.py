@@ -93,7 +93,10 @@ def compare_servers(
 
     def load(kind: str, rates: Mapping[str, float]) -> dict[str, Record]:
         asked = {name: prompts.requests(count, rate, lengths, tokens) for name, rate in rates.items()}
-        found = {name: told(given, limit) for name, given in each(servers, asked).items()}
+        answers = each(servers, asked)
+        found = {
+            name: {**told(given, limit), "samples": samples(asked[name], given)} for name, given in answers.items()
+        }
         on_record({"kind": kind, "requests_a_second": dict(rates), **found})
         return found
 
@@ -166,6 +169,21 @@ def told(answers: Sequence[Answer], limit: float) -> Record:
         "next_token_seconds": _quantile(torch.tensor(later, dtype=torch.float64), 0.5),
         "seconds": max(_lasts(answers), default=None),
     }
+
+
+def samples(requests: Sequence[Request], answers: Sequence[Answer]) -> list[list[float | None]]:
+    """Return of every request when it was due, its prompt's tokens, and when its first and its last token came.
+
+    Times are in seconds, to a tenth of a millisecond, the later two from when it was due.
+    """
+    return [
+        [
+            round(request.at, 4),
+            len(request.ids),
+            *(None if t is None else round(t, 4) for t in (answer.first, answer.last)),
+        ]
+        for request, answer in zip(requests, answers, strict=True)
+    ]
 
 
 def differing(dense: Server, requests: Sequence[Request], answers: Mapping[str, Sequence[Answer]]) -> Record:
