@@ -60,4 +60,5 @@ if __name__ == "__main__":
     made = compile_kernel(which, int(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4]), sys.argv[5])
     assert made.metadata.shared <= SHARED_BYTES[which]
     assert "wgmma.mma_async" in made.asm["ptx"]
+    assert "max.NaN.f32" in made.asm["ptx"]  # between products and their sum, see `unfused`
     Path(sys.argv[6]).write_bytes(made.asm["cubin"])

@@ -28,8 +28,8 @@ _BREAK_EVEN = ((4096, 0.0), (8192, 0.85), (None, 0.95))
 # so 0.82; 16384 tokens 0.196 + 3.47 d against 3.30, so 0.89; less a margin. At 4096 two more launches take the host
 # longer.
 # Eight bits, H100 and H200 (benchmarks/results/h100-fp8-times.txt): 8192 tokens take the device 0.07 for the selection,
-# 0.11 to round and 0.76 d, against 0.956. A call of its own takes the host 0.6 (h200-llama3-8b-fp8); in a model the
-# host runs ahead, and one of Llama-3.1-8B's shape is 1.10 times as fast as dense (h100-ttft-fp8).
+# 0.11 to round and 0.76 d, against 0.956. A call of its own takes the host 0.7 (h200-llama3-8b-fp8); in a model the
+# host runs ahead, and one of Llama-3.1-8B's shape is 1.10 times as fast as dense (h200-ttft-fp8).
 _BREAK_EVEN_MORE_LAUNCHES = ((8192, 0.0), (16384, 0.7), (None, 0.85))
 
 

@@ -22,6 +22,7 @@ from stem_attn.backends.triton.mass_kernels import LN2, LOG2_E, NOTHING, UNSPECI
 from stem_attn.backends.triton.selection_kernels import finite_score
 from stem_attn.backends.triton.store_kernel import store_in_place
 from stem_attn.backends.triton.tanh_kernel import tanh
+from stem_attn.backends.triton.unfused_kernel import unfused
 
 HALF = gl.constexpr(64)  # query runs a warpgroup
 ROWS = gl.constexpr(128)  # those of a program
@@ -238,7 +239,7 @@ def _consume(
             logits = _wait(_multiply(queries, step + 1, tiles, barriers, zeros, STAGES), step + 1, barriers, STAGES)
 
     peak = gl.max(gl.max(largest, 2), 1)
-    total = gl.sum(gl.sum(total * gl.exp2(largest - peak[:, None, None]), 2), 1)
+    total = gl.sum(gl.sum(unfused(total * gl.exp2(largest - peak[:, None, None])), 2), 1)
     whole_mass = peak + gl.log2(total)
     if SINKS:  # masses count a run of STRIDE tokens as one
         sink = gl.load(sink_at[0] + pair % group).to(gl.float32) * LOG2_E - gl.log2(gl.full_like(peak, STRIDE))

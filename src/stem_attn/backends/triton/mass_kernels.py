@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevic
 
 from stem_attn.backends.triton.selection_kernels import finite_score
 from stem_attn.backends.triton.tanh_kernel import tanh
+from stem_attn.backends.triton.unfused_kernel import unfused
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -112,7 +113,7 @@ def mass_kernel(
         )  # fmt: skip
 
     peak = tl.max(tl.max(largest, 2), 1)
-    total = tl.sum(tl.sum(total * tl.exp2(largest - peak[:, None, None]), 2), 1)
+    total = tl.sum(tl.sum(unfused(total * tl.exp2(largest - peak[:, None, None])), 2), 1)
     whole_mass = peak + tl.log2(total)
     if SINKS:  # masses count a run of STRIDE tokens as one
         sink = tl.load(sinks + head % kv_heads * group + pair % group).to(tl.float32) * LOG2_E - tl.log2(STRIDE * 1.0)

@@ -93,7 +93,10 @@ def compare_servers(
 
     def load(kind: str, rates: Mapping[str, float]) -> dict[str, Record]:
         asked = {name: prompts.requests(count, rate, lengths, tokens) for name, rate in rates.items()}
-        found = {name: told(given, limit) for name, given in each(servers, asked).items()}
+        answers = each(servers, asked)
+        found = {
+            name: {**told(given, limit), "samples": samples(asked[name], given)} for name, given in answers.items()
+        }
         on_record({"kind": kind, "requests_a_second": dict(rates), **found})
         return found
 
@@ -106,7 +109,15 @@ def compare_servers(
         short = prompts.requests(settings["short"], settings["short"] / settings["short_seconds"], _SHORT, tokens)
         answers = both(servers, short, with_ids=True)
         found = {name: told(given, limit) for name, given in answers.items()}
-        on_record({"kind": "short", **found, "differ": differing(servers["dense"], short, answers)})
+        again = servers["dense"].replay(short, with_ids=True)
+        on_record(
+            {
+                "kind": "short",
+                **found,
+                "differ": differing(servers["dense"], short, answers["dense"], answers["stem"]),
+                "dense_from_itself": differing(servers["dense"], short, answers["dense"], again),
+            }
+        )
 
 
 @dataclass(slots=True)
@@ -168,14 +179,35 @@ def told(answers: Sequence[Answer], limit: float) -> Record:
     }
 
 
-def differing(dense: Server, requests: Sequence[Request], answers: Mapping[str, Sequence[Answer]]) -> Record:
-    """Compare both servers' tokens; where they first differ, ask the dense server whether both were about as likely.
+def samples(requests: Sequence[Request], answers: Sequence[Answer]) -> list[list[float | None]]:
+    """Return of every request when it was due, its prompt's tokens, and when its first and its last token came.
+
+    Times are in seconds, to a tenth of a millisecond, the later two from when it was due.
+    """
+    return [
+        [
+            round(request.at, 4),
+            len(request.ids),
+            *(None if t is None else round(t, 4) for t in (answer.first, answer.last)),
+        ]
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def differing(dense: Server, requests: Sequence[Request], some: Sequence[Answer], others: Sequence[Answer]) -> Record:
+    """Compare two lists of answers by their tokens; where they first differ, ask whether both were about as likely.
+
+    Args:
+        dense: The server that is asked.
+        requests: What the answers are to.
+        some: The answers; these are taken for right.
+        others: Those that are compared with them.
 
     Returns:
         Counts: answers that are compared, those that differ, and those of them that differ by more than `NEAR`.
     """
     compared = differ = wrong = 0
-    for request, theirs, ours in zip(requests, answers["dense"], answers["stem"], strict=True):
+    for request, theirs, ours in zip(requests, some, others, strict=True):
         if theirs.error is not None or ours.error is not None:
             continue
         compared += 1
