@@ -26,7 +26,8 @@ def answers(lengths, methods=("dense", "stem-official", "flashprefill")):
     row = {"score": 100.0, "budget": 1.0, "samples": 500, **paired}
     return {
         "model": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16", "machines": ["NVIDIA H100 80GB HBM3, " * 6],
-        "seed": 42, "chat": True, "tasks": dict.fromkeys(names, ()), "layers": [], "not_in_means": [],
+        "seed": 42, "chat": True, "tasks": dict.fromkeys(names, ()), "layers": [],
+        "layers_alike": [], "not_in_means": [],
         "cells": [{"task": n, "method": m, "length": t, **row} for n in names for t in lengths for m in methods],
         "means": [
             {"family": f, "tasks": 13, "method": m, "by_length": dict.fromkeys(lengths, 100.0), "average": 100.0, **row}

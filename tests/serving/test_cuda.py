@@ -173,7 +173,7 @@ def test_an_image_makes_its_steps_dense_and_the_chance_of_one_does_not(steps):
 def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
     from vllm.config import set_current_vllm_config
 
-    from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.plan import Span, runs_of
     from stem_attn.integrations.vllm.settings import parse
 
     tokens, dim = 300, 32
@@ -188,7 +188,7 @@ def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
     metadata = SimpleNamespace(block_table=torch.arange(10, dtype=torch.int32)[None])
     out = torch.empty(tokens, 4, dim)
     span = Span(0, 0, tokens, tokens, tokens, parse(SETTINGS))
-    impl.attend(None, q.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, [span], out)
+    impl.attend(None, q.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs_of([span]), out)
     got, inputs = out.transpose(0, 1)[None], (q[None], k[None], v[None])
     properties = {"softcap": 3.0, "sinks": impl.sinks}
     assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **properties)) < 1e-5
@@ -201,7 +201,7 @@ def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends import flash_attn
 
-    from stem_attn.integrations.vllm.plan import Span
+    from stem_attn.integrations.vllm.plan import Span, runs_of
     from stem_attn.integrations.vllm.settings import parse
 
     tokens, dim, fp8 = 300, 32, torch.float8_e4m3fn
@@ -226,7 +226,7 @@ def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
     expected = stem_attention(*inputs, config=config_of(SETTINGS))
     for given in (q, inputs[0][0]):  # vLLM makes queries fp8 where FlashAttention wants them so
         out = torch.empty(tokens, 4, dim)
-        impl.attend(layer, given.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, [span], out)
+        impl.attend(layer, given.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs_of([span]), out)
         assert relative_error(out.transpose(0, 1)[None], expected) < 1e-5
 
 
@@ -283,22 +283,3 @@ def test_graphs_and_names(cuda):
     assert not cuda.StemCudaImpl.supports_dcp
     assert not backend.supports_pcp()
     assert backend.get_builder_cls() is builder
-
-
-@pytest.mark.parametrize(
-    ("spans", "runs"),
-    [
-        ([], []),
-        ([(0, 0, 5, "paper"), (1, 5, 3, "paper")], [[0, 1]]),
-        ([(1, 4, 5, "paper"), (2, 9, 3, "paper"), (4, 12, 3, "paper")], [[1, 2], [4]]),  # row 3 has no tokens
-        ([(0, 0, 5, "paper"), (1, 6, 3, "paper")], [[0], [1]]),  # a decoded token of row 0 lies between
-        ([(0, 0, 5, "paper"), (1, 5, 3, "official"), (2, 8, 2, "official")], [[0], [1, 2]]),
-    ],
-)
-def test_neighbours(spans, runs):
-    from stem_attn.integrations.vllm.cuda import neighbours
-    from stem_attn.integrations.vllm.plan import Span
-    from stem_attn.integrations.vllm.settings import parse
-
-    made = neighbours([Span(*place, 100, 100, parse({"preset": preset})) for *place, preset in spans])
-    assert [[span.row for span in run] for run in made] == runs

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from stem_attn import PrefillPolicy, StemConfig, backends
 from stem_attn.backends.base import Geometry
 from stem_attn.config import PRESETS
 from stem_attn.integrations.vllm.layers import layer_config, layer_index, table, why_dense
-from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, split_batch
+from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, runs_of, split_batch
 from stem_attn.integrations.vllm.settings import Settings, choices, choose, describe, parse
 
 CONFIG = StemConfig(block_size=16, stride=4, budget_ratio=0.1, budget_bias=1, tail_blocks=0)
@@ -220,3 +221,27 @@ layers        attention   why
 4, 6          dense       sliding window
 encoder.attn  not Stem's  FlashAttentionImpl"""
     )
+
+
+@pytest.mark.parametrize(
+    ("spans", "runs"),
+    [
+        ([], []),
+        ([(0, 0, 5, "paper"), (1, 5, 3, "paper")], [[0, 1]]),
+        ([(1, 4, 5, "paper"), (2, 9, 3, "paper"), (4, 12, 3, "paper")], [[1, 2], [4]]),  # row 3 has no tokens
+        ([(0, 0, 5, "paper"), (1, 6, 3, "paper")], [[0], [1]]),  # a decoded token of row 0 lies between
+        ([(0, 0, 5, "paper"), (1, 5, 3, "official"), (2, 8, 2, "official")], [[0], [1, 2]]),
+    ],
+)
+def test_runs(spans, runs):
+    made = runs_of([Span(*place, 100, 200, parse({"preset": preset})) for *place, preset in spans])
+    assert [[span.row for span in run.spans] for run in made] == runs
+    for run in made:
+        first, last = run.spans[0], run.spans[-1]
+        assert (run.rows, run.tokens) == (
+            slice(first.row, last.row + 1),
+            slice(first.q_start, last.q_start + last.q_len),
+        )
+        assert [b - a for a, b in pairwise(run.cu_seqlens_q)] == [span.q_len for span in run.spans]
+        assert (run.seq_lens, run.prompt_lens) == ([100] * len(run.spans), [200] * len(run.spans))
+        assert run.settings == first.settings

@@ -125,7 +125,10 @@ def test_both_servers_get_the_same_load_and_what_is_lost_is_told(urls, folder, t
     assert lost
     assert set(lost) <= {f"1 of {n} tokens, length" for n in range(2, 6)}
     assert short["differ"] == {"compared": 6 - len(short["stem"]["lost"]), "differ": 0, "by_more_than_rounding": 0}
-    assert len(capsys.readouterr().out.splitlines()) == len(kinds) + 1
+    assert short["dense_from_itself"] == {"compared": 6, "differ": 0, "by_more_than_rounding": 0}
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == len(kinds) + 1
+    assert "asked again, the dense server differs from itself in 0 of 6, 0 by more" in said
 
 
 def test_arrivals_are_a_poisson_process_and_prompts_have_the_lengths(folder):
@@ -170,7 +173,7 @@ def test_answers_differ_by_rounding_or_by_more(token, wrong):
 
     theirs, same, ours = (Answer(0.1, 0.2, 2, ids, None) for ids in ((7, 7), (7, 7), (7, token)))
     requests = [Request(0.0, [1, 2], 2)] * 2
-    found = differing(Dense(), requests, {"dense": [theirs] * 2, "stem": [same, ours]})
+    found = differing(Dense(), requests, [theirs] * 2, [same, ours])
     assert found == {"compared": 2, "differ": 1, "by_more_than_rounding": wrong}
 
 
@@ -245,7 +248,7 @@ def test_answers_whose_tokens_are_not_told_are_not_compared():
         requests = [Request(0.0, [1, 2], 3)]
         (blind,) = Server(url).replay(requests, with_ids=True)
         assert blind.error == "3 tokens, and the ids of 0"
-        assert differing(Server(url), requests, {"dense": [blind], "stem": [blind]})["compared"] == 0
+        assert differing(Server(url), requests, [blind], [blind])["compared"] == 0
         (timed,) = Server(url).replay(requests, with_ids=False)
         assert timed.error is None
 

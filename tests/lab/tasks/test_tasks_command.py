@@ -110,6 +110,14 @@ def test_the_report_tells_densities_apart_and_refuses_other_settings_under_one_n
     assert "two methods called xattention+tail" in capsys.readouterr().err
 
 
+def test_a_density_leaves_depth_decay_out_and_the_tables_say_so(folder, capsys):
+    methods = ("--methods", "stem-default,stem-default-0.1", "--density", "0.5")
+    assert command(folder, "--tasks", "fwe", "--lengths", "1536", "--samples", "1", *methods) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "stem-default: brought to one density in every layer, so without its depth_decay" in text
+    assert "stem-default-0.1: brought" not in text  # has none
+
+
 def test_no_result_is_written_over_another_or_over_what_is_read(folder, tmp_path, capsys):
     answers, file = tmp_path / "answers.jsonl", tmp_path / "one.png"
     answers.write_text("kept")

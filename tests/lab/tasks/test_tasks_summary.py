@@ -4,7 +4,7 @@ from stem_attn.lab.tasks.summary import summarize
 
 COMMON = {
     "model": "m", "weights": "w", "dtype": "float32", "seed": 1, "machine": "here", "chat": True, "sources": [],
-    "layers": {"sparse": 2}, "prompt_tokens": 4000,
+    "layers": {"sparse": 2}, "prompt_tokens": 4000, "key": {"method": {"base": "dense"}},
 }  # fmt: skip
 
 
@@ -81,3 +81,19 @@ def test_a_mean_is_of_methods_that_ran_every_task():
     records = [record(method, 0, 50, task) for method in ("dense", "s") for task in ("vt", "fwe")][:-1]
     dense, sparse = summarize(records)["means"]
     assert (dense["average"], sparse["average"], sparse["drift"]) == (50, None, None)
+
+
+def test_methods_that_a_density_keeps_from_their_depth_decay_are_named():
+    def under(name, **settings):
+        return {**record(name, 0, 50), "key": {"method": {"base": "stem-default", **settings}}}
+
+    found = summarize(
+        [
+            record("dense", 0, 50),
+            under("as it runs", density=None, depth_decay=0.3),
+            under("alike", density=0.12, depth_decay=0.3),
+            under("no decay", density=0.12, depth_decay=1.0),
+            under("a rival", density=0.12),
+        ]
+    )
+    assert found["layers_alike"] == ["alike"]

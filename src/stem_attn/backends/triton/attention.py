@@ -51,7 +51,8 @@ class Operands:
         out: [B, Hq, T, Dv], last stride 1.
         lse: float32 [B, Hq, T] contiguous, or None.
         k_len: Tokens of the sequence, where there is one.
-        block_table: int32 [sequences, pages of the longest], last stride 1; None where nothing is in pages.
+        block_table: int32 [sequences, pages of the longest], last stride 1, or the only sequence's row of it, which is
+            all that the Hopper kernel takes; None where nothing is in pages.
         packing: Where several sequences' rows and tokens start, from `_pack`; None for one part that is not in pages.
         wanted: bool on q's device, [] or [B, Hq, 1]: the kernels write only where it holds. None: everywhere.
         means: Mean keys [B, Hkv, columns, D] and values of all blocks, head dims padded, and int32 [B, Hq, R, words], a
@@ -129,16 +130,16 @@ def attend_part(
 ) -> None:
     """Attend within one part; out [B, Hq, Tq, Dv] and lse, float32 [B, Hq, Tq] contiguous, are the part's own."""
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
-    table = None if part.pages is None else part.pages[None]
-    long = table is None or part.q_len >= LONG_TOKENS
+    long = part.pages is None or part.q_len >= LONG_TOKENS
     if long and hopper_fits(q, k, v, call.block_size, call.layout.page_size):
         rows = rows_of(selection), selection.counts
-        launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, table, None, wanted))
+        launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, part.pages, None, wanted))
         return
-    packing = None
-    if table is None:
+    table = packing = None
+    if part.pages is None:
         indices, counts = rows_of(selection), selection.counts
     else:  # what reads pages reads packed sequences, be it one
+        table = part.pages[None]
         indices, counts, packing = _pack(call, [selection], [part])
     operands = Operands(call, q, k, v, scale, indices, counts, out, lse, part.k_len, table, packing, wanted)
     launch(operands, portable_tile(q, v, call.block_size))
@@ -296,7 +297,7 @@ def launch_hopper(x: Operands) -> None:
     described = (q, k, v) if x.means is None else (q, k, v, *x.means[:2])
     inputs = [box.of(t) for t, box in zip(described, boxes, strict=True)]
     means = (None, None, None) if x.means is None else (*inputs[3:], x.means[2])
-    run_on(q.device, plan, *inputs[:3], *tensors, counts if x.block_table is None else x.block_table[0], sinks, *means)
+    run_on(q.device, plan, *inputs[:3], *tensors, counts if x.block_table is None else x.block_table, sinks, *means)
 
 
 @lru_cache(maxsize=1024)

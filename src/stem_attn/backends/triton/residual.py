@@ -68,8 +68,7 @@ def _attend_in_one(call: Call, part: Part, selection: BlockSelection, out: Tenso
     with on_device(q.device):
         k_means, v_means, kept = tables.run(q, k, v, part.pages, *rows)
     means = (*(x.unflatten(0, (q.shape[0], k.shape[1], -1)) for x in (k_means, v_means)), kept)
-    table = None if part.pages is None else part.pages[None]
-    launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, table, means=means))
+    launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, part.pages, means=means))
     return True
 
 

@@ -20,7 +20,7 @@ from stem_attn.integrations.vllm.compat import Requests, Told, attends_in_chunks
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
-from stem_attn.integrations.vllm.plan import DECODE, Request, Rest, Span, Split, split_batch
+from stem_attn.integrations.vllm.plan import DECODE, Request, Rest, Run, Split, runs_of, split_batch
 from stem_attn.integrations.vllm.settings import CHOOSER, KEY, Settings, allows_choice, choose, settings_of
 from stem_attn.policy import USUAL_REASONS
 
@@ -49,11 +49,11 @@ class LayerPlan:
     """What some layers do in one step.
 
     Args:
-        spans: The sparse tokens; at least one.
+        runs: The sparse tokens; at least one.
         rest: The others, or None if there are none.
     """
 
-    spans: tuple[Span, ...]
+    runs: tuple[Run, ...]
     rest: DenseRest | None
 
 
@@ -149,7 +149,9 @@ class StemBuilder:
             split = split_batch(requests, dense, self._backend, self._geometry, decode_len)
             self._count(split, len(impls))
             if split.spans:
-                plan.update(dict.fromkeys(impls, LayerPlan(split.spans, self._dense_rest(common, split.rests))))
+                plan.update(
+                    dict.fromkeys(impls, LayerPlan(runs_of(split.spans), self._dense_rest(common, split.rests)))
+                )
         return plan
 
     def _read(self, common: Any, settings: Settings) -> list[Request]:

@@ -26,7 +26,7 @@ from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import instruction_set
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
-from stem_attn.integrations.vllm.plan import Span
+from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.settings import settings_of
 
 
@@ -45,10 +45,10 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
             self.refuse_early("auto", head_size)
 
     def attend(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[Run], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
-        for span in spans:
+        for span in (span for run in runs for span in run.spans):
             config = self.config_of(span.settings)
             assert config is not None  # the plan has a layer's sparse spans only
             k, v = gather(kv_cache, attn_metadata.block_table[span.row], span.k_len, instruction_set(layer, self))

@@ -7,7 +7,7 @@ real engine's steps had, with Triton's interpreter and with FlashAttention simul
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -30,7 +30,7 @@ from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import names_backends
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
-from stem_attn.integrations.vllm.plan import Span
+from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.register import NAME
 from stem_attn.integrations.vllm.settings import Settings, choices, settings_of
 from stem_attn.warm_up import warm_up
@@ -121,34 +121,32 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
             self.refuse_early("triton", head_size)
 
     def attend(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[Run], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
         if self.kv_cache_dtype in FP8:
             kv_cache, query = kv_cache.view(torch.float8_e4m3fn), _widened(query, layer._q_scale, output.dtype)
-        for run in neighbours(spans):
-            tokens = slice(run[0].q_start, run[-1].q_start + run[-1].q_len)
-            config = self.config_of(run[0].settings)
+        for run in runs:
+            config = self.config_of(run.settings)
             assert config is not None  # the plan has a layer's sparse spans only
-            pages, block_table = kv_cache, attn_metadata.block_table[run[0].row : run[-1].row + 1]
-            seq_lens = [span.k_len for span in run]
+            pages, block_table = kv_cache, attn_metadata.block_table[run.rows]
             if self.kv_cache_dtype in FP8:
                 scales = layer._k_scale, layer._v_scale
-                pages, block_table = widen_pages(kv_cache, block_table, seq_lens, *scales, output.dtype)
+                pages, block_table = widen_pages(kv_cache, block_table, run.seq_lens, *scales, output.dtype)
             by_token = pages.transpose(1, 2)  # [pages, page_size, Hkv, 2 * D]
             _, selections = stem_attention_paged(
-                query[tokens],
+                query[run.tokens],
                 by_token[..., : self.head_size],
                 by_token[..., self.head_size :],
-                cu_seqlens_q=[0, *(span.q_start + span.q_len - run[0].q_start for span in run)],
-                seq_lens=seq_lens,
+                cu_seqlens_q=run.cu_seqlens_q,
+                seq_lens=run.seq_lens,
                 block_table=block_table,
                 config=config,
-                prompt_len=[span.prompt_len for span in run],
+                prompt_len=run.prompt_lens,
                 scale=self.scale,
                 **self.properties,
                 backend="triton",
-                out=output[tokens],
+                out=output[run.tokens],
                 return_selection=True,
             )
             for selection in selections:
@@ -189,18 +187,3 @@ def _widened(query: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return query
     groups = query.to(torch.float32).view(len(query), scale.numel(), -1) * scale.view(-1, 1)
     return groups.to(dtype).view(query.shape)
-
-
-def neighbours(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """Group spans that follow one another, in the batch's tokens and in its rows, with the same settings."""
-    run: list[Span] = []
-    for span in spans:
-        if run:
-            last = run[-1]
-            follows = (span.row, span.q_start) == (last.row + 1, last.q_start + last.q_len)
-            if not follows or span.settings != last.settings:
-                yield run
-                run = []
-        run.append(span)
-    if run:
-        yield run

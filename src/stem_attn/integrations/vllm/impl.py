@@ -15,7 +15,7 @@ from stem_attn import backends
 from stem_attn.config import StemConfig
 from stem_attn.integrations.vllm import layers
 from stem_attn.integrations.vllm.compat import VLLM_VERSION
-from stem_attn.integrations.vllm.plan import Span
+from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
 
 logger = init_logger("vllm.stem")
@@ -134,7 +134,7 @@ class StemImpl:
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        self.attend(layer, query, kv_cache, attn_metadata, plan.spans, output)
+        self.attend(layer, query, kv_cache, attn_metadata, plan.runs, output)
         rest = plan.rest
         if rest is not None:
             out = output[rest.tokens]
@@ -145,16 +145,16 @@ class StemImpl:
         return output
 
     def attend(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, spans: Sequence[Span], output: Tensor
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[Run], output: Tensor
     ) -> None:
-        """Attend sparsely over the spans' tokens, and write their rows of `output`.
+        """Attend sparsely over the runs' tokens, and write their rows of `output`.
 
         Args:
             layer: vLLM's attention layer.
             query: [tokens, Hq, D] of the whole batch.
             kv_cache: The layer's pages.
             attn_metadata: The parent's, of the whole batch; `block_table[span.row]` are a request's pages.
-            spans: The tokens to do.
+            runs: The tokens to do.
             output: [tokens, Hq, D] of the whole batch.
         """
         raise NotImplementedError

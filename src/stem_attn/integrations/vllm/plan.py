@@ -7,7 +7,7 @@ tokens' absolute positions, so a plan is made of host integers only and every la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from stem_attn.backends.base import Backend, Geometry
@@ -63,6 +63,58 @@ class Span:
     def tokens(self) -> slice:
         """The tokens' place within the batch."""
         return slice(self.q_start, self.q_start + self.q_len)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Spans that follow one another, in the batch's tokens and in its rows, with the same settings: one call.
+
+    Args:
+        spans: At least one.
+        rows: Their requests' rows in the batch.
+        tokens: Their place within the batch.
+        cu_seqlens_q: Where each span's tokens begin and end, from 0.
+        seq_lens: Their keys.
+        prompt_lens: Tokens of their whole prompts.
+    """
+
+    spans: tuple[Span, ...]
+    rows: slice
+    tokens: slice
+    cu_seqlens_q: list[int]
+    seq_lens: list[int]
+    prompt_lens: list[int]
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Run:
+        """Join spans that follow one another."""
+        start, last = spans[0].q_start, spans[-1]
+        return cls(
+            tuple(spans),
+            slice(spans[0].row, last.row + 1),
+            slice(start, last.q_start + last.q_len),
+            [0, *(span.q_start + span.q_len - start for span in spans)],
+            [span.k_len for span in spans],
+            [span.prompt_len for span in spans],
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """What the tokens are computed with."""
+        return self.spans[0].settings
+
+
+def runs_of(spans: Iterable[Span]) -> tuple[Run, ...]:
+    """Group spans that one call can do."""
+    runs: list[list[Span]] = []
+    for span in spans:
+        last = runs[-1][-1] if runs else None
+        follows = last is not None and (span.row, span.q_start) == (last.row + 1, last.q_start + last.q_len)
+        if last is not None and follows and span.settings == last.settings:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return tuple(map(Run.of, runs))
 
 
 @dataclass(frozen=True, slots=True)

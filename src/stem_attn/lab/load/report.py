@@ -27,10 +27,11 @@ def line(record: Record) -> str:
     text += " ms; within the limit " + " and ".join(f"{one['within_limit']:.1%}" for one in both)
     text += "; lost " + " and ".join(f"{len(one['lost'])} of {one['requests']}" for one in both)
     if "differ" in record:
-        found = record["differ"]
+        found, own = record["differ"], record["dense_from_itself"]
         text += (
             f"; of {found['compared']} answers {found['differ']} differ, {found['by_more_than_rounding']} by more than "
-            "rounding"
+            f"rounding; asked again, the dense server differs from itself in {own['differ']} of {own['compared']}, "
+            f"{own['by_more_than_rounding']} by more"
         )
     return text
 

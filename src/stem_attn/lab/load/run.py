@@ -109,7 +109,15 @@ def compare_servers(
         short = prompts.requests(settings["short"], settings["short"] / settings["short_seconds"], _SHORT, tokens)
         answers = both(servers, short, with_ids=True)
         found = {name: told(given, limit) for name, given in answers.items()}
-        on_record({"kind": "short", **found, "differ": differing(servers["dense"], short, answers)})
+        again = servers["dense"].replay(short, with_ids=True)
+        on_record(
+            {
+                "kind": "short",
+                **found,
+                "differ": differing(servers["dense"], short, answers["dense"], answers["stem"]),
+                "dense_from_itself": differing(servers["dense"], short, answers["dense"], again),
+            }
+        )
 
 
 @dataclass(slots=True)
@@ -186,14 +194,20 @@ def samples(requests: Sequence[Request], answers: Sequence[Answer]) -> list[list
     ]
 
 
-def differing(dense: Server, requests: Sequence[Request], answers: Mapping[str, Sequence[Answer]]) -> Record:
-    """Compare both servers' tokens; where they first differ, ask the dense server whether both were about as likely.
+def differing(dense: Server, requests: Sequence[Request], some: Sequence[Answer], others: Sequence[Answer]) -> Record:
+    """Compare two lists of answers by their tokens; where they first differ, ask whether both were about as likely.
+
+    Args:
+        dense: The server that is asked.
+        requests: What the answers are to.
+        some: The answers; these are taken for right.
+        others: Those that are compared with them.
 
     Returns:
         Counts: answers that are compared, those that differ, and those of them that differ by more than `NEAR`.
     """
     compared = differ = wrong = 0
-    for request, theirs, ours in zip(requests, answers["dense"], answers["stem"], strict=True):
+    for request, theirs, ours in zip(requests, some, others, strict=True):
         if theirs.error is not None or ours.error is not None:
             continue
         compared += 1

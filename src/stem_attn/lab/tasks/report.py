@@ -123,6 +123,10 @@ def _notes(found: Record) -> list[str]:
         if others:
             listed = ", ".join(f"{count:g} {reason}" for reason, count in others.items())
             notes.append(f"{layers['method']} at {layers['length']}: layers that did not run sparse: {listed}.")
+    notes += [
+        f"{method}: brought to one density in every layer, so without the depth_decay that it has otherwise."
+        for method in found["layers_alike"]
+    ]
     notes += [f"{out['method']} at {out['length']}: left out: {out['reason']}." for out in found.get("left_out", [])]
     if found.get("stopped"):
         notes.append("Stopped after --minutes: a further run with the same --out goes on.")

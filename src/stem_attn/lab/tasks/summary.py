@@ -26,6 +26,7 @@ def summarize(records: Sequence[Record]) -> Record:
 
     Returns:
         `model`, `machines` and so on: what the records come from. `tasks`: what their prompts are made of.
+        `layers_alike`: the methods that a density kept from giving early layers more, as their `depth_decay` says.
         `cells`: for every task, length and method the mean score and budget, and the paired comparison with dense.
         `means`: for every family of tasks and every method the means over its cells, by length and altogether; every
         cell weighs the same. A mean over cells that the method did not run is None. `not_in_means`: the tasks and
@@ -61,6 +62,7 @@ def summarize(records: Sequence[Record]) -> Record:
         "chat": any(record["chat"] for record in records),
         "tasks": {task: _sources(task, records) for task in TASKS if any(task == place[0] for place in found)},
         "layers": _layers(records),
+        "layers_alike": _layers_alike(records),
         "cells": cells,
         "means": [_means(family, method, cells, counted) for family in families for method in methods],
         "not_in_means": [{"task": task, "length": length, "dense": score} for (task, length), score in failed.items()],
@@ -86,6 +88,15 @@ def _layers(records: Sequence[Record]) -> list[Record]:
             "layers": {kind: total / prompts[method, length] for kind, total in counts.items()},
         }
         for (method, length), counts in found.items()
+    ]
+
+
+def _layers_alike(records: Sequence[Record]) -> list[str]:
+    settings = {record["method"]: record["key"]["method"] for record in records}
+    return [
+        method
+        for method, given in settings.items()
+        if given.get("density") is not None and given.get("depth_decay", 1.0) != 1.0
     ]
 
 
