@@ -109,6 +109,28 @@ def test_what_layers_will_ask_for_is_made_at_once():
     assert budget_of(StemConfig(block_size=16, budget_bias=8), (1500,)).of_layers is not second[0].of_layers
 
 
+def test_a_budget_that_another_thread_has_just_made_is_that_one(monkeypatch):
+    from stem_attn import budget
+
+    class Behind(dict):
+        """Looks as it did before the other thread was done, once."""
+
+        def get(self, key):
+            return None if key not in seen and not seen.add(key) else super().get(key)
+
+    config = StemConfig(block_size=16, budget_bias=7)
+    made, seen = budget_of(config, (777,)), set()
+    monkeypatch.setattr(budget, "_kept", Behind(budget._kept))
+    assert budget_of(config, (777,)) is made
+
+
+@pytest.mark.parametrize("decay_from", ["plateau", "first_row"])
+@pytest.mark.parametrize("fields", [{"budget_scale": 1e9}, {"budget_bias": 1 << 40}, {"budget_floor": 1 << 40}])
+def test_budgets_beyond_32_bits_keep_everything(fields, decay_from):
+    config = StemConfig(block_size=16, decay_from=decay_from, **fields)
+    assert budget_of(config, (777,)).blocks.tolist() == reference_budget(config, 777)
+
+
 def test_what_keeps_everything_is_told_by_layer():
     layers = [StemConfig(block_size=16, budget_scale=scale, budget_bias=2, tail_blocks=1) for scale in (0.5, 1.0, 5.0)]
     for prompts in ((640,), (640, 320)):

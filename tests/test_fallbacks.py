@@ -37,3 +37,12 @@ def test_threads_lose_no_count() -> None:
 def test_what_did_not_happen_is_no_reason() -> None:
     fallbacks.note_on_device(REASON, torch.tensor(0))
     assert fallbacks.counts() == {}
+
+
+def test_what_devices_counted_can_move_to_the_host() -> None:
+    for _ in range(2):
+        fallbacks.note_on_device(REASON, torch.tensor(2))
+        fallbacks.settle()
+        assert not fallbacks._on_devices
+    fallbacks.note_on_device(REASON, torch.tensor(1))
+    assert fallbacks.counts() == {REASON: 5}

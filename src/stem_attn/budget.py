@@ -107,6 +107,9 @@ def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
 def _make(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
     """Make the budgets of some prompts for a config, and for those like it that have asked for budgets before."""
     with _lock:
+        budget = _kept.get((config, prompt_blocks))
+        if budget is not None:  # another thread has made it in the meantime
+            return budget
         alike = _asked.setdefault(_unscaled(config), {})
         if len(_asked) > FAMILIES:
             del _asked[next(iter(_asked))]
@@ -150,13 +153,14 @@ def _prompt_budget(configs: tuple[StemConfig, ...], n: int) -> Tensor:
         start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
         if config.decay_from == "first_row":
             places = torch.arange(n, dtype=torch.float64, device="cpu")
-            row.copy_((start - start * (1 - config.decay) / n * places).floor_())
+            budget = start - start * (1 - config.decay) / n * places
+            row.copy_(budget.floor_().clamp_(max=n))  # before it is cut to 32 bits
         else:
             plateau = min(max(int(start), config.budget_floor), n)
             row[:plateau] = plateau
             end = config.decay * plateau
             row[plateau:] = torch.linspace(plateau, end, n - plateau, dtype=torch.float64, device="cpu").floor_()
-    rows.clamp_(min=shared.budget_floor, max=n)
+    rows.clamp_(min=min(shared.budget_floor, n), max=n)
     first = max(n - shared.tail_blocks, 0)
     if first < n:
         tail = torch.arange(first + 1, n + 1, dtype=torch.float64, device="cpu").mul_(shared.tail_ratio).ceil_()

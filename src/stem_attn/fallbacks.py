@@ -39,6 +39,14 @@ def note_on_device(reason: str, count: Tensor) -> None:
         _on_devices[key] += count
 
 
+def settle() -> None:
+    """Take over what devices have counted so far, and leave no tensor behind: its memory may be about to go."""
+    with _lock:
+        for (reason, _), count in _on_devices.items():
+            _counts[reason] += int(count)
+        _on_devices.clear()
+
+
 def note(what: str, reason: str) -> None:
     """Count a reason, and log it the first time.
 

@@ -44,3 +44,20 @@ def test_the_first_is_checked():
     odd = torch.zeros(100, 129, dtype=torch.float16)[:, 1:]
     with pytest.raises(AssertionError, match="16-byte aligned"):
         Boxes(lambda x: TensorDescriptor.from_tensor(x, [64, 64])).of(odd)
+
+
+def test_another_thread_finds_a_descriptor_whole():
+    first, second = torch.zeros(100, 128), torch.ones(100, 128)
+    found = []
+
+    class Watched(Boxes):
+        """Asked by another thread as soon as it knows the kind."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_kind" and value is not None:
+                found.append(self.of(second))
+
+    Watched(lambda x: TensorDescriptor.from_tensor(x, [64, 64])).of(first)
+    assert found[0].base is second
+    assert found[0].block_shape == [64, 64]

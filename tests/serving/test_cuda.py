@@ -7,6 +7,7 @@ kernels run in Triton's interpreter. No GPU and no CUDA build of vLLM took part.
 
 import copy
 import os
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -244,9 +245,10 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
             make_impl(cuda)
 
 
-def test_no_table_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, cuda, monkeypatch):
+def test_nothing_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, cuda, monkeypatch):
     from vllm.config import set_current_vllm_config
 
+    from stem_attn import fallbacks
     from stem_attn.backends.triton.keep_table import keep_table, keep_tables
 
     _, config, spec, names = steps
@@ -258,11 +260,15 @@ def test_no_table_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, 
 
     def warm_up(*, config, device, **_):
         warmed.append(keep_table(budget_of(config, (640,)), 1, device))
+        fallbacks.note_on_device("triton: unsafe", torch.tensor(2, device=device))
 
+    monkeypatch.setattr(fallbacks, "_counts", Counter())
     monkeypatch.setattr(cuda, "warm_up", warm_up)
     builder._warm_up([builder._settings])
     assert len(warmed) == 1
     assert keep_tables.cache_info().currsize == 0
+    assert not fallbacks._on_devices
+    assert fallbacks.counts() == {"triton: unsafe": 2}
 
 
 def test_graphs_and_names(cuda):

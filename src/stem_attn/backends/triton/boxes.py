@@ -29,7 +29,8 @@ class Boxes:
         """Return a tensor's descriptor."""
         if self._kind is None:
             made = self._make(x)
-            self._kind, self._fields = type(made), {name: value for name, value in vars(made).items() if value is not x}
+            self._fields = {name: value for name, value in vars(made).items() if value is not x}
+            self._kind = type(made)  # last: other threads go by it
             return made
         copy = object.__new__(self._kind)
         vars(copy).update(self._fields, base=x)

@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from stem_attn import fallbacks
 from stem_attn.api import stem_attention_paged
 from stem_attn.backends.triton.fp8_pages import widen_pages
 from stem_attn.backends.triton.keep_table import keep_tables
@@ -86,7 +87,9 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
             row = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
             scale = torch.ones((), dtype=torch.float32, device=self.device)
             widen_pages(page.view(torch.float8_e4m3fn), row, [1], scale, scale, config.model_config.dtype)
-        keep_tables.cache_clear()  # a builder may be made in memory whose numbers vLLM forgets in its sleep mode
+        # A builder may be made in memory whose numbers vLLM forgets in its sleep mode: nothing may stay there.
+        keep_tables.cache_clear()
+        fallbacks.settle()
         torch.cuda.empty_cache()
         logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
 
