@@ -114,7 +114,7 @@ def test_a_density_leaves_depth_decay_out_and_the_tables_say_so(folder, capsys):
     methods = ("--methods", "stem-default,stem-default-0.1", "--density", "0.5")
     assert command(folder, "--tasks", "fwe", "--lengths", "1536", "--samples", "1", *methods) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "stem-default: brought to one density in every layer, so without its depth_decay" in text
+    assert "stem-default: brought to one density in every layer, so without the depth_decay that it has" in text
     assert "stem-default-0.1: brought" not in text  # has none
 
 
