@@ -92,8 +92,8 @@ class Run:
         return cls(
             tuple(spans),
             slice(spans[0].row, last.row + 1),
-            slice(start, last.q_start + last.q_len),
-            [0, *(span.q_start + span.q_len - start for span in spans)],
+            slice(start, last.tokens.stop),
+            [0, *(span.tokens.stop - start for span in spans)],
             [span.k_len for span in spans],
             [span.prompt_len for span in spans],
         )
@@ -108,13 +108,16 @@ def runs_of(spans: Iterable[Span]) -> tuple[Run, ...]:
     """Group spans that one call can do."""
     runs: list[list[Span]] = []
     for span in spans:
-        last = runs[-1][-1] if runs else None
-        follows = last is not None and (span.row, span.q_start) == (last.row + 1, last.q_start + last.q_len)
-        if last is not None and follows and span.settings == last.settings:
+        if runs and _follows(span, runs[-1][-1]):
             runs[-1].append(span)
         else:
             runs.append([span])
     return tuple(map(Run.of, runs))
+
+
+def _follows(span: Span, last: Span) -> bool:
+    places = (span.row, span.q_start) == (last.row + 1, last.tokens.stop)
+    return places and span.settings == last.settings
 
 
 @dataclass(frozen=True, slots=True)
