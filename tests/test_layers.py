@@ -20,7 +20,7 @@ LAYERS = [
     {"run", "policy"},
     {"traced"},
     {"api"},
-    {"methods", "warm_up"},
+    {"methods", "warm_up", "paged"},
     {"integrations"},
     {"lab"},
     {"cli"},

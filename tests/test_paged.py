@@ -100,11 +100,8 @@ def test_exactly_the_unpaged_result(page_size: int, layout: str, dtype: torch.dt
 @pytest.mark.skipif(not GPU, reason="the Hopper kernel runs on GPUs only")
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize(("size", "dim"), [(64, 128), (128, 64), (128, 128), (128, 256)])
-def test_the_fastest_kernel_of_a_gpu(size: int, dim: int, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_kernel_of_a_gpu(size: int, dim: int, page_size: int) -> None:
     """Not a bit differs there either, whether a page holds tiles or a tile takes several pages."""
-    from stem_attn.backends.triton import attention
-
-    monkeypatch.setattr(attention, "LONG_TOKENS", 1)
     config = StemConfig(block_size=size, budget_ratio=0.2, budget_bias=1, tail_blocks=0)
     parts = draw([(700, 1900), (9, 9)], dim=dim, dtype=torch.float16)
     out = stem_attention_paged(**page_out(parts, page_size), config=config, backend="triton")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stem_attn
-from stem_attn import StemConfig, backends, run, stem_attention, stem_attention_paged, warm_up
+from stem_attn import PagedPrefill, StemConfig, backends, run, stem_attention, stem_attention_paged, warm_up
 from stem_attn.call import Call
 from stem_attn.layout import Layout
 from stem_attn.warm_up import _calls
@@ -74,15 +74,8 @@ def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeyp
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
     generator = torch.Generator("cuda").manual_seed(0)
-    for k_len, q_len in (
-        (70_000, 4096),
-        (66_001, 465),
-        (33_333, 4096),
-        (20_480, 4096),
-        (9001, 809),
-        (2049, 2049),
-        (300, 300),
-    ):
+    lengths = [(70_000, 4096), (66_001, 465), (33_333, 4096), (20_480, 4096), (9001, 809), (2049, 2049), (300, 300)]
+    for k_len, q_len in lengths:
         q = torch.randn(q_len, heads, dim, generator=generator, device="cuda").bfloat16()
         kv = torch.randn(k_len, kv_heads, 2 * dim, generator=generator, device="cuda").bfloat16()
         if page_size is None:
@@ -95,6 +88,12 @@ def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeyp
             k, v = cache.view(pages, page_size, kv_heads, 2 * dim).split(dim, -1)
             table = torch.arange(pages, dtype=torch.int32, device="cuda")[None]
             stem_attention_paged(q, k, v, cu_seqlens_q=[0, q_len], seq_lens=[k_len], block_table=table, **asked)
+            prefill = PagedPrefill(cu_seqlens_q=[0, q_len], seq_lens=[k_len], block_table=table)
+            for _ in range(2):
+                prefill.run(q, k, v, out=torch.empty_like(q), **asked)
+            short = {"cu_seqlens_q": [0, 1, 131, 260, 300], "seq_lens": [k_len, k_len // 2, 300, 300]}
+            if q_len >= 300:
+                stem_attention_paged(q[:300], k, v, **short, block_table=table.expand(4, -1).contiguous(), **asked)
     assert [kwargs["repr"] for kwargs in compiled] == []
 
 

@@ -9,12 +9,14 @@ from stem_attn.api import (
 )
 from stem_attn.blocks import BlockSelection
 from stem_attn.config import StemConfig
+from stem_attn.paged import PagedPrefill
 from stem_attn.policy import PrefillPolicy
 from stem_attn.warm_up import warm_up
 
 __version__ = "0.2.0"
 __all__ = [
     "BlockSelection",
+    "PagedPrefill",
     "PrefillPolicy",
     "StemConfig",
     "block_sparse_attention",

@@ -120,7 +120,7 @@ def stem_attention(
         return out, BlockSelection.made(indices, counts, BlockGrid(q.shape[2], k.shape[2], config.block_size))
     choice, block_size = _choice(config, method)
     layout = Layout.dense(q, k, v, prompt_len)
-    call = _call(layout, config, block_size, scale, softcap, sinks)
+    call = call_of(layout, config, block_size, scale, softcap, sinks)
     out, selections = run.prefill(call, choice, backend)
     return (out, selections[0]) if return_selection else out
 
@@ -380,7 +380,7 @@ def stem_attention_varlen(
         return out
     choice, block_size = _choice(config, method)
     layout = Layout.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, prompt_len)
-    call = _call(layout, config, block_size, scale, softcap, sinks)
+    call = call_of(layout, config, block_size, scale, softcap, sinks)
     out, selections = run.prefill(call, choice, backend)
     out = out[0].transpose(0, 1)
     return (out, selections) if return_selection else out
@@ -504,7 +504,7 @@ def stem_attention_paged(
         return made
     choice, block_size = _choice(config, method)
     layout = Layout.paged(q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, prompt_len)
-    call = _call(layout, config, block_size, scale, softcap, sinks)
+    call = call_of(layout, config, block_size, scale, softcap, sinks)
     shape = (*q.shape[:2], v_cache.shape[3])
     if out is None:
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
@@ -546,7 +546,7 @@ def _traceable(config: StemConfig, method: Method | None, untraceable: bool = Fa
     return config
 
 
-def _call(
+def call_of(
     layout: Layout,
     config: StemConfig,
     block_size: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 from stem_attn import backends
 from stem_attn.audit import AuditSums
 from stem_attn.audit import audit as audit_rows
-from stem_attn.backends.base import Backend
+from stem_attn.backends.base import Backend, PreparedCall
 from stem_attn.blocks import BlockSelection
 from stem_attn.budget import budget_of
 from stem_attn.call import Call
@@ -37,6 +37,11 @@ def prefill(
     out = call.new_output() if out is None else out
     chosen.attend(call, selections, out, None)
     return out, selections
+
+
+def prepare(call: Call, config: StemConfig, backend: str) -> PreparedCall | None:
+    """Work out what the layers of a model share that make a call one after the other; see `Backend.prepare`."""
+    return backends.for_call(backend, call, again=True).prepare(call, config)
 
 
 def select(call: Call, choice: StemConfig | Method, backend: str) -> list[BlockSelection]:

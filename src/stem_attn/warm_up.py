@@ -14,6 +14,8 @@ from stem_attn.checks import resolve_config, resolve_device
 from stem_attn.config import check_int
 from stem_attn.layout import Layout
 
+_MANY = 8  # sequences
+
 
 def warm_up(
     *,
@@ -66,7 +68,10 @@ def warm_up(
     config = resolve_config(config)
     device = resolve_device(device)
     sink = None if sinks is None else torch.zeros(query_heads, dtype=sinks, device=device)
-    for q_len, k_len in _calls(max_len, chunk or max_len, config.block_size):
+    calls = [(q_len, k_len, 1) for q_len, k_len in _calls(max_len, chunk or max_len, config.block_size)]
+    if page_size is not None:  # many short sequences may go in one launch of another kernel
+        calls.append((1, max_len, _MANY))
+    for q_len, k_len, count in calls:
         if page_size is None:
             q = torch.zeros(1, query_heads, q_len, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, kv_heads, k_len, head_dim, dtype=dtype, device=device)
@@ -80,15 +85,15 @@ def warm_up(
                 if missed is not None:
                     chosen.attend_if(call, missed, out)
         else:
-            q = torch.zeros(q_len, query_heads, head_dim, dtype=dtype, device=device)
+            q = torch.zeros(count * q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)
-            table = torch.zeros(1, -(-k_len // page_size), dtype=torch.int32, device=device)
+            table = torch.zeros(count, -(-k_len // page_size), dtype=torch.int32, device=device)
             stem_attention_paged(
                 q,
                 page,
                 page,
-                cu_seqlens_q=[0, q_len],
-                seq_lens=[k_len],
+                cu_seqlens_q=list(range(0, count * q_len + 1, q_len)),
+                seq_lens=[k_len] * count,
                 block_table=table,
                 config=config,
                 softcap=softcap,

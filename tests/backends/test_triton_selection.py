@@ -272,13 +272,24 @@ def test_passes_of_masses_do_not_change_the_result(monkeypatch):
     assert_equal(select(q, k, v, config), expected)
 
 
+def pool(call, config):
+    """Return the pooled blocks of a call's only part, and their powers of two."""
+    from stem_attn.backends.triton import selection
+
+    (part,) = call.parts
+    launches = selection.launches_for(call, part, config)
+    empty = {
+        n: torch.empty(size, dtype=dtype, device=part.q.device) for n, (size, dtype) in launches.buffers(1).items()
+    }
+    launches.pool(part.q, part.k, part.v, part.pages, launches.operands(empty))
+    return empty["pooled"], empty["table"]
+
+
 @pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e20])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_keep_11_bits_at_any_magnitude(dtype, magnitude):
     if dtype == torch.float16 and magnitude != 1.0:
         pytest.skip("out of float16's range")
-    from stem_attn.backends.triton import selection
-
     config = make_config(stride=4, value_term="none")
     q, k, v = make_qkv(48, 176, heads=2, kv_heads=1)
     q, k, v = (q * magnitude).to(dtype), (k / magnitude).to(dtype), v.to(dtype)
@@ -286,7 +297,7 @@ def test_16_bit_inputs_keep_11_bits_at_any_magnitude(dtype, magnitude):
     grid = BlockGrid(48, 176, 16)
     exact = reference_scores(q, k, v, config, scale=SCALE)
     call = make_call(q, k, v, config)
-    pooled, scales = selection.launches_for(call, call.parts[0], config).pool_inputs(call.parts[0])
+    pooled, scales = pool(call, config)
     assert pooled.dtype == torch.float16
     rows = (pooled.double() * scales.double()[: len(pooled), None]).cpu()
     q_rows, k_rows = rows[: 2 * grid.q_blocks].view(-1, 2, 128).transpose(0, 1), rows[2 * grid.q_blocks :]
@@ -300,13 +311,11 @@ def test_16_bit_inputs_keep_11_bits_at_any_magnitude(dtype, magnitude):
 
 @pytest.mark.parametrize("magnitude", [0.01, 1.0, 20.0])
 def test_spreads_and_means_share_a_power_and_keep_their_bits(magnitude):
-    from stem_attn.backends.triton import selection
-
     config = make_config(score="mass", stride=4, value_term="none")
     q, k, v = make_qkv(48, 176, heads=2, kv_heads=1, dtype=torch.bfloat16)
     k = k * magnitude  # at 20 a key's norm is above 100
     call = make_call(q, k, v, config)
-    pooled, powers = selection.launches_for(call, call.parts[0], config).pool_inputs(call.parts[0])
+    pooled, powers = pool(call, config)
     pooled, powers = pooled.double().cpu(), powers.double().cpu()
     queries = pooled[:12].view(3, 2, 2, 48) * powers[:6].view(3, 2, 1, 1)  # three blocks of two heads, two runs each
     keys = pooled[12:].view(3, 2, 4, 2, 48).transpose(1, 2).reshape(12, 4, 48)[:11]  # fours of blocks, pairs of runs

@@ -170,10 +170,18 @@ def test_an_image_makes_its_steps_dense_and_the_chance_of_one_does_not(steps):
     assert _why_all_dense(common.replace(mm_req_doc_ranges={0: [], 1: [(3, 9)]})) == "multimodal prefix"
 
 
+def one_run(cuda, span, block_table):
+    """Return a span as a layer's `attend` takes it."""
+    from stem_attn.integrations.vllm.plan import runs_of
+
+    common = SimpleNamespace(block_table_tensor=block_table)
+    return [cuda.StemCudaBuilder.run_of(None, run, common) for run in runs_of([span])]
+
+
 def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
     from vllm.config import set_current_vllm_config
 
-    from stem_attn.integrations.vllm.plan import Span, runs_of
+    from stem_attn.integrations.vllm.plan import Span
     from stem_attn.integrations.vllm.settings import parse
 
     tokens, dim = 300, 32
@@ -187,8 +195,8 @@ def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
     cache.view(10 * PAGE, 2, 2 * dim)[:tokens] = torch.cat([k, v], -1).transpose(0, 1)
     metadata = SimpleNamespace(block_table=torch.arange(10, dtype=torch.int32)[None])
     out = torch.empty(tokens, 4, dim)
-    span = Span(0, 0, tokens, tokens, tokens, parse(SETTINGS))
-    impl.attend(None, q.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs_of([span]), out)
+    runs = one_run(cuda, Span(0, 0, tokens, tokens, tokens, parse(SETTINGS)), metadata.block_table)
+    impl.attend(None, q.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs, out)
     got, inputs = out.transpose(0, 1)[None], (q[None], k[None], v[None])
     properties = {"softcap": 3.0, "sinks": impl.sinks}
     assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **properties)) < 1e-5
@@ -201,7 +209,7 @@ def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends import flash_attn
 
-    from stem_attn.integrations.vllm.plan import Span, runs_of
+    from stem_attn.integrations.vllm.plan import Span
     from stem_attn.integrations.vllm.settings import parse
 
     tokens, dim, fp8 = 300, 32, torch.float8_e4m3fn
@@ -221,12 +229,12 @@ def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
     cache.view(11 * PAGE, 2, 2 * dim)[slots] = by_token
     scales = {"_q_scale": torch.tensor(0.5), "_k_scale": torch.tensor(1.5), "_v_scale": torch.tensor([0.25, 3.0])}
     layer, metadata = SimpleNamespace(**scales), SimpleNamespace(block_table=pages)
-    span = Span(0, 0, tokens, tokens, tokens, parse(SETTINGS))
+    runs = one_run(cuda, Span(0, 0, tokens, tokens, tokens, parse(SETTINGS)), pages)
     inputs = [x.float()[None] * scale.view(-1, 1, 1) for x, scale in zip((q, k, v), scales.values(), strict=True)]
     expected = stem_attention(*inputs, config=config_of(SETTINGS))
     for given in (q, inputs[0][0]):  # vLLM makes queries fp8 where FlashAttention wants them so
         out = torch.empty(tokens, 4, dim)
-        impl.attend(layer, given.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs_of([span]), out)
+        impl.attend(layer, given.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs, out)
         assert relative_error(out.transpose(0, 1)[None], expected) < 1e-5
 
 

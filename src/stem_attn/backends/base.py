@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,28 @@ class Geometry:
     dtype: torch.dtype
     head_dim: int
     tokens: int
+
+
+class PreparedCall(Protocol):
+    """A paged call, to be made again with tensors that differ from the first ones in their addresses only."""
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, config: StemConfig
+    ) -> list[Tensor] | None:
+        """Select blocks and attend over them.
+
+        Args:
+            q: [T, Hq, D].
+            k: [pages, page_size, Hkv, D].
+            v: [pages, page_size, Hkv, Dv].
+            sinks: [Hq], if the first call had any.
+            out: [T, Hq, Dv]; written.
+            config: The method.
+
+        Returns:
+            What every sequence keeps, int32 [1, Hq, Qb]; or None: it must be called as the first was, and nothing is
+            done.
+        """
 
 
 class Backend(ABC):
@@ -107,6 +129,18 @@ class Backend(ABC):
             out: [B, Hq, T, Dv] in q's dtype, any strides but the last, which is 1; written.
             lse: float32 [B, Hq, T], contiguous, for the natural log-sum-exp of the logits; written. None: not wanted.
         """
+
+    def prepare(self, call: Call, config: StemConfig) -> PreparedCall | None:
+        """Work out what the layers of a model share that make a call one after the other.
+
+        Args:
+            call: A paged call that has been made.
+            config: The method.
+
+        Returns:
+            What makes it again, on the current stream; or None: nothing is gained.
+        """
+        return None
 
     def compare_rows(self, call: Call, part: Part, selection: BlockSelection, out: Tensor, places: Tensor) -> Tensor:
         """Attend exactly with some rows, for an audit; in plain torch unless a backend overrides it.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stem_attn.backends.base import Backend, Geometry
+from stem_attn.backends.base import Backend, Geometry, PreparedCall
 from stem_attn.blocks import BlockSelection
 from stem_attn.budget import Budget
 from stem_attn.call import Call
@@ -89,6 +89,11 @@ class TritonBackend(Backend):
 
         chosen = fp8 if call.precision == "fp8" else attention if call.residual == "none" else residual
         chosen.attend(call, selections, out, lse)
+
+    def prepare(self, call: Call, config: StemConfig) -> PreparedCall | None:
+        from stem_attn.backends.triton.prepared import prepare
+
+        return prepare(call, config)
 
     def attend_if(self, call: Call, wanted: Tensor, out: Tensor) -> None:
         from stem_attn.backends.triton.attention import attend

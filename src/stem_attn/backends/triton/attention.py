@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,8 +32,13 @@ Layouts = tuple[tuple[torch.Size, tuple[int, ...]], ...]
 
 GLUON_TRITON = ((3, 6), (3, 9))
 """The oldest and the newest Triton that the Hopper kernel was compiled with; run with 3.6."""
-LONG_TOKENS = 1024
-"""Packed sequences of this many query tokens on average fill a Hopper GPU one at a time, with its own kernel."""
+FEW_PARTS = 2
+LONG_ROWS = 96
+"""So few sequences, or those of so many rows (of all heads, on average), go one at a time on the Hopper kernel.
+
+Others go in one launch of the portable kernel. Measured on an H200 (docs/log.md): two short ones are 1.15 to 1.7 times
+as fast one at a time; of four and more those with 128 rows 1.4 to 1.6 times, with 64 .9, with 12 .24 to .5.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +116,7 @@ def attend(
     parts = call.parts
     if len(parts) > 1:
         q, k, v, scale = addressable(call, call.q, call.k, call.v)
-        fits = hopper_fits(q, k, v, call.block_size, call.layout.page_size)
-        if not fits or q.shape[2] < LONG_TOKENS * len(parts):
+        if goes_in_one(call, hopper_fits(q, k, v, call.block_size, call.layout.page_size)):
             assert lse is None  # of packed and paged calls nobody can ask for it
             indices, counts, packing = _pack(call, selections, parts)
             where = 0, call.layout.block_table, packing
@@ -125,13 +129,20 @@ def attend(
     attend_part(call, parts[0], selections[0], out, lse, wanted)
 
 
+def goes_in_one(call: Call, fits: bool) -> bool:
+    """Tell whether several sequences go in one launch of the portable kernel; `fits`: the Hopper kernel takes them."""
+    parts = call.parts
+    if not fits or len(parts) <= FEW_PARTS:
+        return not fits and len(parts) > 1
+    return sum(call.grid(part).q_blocks for part in parts) * call.q.shape[1] < LONG_ROWS * len(parts)
+
+
 def attend_part(
     call: Call, part: Part, selection: BlockSelection, out: Tensor, lse: Tensor | None, wanted: Tensor | None = None
 ) -> None:
     """Attend within one part; out [B, Hq, Tq, Dv] and lse, float32 [B, Hq, Tq] contiguous, are the part's own."""
     q, k, v, scale = addressable(call, part.q, part.k, part.v)
-    long = part.pages is None or part.q_len >= LONG_TOKENS
-    if long and hopper_fits(q, k, v, call.block_size, call.layout.page_size):
+    if hopper_fits(q, k, v, call.block_size, call.layout.page_size):
         rows = rows_of(selection), selection.counts
         launch_hopper(Operands(call, q, k, v, scale, *rows, out, lse, part.k_len, part.pages, None, wanted))
         return
@@ -173,8 +184,13 @@ def _pack(
     width = max(s.indices.shape[-1] for s in selections)
     indices = torch.cat([torch.nn.functional.pad(s.indices, (0, width - s.indices.shape[-1])) for s in selections], 2)
     counts = torch.cat([s.counts for s in selections], 2)
-    starts = [[0], [0], [0]]
-    row_sequence = []
+    return indices, counts, packing_of(call, parts)
+
+
+def packing_of(call: Call, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+    """Say where each of several sequences starts, as the third of what `_pack` returns."""
+    starts: list[list[int]] = [[0], [0], [0]]
+    row_sequence: list[int] = []
     for n, part in enumerate(parts):
         rows = call.grid(part).q_blocks
         row_sequence += [n] * rows
@@ -182,7 +198,8 @@ def _pack(
             start.append(start[-1] + length)
     table = torch.tensor([x for part in (row_sequence, *starts) for x in part], dtype=torch.int32, device="cpu")
     sizes = [len(row_sequence), *(len(start) for start in starts)]
-    return indices, counts, to_device(table, call.q.device).split(sizes)
+    packing: tuple[Tensor, ...] = to_device(table, call.q.device).split(sizes)
+    return packing
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -197,23 +214,58 @@ def portable_tile(q: Tensor, v: Tensor, block_size: int) -> Tile:
     return choose_tile(block_size=block_size, head_dim=head_dim, item_bytes=q.element_size(), tma=tma)
 
 
+class AttentionLaunch(NamedTuple):
+    """The launch of one of the kernels for operands of one layout: of later ones it looks at the addresses only.
+
+    Args:
+        plan: The launch.
+        boxes: By which the copy engine reads q, k and v, and the means, where there are any; or none of them.
+        hopper: Whether it is the Hopper kernel.
+    """
+
+    plan: Launch
+    boxes: Sequence[Boxes]
+    hopper: bool
+
+    def run(self, x: Operands, counts: Tensor, stream: int | None = None) -> None:
+        """Run on the current device and stream.
+
+        Args:
+            x: What it works on.
+            counts: `x.kept`.
+            stream: See `Launch`.
+        """
+        inputs = self.describe(x)
+        rows = x.out, x.out if x.lse is None else x.lse, x.indices, counts
+        last = counts if x.block_table is None else x.block_table, sinks_of(x.call.sinks, counts)
+        if self.hopper:
+            means = (None, None, None) if x.means is None else (*inputs[3:], x.means[2])
+            self.plan(*inputs[:3], *rows, *last, *means, stream=stream)
+        else:
+            self.plan(*inputs, *rows, *(x.packing or (counts,) * 4), *last, stream=stream)
+
+    def describe(self, x: Operands) -> Sequence[Any]:
+        """Return q, k and v, and the means, as the kernel reads them."""
+        read = (x.q, x.k, x.v) if x.means is None else (x.q, x.k, x.v, *x.means[:2])
+        return [box.of(t) for t, box in zip(read, self.boxes, strict=True)] if self.boxes else read
+
+
 def launch(x: Operands, tile: Tile) -> None:
     """Run the portable kernel on q's device, on its current stream."""
-    q, k, v, lse, counts = x.q, x.k, x.v, x.lse, x.kept
+    counts = x.kept
+    run_on(x.q.device, portable_launch(x, counts, tile).run, x, counts)
+
+
+def portable_launch(x: Operands, counts: Tensor, tile: Tile) -> AttentionLaunch:
+    """Find or make the portable kernel's launch; `counts` is `x.kept`."""
+    q, k, v, lse = x.q, x.k, x.v, x.lse
     table = counts if x.block_table is None else x.block_table
-    sinks = sinks_of(x.call, counts)
     tensors = (x.out, lse if lse is not None else x.out, x.indices, counts, *(x.packing or (counts,) * 4))
     # Smaller pages would take several copies a tile, which the portable kernel's descriptors cannot join.
     tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and x.page_size % tile.keys == 0
     key = layouts_of(q, k, v, x.out, x.indices, counts, table), q.dtype, q.device, alignment_of(q, k, v, *tensors)
     flags = lse is not None, x.packing is not None, x.page_size, tma, x.wanted is not None
-    plan = _portable_launch(*key, x.call.block_size, x.logits, x.call.window, *flags, tile)
-    inputs: tuple[Any, ...] = (q, k, v)
-    if tma:
-        pad, pad_v = padded(q.shape[3]), padded(v.shape[3])
-        shapes = ((x.call.block_size, pad), (tile.keys, pad), (tile.keys, pad_v))
-        inputs = tuple(TensorDescriptor(t, *_described(t, *shape)) for t, shape in zip(inputs, shapes, strict=True))
-    run_on(q.device, plan, *inputs, *tensors, table, sinks)
+    return _portable_launch(*key, x.call.block_size, x.logits, x.call.window, *flags, tile)
 
 
 @lru_cache(maxsize=1024)
@@ -231,8 +283,7 @@ def _portable_launch(
     tma: bool,
     may_skip: bool,
     tile: Tile,
-) -> Launch:
-    """Make the launch that calls of equal layouts share."""
+) -> AttentionLaunch:
     head_dim, v_head_dim = layouts[0][0][3], layouts[2][0][3]
     grid, numbers = geometry_of(layouts, layouts[0][0][2], layouts[1][0][2], logits, window)
     constants = {
@@ -254,7 +305,9 @@ def _portable_launch(
         options["maxnreg"] = tile.registers
     strides = (*(layouts[i][1] for i in (0, 1, 2, 3)), *layouts[4][1][:3], *layouts[5][1])
     strides = (*strides, layouts[6][1][0] if page_size else 0)
-    return Launch(attention_kernel, grid, (*strides, *numbers), constants, **options)
+    plan = Launch(attention_kernel, grid, (*strides, *numbers), constants, **options)
+    shapes = [(block_size, padded(head_dim)), (tile.keys, padded(head_dim)), (tile.keys, padded(v_head_dim))]
+    return AttentionLaunch(plan, [_boxes(TensorDescriptor, shape) for shape in shapes] if tma else (), hopper=False)
 
 
 def hopper_fits(q: Tensor, k: Tensor, v: Tensor, block_size: int, page_size: int) -> bool:
@@ -286,18 +339,19 @@ def _gluon_known() -> bool:
 
 def launch_hopper(x: Operands) -> None:
     """Run the Hopper kernel, over one part, on q's device, on its current stream."""
-    q, k, v, lse, counts = x.q, x.k, x.v, x.lse, x.kept
-    sinks = sinks_of(x.call, counts)
+    counts = x.kept
+    run_on(x.q.device, hopper_launch(x, counts).run, x, counts)
+
+
+def hopper_launch(x: Operands, counts: Tensor) -> AttentionLaunch:
+    """Find or make the Hopper kernel's launch; `counts` is `x.kept`."""
+    q, k, v, lse = x.q, x.k, x.v, x.lse
     tensors = (x.out, lse if lse is not None else x.out, x.indices, counts)
     key = layouts_of(q, k, v, x.out, x.indices, counts), q.dtype, q.device, alignment_of(*tensors)
     tile = choose_hopper_tile(x.call.block_size, padded(q.shape[3]), padded(v.shape[3]))
     sizes = x.k_len, x.page_size, x.call.block_size
     flags = x.call.window, lse is not None, *sizes, x.wanted is not None, x.means is not None
-    plan, boxes = _hopper_launch(*key, x.logits, *flags, tile)
-    described = (q, k, v) if x.means is None else (q, k, v, *x.means[:2])
-    inputs = [box.of(t) for t, box in zip(described, boxes, strict=True)]
-    means = (None, None, None) if x.means is None else (*inputs[3:], x.means[2])
-    run_on(q.device, plan, *inputs[:3], *tensors, counts if x.block_table is None else x.block_table, sinks, *means)
+    return _hopper_launch(*key, x.logits, *flags, tile)
 
 
 @lru_cache(maxsize=1024)
@@ -315,8 +369,7 @@ def _hopper_launch(
     may_skip: bool,
     means: bool,
     tile: HopperTile,
-) -> tuple[Launch, list[Boxes]]:
-    """Make the launch that calls of equal layouts share, and its descriptors."""
+) -> AttentionLaunch:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     from stem_attn.backends.triton.hopper_kernel import box_layout, box_shape, hopper_attention_kernel
@@ -340,12 +393,11 @@ def _hopper_launch(
     shapes = [(64, pad), *(box_shape(tile.keys, dim, page_size) for dim in (pad, pad_v))]
     if means:
         shapes += [(tile.keys, pad), (tile.keys, pad_v)]
+    return AttentionLaunch(plan, [_boxes(GluonDescriptor, shape, box_layout(shape)) for shape in shapes], hopper=True)
 
-    def boxes(shape: tuple[int, int]) -> Boxes:
-        layout = box_layout(shape)
-        return Boxes(lambda x: GluonDescriptor(x, *_described(x, *shape), layout))
 
-    return plan, [boxes(shape) for shape in shapes]
+def _boxes(kind: Any, shape: tuple[int, int], *layout: Any) -> Boxes:
+    return Boxes(lambda x: kind(x, *_described(x, *shape), *layout))
 
 
 def geometry_of(
@@ -410,11 +462,11 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def run_on(device: torch.device, plan: Launch, *tensors: Any) -> None:
-    """Launch, and log a call that had to compile, or to read Triton's cache."""
+def run_on(device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
+    """Launch on a device, and log a call that had to compile, or to read Triton's cache."""
     start_s = time.perf_counter()
     with on_device(device):
-        plan(*tensors)
+        run(*arguments)
     seconds = time.perf_counter() - start_s
     if seconds > 0.1:
         log.info("attention: the first call of a kernel took %.1f s", seconds)

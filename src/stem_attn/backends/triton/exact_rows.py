@@ -55,7 +55,7 @@ def compare_rows(call: Call, part: Part, selection: BlockSelection, out: Tensor,
             HALVES=q.dtype != torch.float32, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         compare_kernel[(sampled, heads, batch)](
-            out, indices, selection.counts, sinks_of(call, selection.counts), places, *sums, found,
+            out, indices, selection.counts, sinks_of(call.sinks, selection.counts), places, *sums, found,
             out.stride()[:3], *indices.stride()[:3], *selection.counts.stride(),
             grid.offset, grid.first_block, tiles, chunks, chunk_tiles,
             DV=v_dim, DV_PAD=padded(v_dim), BLOCK=size, KEYS=keys, SLOTS=128,

@@ -220,7 +220,7 @@ def launch(
     inputs = (box.of(t) for t, box in zip((x.q, x.k, x.v), boxes, strict=True))
     shifts = x.q_scales if x.shifts is None else x.shifts
     read = x.q_scales, x.kv_scales, x.unsafe, shifts
-    run_on(out.device, plan, *inputs, *read, *tensors, sinks_of(call, counts))
+    run_on(out.device, plan, *inputs, *read, *tensors, sinks_of(call.sinks, counts))
 
 
 @lru_cache(maxsize=1024)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.backends.triton.host_numbers import page_locked, to_device
+from stem_attn.backends.triton.launch import stream_of
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import CHUNKS, Budget, Budgets
 from stem_attn.selection import kept_at_least, kept_per_row
@@ -85,7 +86,7 @@ class KeepTables:
         self._host = page_locked(numbers) if device.type == "cuda" else numbers
         self._device = device
         self._widths: dict[tuple[int, int], list[int]] = {}  # by the first and the last row of a call
-        self._copies: dict[int, tuple[Tensor, ...]] = {}  # by stream
+        self._copies: dict[int | None, tuple[Tensor, ...]] = {}  # by stream
 
     def widths(self, grid: BlockGrid) -> list[int]:
         """Bound the blocks that any row of a call keeps, of every layer."""
@@ -103,7 +104,7 @@ class KeepTables:
             return self._host[layer]
         if torch.cuda.is_current_stream_capturing():
             return to_device(self._host[layer], self._device)
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = stream_of(self._device)
         copies = self._copies.get(stream)
         if copies is None:
             copies = self._copies[stream] = to_device(self._host, self._device).unbind(0)

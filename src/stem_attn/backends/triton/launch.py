@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 
 
 class Launch:
@@ -35,14 +36,19 @@ class Launch:
         self._arguments = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._run: Any = None
 
-    def __call__(self, *tensors: Any) -> None:
-        """Run on the current device and stream."""
+    def __call__(self, *tensors: Any, stream: int | None = None) -> None:
+        """Run on the current device and stream.
+
+        Args:
+            tensors: The kernel's first arguments.
+            stream: The current stream, from `stream_of`, where it is known; None: it is looked up.
+        """
         if self._run is None:
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
             if compiled is not None:  # the interpreter compiles nothing
                 self._run = compiled[self._grid]
         else:
-            self._run(*tensors, *self._arguments)
+            self._run(*tensors, *self._arguments, stream=stream)
 
 
 @cache
@@ -54,6 +60,11 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def can_chain(device: torch.device) -> bool:
     """Tell whether a kernel can be launched before its predecessor has ended: on NVIDIA's GPUs since Hopper."""
     return capability_of(device) >= (9, 0)
+
+
+def stream_of(device: torch.device) -> int | None:
+    """Return a handle of a GPU's current stream; None on other devices."""
+    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else None
 
 
 _HERE = nullcontext()

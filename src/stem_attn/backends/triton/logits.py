@@ -56,6 +56,6 @@ class Logits(NamedTuple):
         return "fast" if dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None else "short"
 
 
-def sinks_of(call: Call, otherwise: Tensor) -> Tensor:
+def sinks_of(sinks: Tensor | None, otherwise: Tensor) -> Tensor:
     """Return a call's sinks as kernels read them, contiguous, or a tensor to fill their place where there are none."""
-    return otherwise if call.sinks is None else call.sinks.contiguous()
+    return otherwise if sinks is None else sinks.contiguous()

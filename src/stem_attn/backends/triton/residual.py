@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton import attention
 from stem_attn.backends.triton.attention import (
-    LONG_TOKENS,
     Layouts,
     Operands,
     addressable,
@@ -60,8 +59,6 @@ def _attend_in_one(call: Call, part: Part, selection: BlockSelection, out: Tenso
     page_size = call.layout.page_size
     # Beyond, its tiles are smaller than blocks.
     if max(q.shape[3], v.shape[3]) > 128 or not attention.hopper_fits(q, k, v, call.block_size, page_size):
-        return False
-    if page_size and part.q_len < LONG_TOKENS:
         return False
     rows = rows_of(selection), selection.counts
     tables = _tables_of(q, k, v, *rows, selection.grid, page_size)

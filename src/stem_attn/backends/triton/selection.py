@@ -70,7 +70,7 @@ def launches_for(call: Call, part: Part, config: StemConfig) -> SelectionLaunche
     k_shape = (q.shape[0], k.shape[1], part.k_len, k.shape[3])
     aligned = (q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16)  # kernels are compiled for it
     layout = (q.shape, k_shape, v.shape[3], page_size, q.stride(), k.stride(), v.stride(), q.dtype, q.device, aligned)
-    return _launches(layout, _without_budget(config), Logits.of(call, call.scale))
+    return _launches(layout, without_budget(config), Logits.of(call, call.scale))
 
 
 @lru_cache(maxsize=256)
@@ -79,9 +79,14 @@ def _launches(layout: tuple[Any, ...], config: StemConfig, logits: Logits) -> Se
 
 
 @lru_cache(maxsize=1024)
-def _without_budget(config: StemConfig) -> StemConfig:
+def without_budget(config: StemConfig) -> StemConfig:
+    """Return a config with the defaults of what only budgets read, and what attention is asked for."""
     defaults = StemConfig()
-    return dataclasses.replace(config, **{name: getattr(defaults, name) for name in _BUDGET_FIELDS})
+    plain = dataclasses.replace(config, **{name: getattr(defaults, name) for name in _BUDGET_FIELDS})
+    return _plain.setdefault(plain, plain)
+
+
+_plain: dict[StemConfig, StemConfig] = {}  # equal ones are the same object
 
 
 class SelectionLaunches:
@@ -97,7 +102,7 @@ class SelectionLaunches:
     def __init__(self, layout: tuple[Any, ...], config: StemConfig, logits: Logits) -> None:
         q_shape, k_shape, v_dim, page_size, *strides, dtype, device, _ = layout
         self._sizes = sizes = Sizes(q_shape, k_shape, dtype, device, config)
-        self.rivals = sizes.rivals
+        self.grid, self.rivals = sizes.grid, sizes.rivals
         self._pool = pool_launch(sizes, strides, v_dim, page_size, logits.scale)
         self._zscore = zscore_launch(sizes)
         # A query block's scores, and its masses: one for every score and run of queries.
@@ -116,50 +121,73 @@ class SelectionLaunches:
     def run(self, part: Part, call: Call, keep: KeepTable) -> BlockSelection:
         """Make the selection of a part of this layout on the current device and stream."""
         sizes = self._sizes
-        pooled, table = self.pool_inputs(part)
         width = keep.width(sizes.grid)
-        rows = sizes.batch, sizes.heads, sizes.grid.q_blocks
-        indices = torch.empty((*rows, width), dtype=torch.int32, device=sizes.device)
-        counts = torch.empty(rows, dtype=torch.int32, device=sizes.device)
-        operands: dict[str, Any] = {
-            **self._scoring.describe(pooled),
-            "table": table,
-            "sinks": sinks_of(call, table),
-            "scores": torch.empty(self._scores_size, dtype=torch.float32, device=sizes.device),
-            "keep": keep.on_device(),
-            "indices": indices,
-            "counts": counts,
-            "keep_stride": keep.stride,
-            "least_at": keep.least_at,
-            "width": width,
-        }
-        if sizes.mass:
-            masses_size = self._scores_size * sizes.q_slots
-            operands["masses"] = torch.empty(masses_size, dtype=torch.float32, device=sizes.device)
-        for launches in self.passes:
-            for launch, names in launches:
-                launch(*(operands[name] for name in names))
-        return BlockSelection.made(indices, counts, sizes.grid)
+        operands = self.operands(
+            {
+                name: torch.empty(shape, dtype=dtype, device=sizes.device)
+                for name, (shape, dtype) in self.buffers(width).items()
+            }
+        )
+        self.pool(part.q, part.k, part.v, part.pages, operands)
+        self.choose(call.sinks, keep, operands)
+        return BlockSelection.made(operands["indices"], operands["counts"], sizes.grid)
 
-    def pool_inputs(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Read a part's q, k and v once.
+    def buffers(self, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of all that the launches write.
 
         Returns:
             pooled, the blocks of q and then those of k: for linear scores [blocks, stride * D], D rounded up to a
             multiple of 8; for masses [runs, D], D half as much again with spreads, and the runs of four blocks of k
-            dealt out in pairs. And a float32 table: the powers of two that these blocks were divided by, then the
-            weighted value term of the k blocks.
+            dealt out in pairs. The table: the powers of two that these blocks were divided by, then the weighted value
+            term of the k blocks. What scores are made from, the scores of one pass, and a selection's indices, of
+            `width` slots a row, and counts.
         """
         sizes = self._sizes
-        rows = sizes.q_rows + sizes.k_rows
-        pooled = torch.empty(sizes.pooled_shape, dtype=sizes.pooled_dtype, device=sizes.device)
-        table = torch.empty(rows + sizes.k_rows, dtype=torch.float32, device=sizes.device)
-        q, k, v = part.q, part.k, part.v
-        block_table = table if part.pages is None else part.pages
-        if self._zscore is None:
-            self._pool(q, k, v, pooled, table, table, block_table)
-        else:
-            logs = torch.empty(sizes.k_rows * sizes.per_block, dtype=torch.float32, device=sizes.device)
-            self._pool(q, k, v, pooled, table, logs, block_table)
-            self._zscore(logs, table)
-        return pooled, table
+        rows = sizes.batch, sizes.heads, sizes.grid.q_blocks
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "pooled": (sizes.pooled_shape, sizes.pooled_dtype),
+            "table": ((sizes.q_rows + 2 * sizes.k_rows,), torch.float32),
+            "scores": ((self._scores_size,), torch.float32),
+            "indices": ((*rows, width), torch.int32),
+            "counts": (rows, torch.int32),
+        }
+        if sizes.mass:
+            found["masses"] = (self._scores_size * sizes.q_slots,), torch.float32
+        if self._zscore is not None:
+            found["logs"] = (sizes.k_rows * sizes.per_block,), torch.float32
+        return found
+
+    def operands(self, buffers: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what the launches are given by name: the buffers, and the boxes in which pooled blocks are read."""
+        return {**buffers, **self._scoring.describe(buffers["pooled"]), "width": buffers["indices"].shape[3]}
+
+    def pool(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor | None,
+        operands: dict[str, Any],
+        stream: int | None = None,
+    ) -> None:
+        """Read a part's q, k and v once; see `Part` for what they are, and `buffers` for what is written."""
+        pooled, table = operands["pooled"], operands["table"]
+        logs, pages = operands.get("logs", table), table if pages is None else pages
+        self._pool(q, k, v, pooled, table, logs, pages, stream=stream)
+        if self._zscore is not None:
+            self._zscore(logs, table, stream=stream)
+
+    def choose(
+        self, sinks: Tensor | None, keep: KeepTable, operands: dict[str, Any], stream: int | None = None
+    ) -> None:
+        """Score the pooled blocks, and write the kept ones."""
+        operands = {
+            **operands,
+            "sinks": sinks_of(sinks, operands["table"]),
+            "keep": keep.on_device(),
+            "keep_stride": keep.stride,
+            "least_at": keep.least_at,
+        }
+        for launches in self.passes:
+            for launch, names in launches:
+                launch(*[operands[name] for name in names], stream=stream)

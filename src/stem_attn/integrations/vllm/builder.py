@@ -49,11 +49,11 @@ class LayerPlan:
     """What some layers do in one step.
 
     Args:
-        runs: The sparse tokens; at least one.
+        runs: The sparse tokens, in the form that the device's `attend` takes; at least one.
         rest: The others, or None if there are none.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[Any, ...]
     rest: DenseRest | None
 
 
@@ -126,6 +126,10 @@ class StemBuilder:
         """Build the parent's metadata for the dense rest of a batch."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
+    def run_of(self, run: Run, common: Any) -> Any:
+        """Return a run in the form that the device's `attend` takes, for some layers of one step."""
+        return run
+
     def _plan(self, common: Any, settings: Settings) -> StepPlan:
         tokens = int(common.query_start_loc_cpu[-1])  # without what pads the batch for a CUDA graph
         for reason, count in self._dense_layers.items():
@@ -149,9 +153,8 @@ class StemBuilder:
             split = split_batch(requests, dense, self._backend, self._geometry, decode_len)
             self._count(split, len(impls))
             if split.spans:
-                plan.update(
-                    dict.fromkeys(impls, LayerPlan(runs_of(split.spans), self._dense_rest(common, split.rests)))
-                )
+                runs = tuple(self.run_of(run, common) for run in runs_of(split.spans))
+                plan.update(dict.fromkeys(impls, LayerPlan(runs, self._dense_rest(common, split.rests))))
         return plan
 
     def _read(self, common: Any, settings: Settings) -> list[Request]:

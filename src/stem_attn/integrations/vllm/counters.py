@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.blocks import BlockSelection
-
 
 class Counters:
     """Count tokens and kept blocks. A token counts once in every attention layer that it passes through."""
@@ -59,10 +57,14 @@ class Counters:
             metrics["kept"].inc(kept)
             metrics["causal"].inc(causal)
 
-    def count_blocks(self, selection: BlockSelection) -> None:
-        """Note what one layer kept for one span."""
-        counts = selection.counts
-        causal = counts.shape[0] * counts.shape[1] * selection.grid.causal_blocks
+    def count_blocks(self, counts: Tensor, causal_blocks: int) -> None:
+        """Note what one layer kept for one span.
+
+        Args:
+            counts: int32 [1, Hq, Qb]; kept blocks.
+            causal_blocks: What a head would keep at most.
+        """
+        causal = counts.shape[1] * causal_blocks
         if counts.is_cuda:
             self._waiting.append(counts)
             self._waiting_causal += causal

@@ -58,7 +58,7 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
                 q, k, v, config=config, scale=self.scale, prompt_len=span.prompt_len, **self.properties
             )
             counters.count_selection_seconds(time.perf_counter() - began)
-            counters.count_blocks(selection)
+            counters.count_blocks(selection.counts, span.causal_blocks)
             out = block_sparse_attention(
                 q,
                 k,

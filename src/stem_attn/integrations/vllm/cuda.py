@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from stem_attn import fallbacks
-from stem_attn.api import stem_attention_paged
 from stem_attn.backends.triton.fp8_pages import widen_pages
 from stem_attn.backends.triton.keep_table import keep_tables
 from stem_attn.integrations.vllm.builder import StemBuilder
@@ -33,12 +32,38 @@ from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.register import NAME
 from stem_attn.integrations.vllm.settings import Settings, choices, settings_of
+from stem_attn.paged import PagedPrefill
 from stem_attn.warm_up import warm_up
 
 logger = init_logger("vllm.stem")
 
 FP8 = ("fp8", "fp8_e4m3")
 """vLLM's names of caches that FlashAttention reads in fp8; they are the same."""
+
+
+class CudaRun(NamedTuple):
+    """A run as `StemCudaImpl.attend` takes it.
+
+    Args:
+        run: What it is.
+        prefill: That computes it in layer after layer.
+        causal_blocks: Of every span, what a dense head would read.
+    """
+
+    run: Run
+    prefill: PagedPrefill
+    causal_blocks: tuple[int, ...]
+
+
+def prefill_of(run: Run, block_table: Tensor) -> PagedPrefill:
+    """Return what computes a run, whose pages are int32 [spans, n]."""
+    return PagedPrefill(
+        cu_seqlens_q=run.cu_seqlens_q,
+        seq_lens=run.seq_lens,
+        block_table=block_table,
+        prompt_len=run.prompt_lens,
+        backend="triton",
+    )
 
 
 class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -93,6 +118,11 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
         torch.cuda.empty_cache()
         logger.info_once("stem-attn: kernels compiled in %.1f s", time.perf_counter() - began)
 
+    def run_of(self, run: Run, common: Any) -> CudaRun:
+        """See `StemBuilder.run_of`."""
+        prefill = prefill_of(run, common.block_table_tensor[run.rows])
+        return CudaRun(run, prefill, tuple(span.causal_blocks for span in run.spans))
+
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch.
 
@@ -121,37 +151,32 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
             self.refuse_early("triton", head_size)
 
     def attend(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[Run], output: Tensor
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[CudaRun], output: Tensor
     ) -> None:
         """See `StemImpl.attend`."""
         if self.kv_cache_dtype in FP8:
             kv_cache, query = kv_cache.view(torch.float8_e4m3fn), _widened(query, layer._q_scale, output.dtype)
-        for run in runs:
+        for run, prefill, causal_blocks in runs:
             config = self.config_of(run.settings)
             assert config is not None  # the plan has a layer's sparse spans only
-            pages, block_table = kv_cache, attn_metadata.block_table[run.rows]
+            pages = kv_cache
             if self.kv_cache_dtype in FP8:
-                scales = layer._k_scale, layer._v_scale
+                block_table, scales = attn_metadata.block_table[run.rows], (layer._k_scale, layer._v_scale)
                 pages, block_table = widen_pages(kv_cache, block_table, run.seq_lens, *scales, output.dtype)
+                prefill = prefill_of(run, block_table)
             by_token = pages.transpose(1, 2)  # [pages, page_size, Hkv, 2 * D]
-            _, selections = stem_attention_paged(
+            kept = prefill.run(
                 query[run.tokens],
-                by_token[..., : self.head_size],
-                by_token[..., self.head_size :],
-                cu_seqlens_q=run.cu_seqlens_q,
-                seq_lens=run.seq_lens,
-                block_table=block_table,
+                by_token.narrow(3, 0, self.head_size),
+                by_token.narrow(3, self.head_size, self.head_size),
                 config=config,
-                prompt_len=run.prompt_lens,
                 scale=self.scale,
                 **self.properties,
-                backend="triton",
                 out=output[run.tokens],
-                return_selection=True,
             )
-            for selection in selections:
+            for counts, causal in zip(kept, causal_blocks, strict=True):
                 # The time that choosing takes is not counted: knowing it would mean waiting for the device.
-                counters.count_blocks(selection)
+                counters.count_blocks(counts, causal)
 
 
 class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]

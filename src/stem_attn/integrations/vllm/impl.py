@@ -15,7 +15,6 @@ from stem_attn import backends
 from stem_attn.config import StemConfig
 from stem_attn.integrations.vllm import layers
 from stem_attn.integrations.vllm.compat import VLLM_VERSION
-from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.settings import Settings, describe, settings_of
 
 logger = init_logger("vllm.stem")
@@ -145,7 +144,7 @@ class StemImpl:
         return output
 
     def attend(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[Run], output: Tensor
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, runs: Sequence[Any], output: Tensor
     ) -> None:
         """Attend sparsely over the runs' tokens, and write their rows of `output`.
 
@@ -154,7 +153,7 @@ class StemImpl:
             query: [tokens, Hq, D] of the whole batch.
             kv_cache: The layer's pages.
             attn_metadata: The parent's, of the whole batch; `block_table[span.row]` are a request's pages.
-            runs: The tokens to do.
+            runs: The tokens to do; see `StemBuilder.run_of`.
             output: [tokens, Hq, D] of the whole batch.
         """
         raise NotImplementedError

@@ -64,6 +64,11 @@ class Span:
         """The tokens' place within the batch."""
         return slice(self.q_start, self.q_start + self.q_len)
 
+    @property
+    def causal_blocks(self) -> int:
+        """Key blocks that a dense head would read."""
+        return BlockGrid(self.q_len, self.k_len, self.settings.config.block_size).causal_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
