@@ -260,7 +260,7 @@ def portable_launch(x: Operands, counts: Tensor, tile: Tile) -> AttentionLaunch:
     """Find or make the portable kernel's launch; `counts` is `x.kept`."""
     q, k, v, lse = x.q, x.k, x.v, x.lse
     table = counts if x.block_table is None else x.block_table
-    tensors = (x.out, lse if lse is not None else x.out, x.indices, counts, *(x.packing or (counts,) * 4))
+    tensors = (x.out, lse if lse is not None else x.out, x.indices, counts)
     # Smaller pages would take several copies a tile, which the portable kernel's descriptors cannot join.
     tma = has_copy_engine(q.device) and all(map(_describable, (q, k, v))) and x.page_size % tile.keys == 0
     key = layouts_of(q, k, v, x.out, x.indices, counts, table), q.dtype, q.device, alignment_of(q, k, v, *tensors)

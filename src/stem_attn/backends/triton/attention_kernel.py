@@ -20,7 +20,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(
     do_not_specialize=(*UNSPECIALISED, "table_stride"),
-    do_not_specialize_on_alignment=["block_table", "sinks"],
+    # The tables of packed sequences lie one after the other, wherever that is.
+    do_not_specialize_on_alignment=["row_sequence", "first_rows", "q_starts", "k_starts", "block_table", "sinks"],
 )
 def attention_kernel(
     q,  # [B, Hq, Tq, D]: a pointer, or a tensor descriptor where TMA; packed: B = 1 and T = all tokens
