@@ -1,7 +1,10 @@
 """`PagedPrefill`: in every layer to the bit what `stem_attention_paged` gives, and less to do for the host."""
 
 import dataclasses
+import gc
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from test_paged import DEVICE, GPU, draw, page_out
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
 MASS = dataclasses.replace(SMALL, score="mass", stride=8, budget_scope="layer")
-LENGTHS = [(75, 230)]
+LENGTHS = [(43, 150)]
 
 
 @pytest.fixture
@@ -55,7 +58,8 @@ def run_all(configs, inputs, backend="triton", extra=lambda n: {}, **how) -> Pag
     """Run a layer for every config, and compare each with the ordinary call."""
     first = inputs(0)
     sequences = {name: first[name] for name in ("cu_seqlens_q", "seq_lens", "block_table")}
-    prefill = PagedPrefill(**sequences, prompt_len=how.pop("prompt_len", None), backend=backend)
+    prefill = PagedPrefill(**sequences, prompt_len=how.get("prompt_len"), backend=backend)
+    new_out = how.get("new_out", torch.empty_like)
     for n, config in enumerate(configs):
         x = inputs(n)
         tensors = x["q"], x["k_cache"], x["v_cache"]
@@ -63,7 +67,7 @@ def run_all(configs, inputs, backend="triton", extra=lambda n: {}, **how) -> Pag
             *tensors, **sequences, config=config, backend=backend, return_selection=True,
             prompt_len=prefill._sequences["prompt_len"], **extra(n),
         )  # fmt: skip
-        out = torch.full_like(expected, torch.nan)
+        out = new_out(expected).fill_(torch.nan)
         counts = prefill.run(*tensors, config=config, out=out, **extra(n))
         assert torch.equal(out, expected)
         for got, selection in zip(counts, selections, strict=True):
@@ -76,7 +80,7 @@ def run_all(configs, inputs, backend="triton", extra=lambda n: {}, **how) -> Pag
 @pytest.mark.parametrize("config", [SMALL, MASS], ids=["linear", "mass"])
 def test_layers_with_budgets_of_their_own(config, asked, triton):
     configs = scaled(config, 1.5, 1.0, 0.5)
-    run_all(configs, layer, prompt_len=[260])
+    run_all(configs, layer, prompt_len=[170])
     assert asked == configs[:1]
 
 
@@ -116,14 +120,70 @@ def test_what_other_kernels_compute_is_not_prepared(changed, asked, triton):
     assert len(asked) == 2
 
 
+def test_a_layer_that_other_kernels_compute(asked, triton):
+    mean = dataclasses.replace(MASS, residual="mean")
+    run_all([MASS, MASS, mean, MASS], layer)
+    assert asked == [MASS, mean]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_output_within_another_tensor(first, asked, triton):
+    """With strides of its own, and, at 1, on a GPU at an address that no kernel for whole vectors may write to."""
+    held = []
+
+    def new_out(like):
+        held.append(torch.zeros(like.shape[0], 2 * like.shape[1], like.shape[2] + 8, dtype=like.dtype, device=DEVICE))
+        return held[-1][:, : like.shape[1], first : first + like.shape[2]]
+
+    run_all([MASS] * 3, layer, new_out=new_out)
+    assert len(asked) == 1
+    for x in held:
+        assert not x[:, 2:].any()
+        assert not x[..., :first].any()
+        assert not x[..., 64 + first :].any()
+
+
+def test_calls_that_take_turns_are_not_prepared(monkeypatch, triton):
+    monkeypatch.setattr(paged.run, "prepare", lambda *_: pytest.fail("prepared"))
+    run_all([MASS] * 4, lambda n: layer(n, heads=2 + 2 * (n % 2)))
+
+
+def test_nothing_of_the_first_layer_is_kept(triton):
+    x = layer(0)
+    caches = x.pop("k_cache"), x.pop("v_cache")
+    q = x.pop("q")
+    out = torch.empty_like(q)
+    kept = [weakref.ref(t.untyped_storage()) for t in (q, out)]
+    prefill = PagedPrefill(**x, backend="triton")
+    for _ in range(2):
+        prefill.run(q, *caches, config=MASS, out=out)
+    assert prefill._prepared is not None
+    del q, out
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+
+
+def test_several_sequences_with_a_launch_each(asked, monkeypatch, triton):
+    """As on Hopper GPUs; here by the portable kernel."""
+    from stem_attn.backends.triton import prepared
+
+    monkeypatch.setattr(prepared, "goes_in_one", lambda *_: False)
+    lengths = [(24, 90), (43, 150), (20, 170)]
+    base = dataclasses.replace(MASS, budget_scope="head", sink_blocks=0)
+    prefill = run_all(scaled(base, 1.5, 0.5), lambda n: layer(n, lengths), prompt_len=[200, 210, 220])
+    assert len(asked) == 1
+    starts = {part.operands["pooled"].data_ptr() for part in prefill._prepared._parts}
+    assert len(starts) == 1  # they use the same memory, in turn
+
+
 def test_short_sequences_go_in_one_launch(asked, triton):
-    prefill = run_all(scaled(MASS, 1.0, 0.5), lambda n: layer(n, [(30, 100), (9, 9), (75, 230)]))
+    prefill = run_all(scaled(MASS, 1.0, 0.5), lambda n: layer(n, [(30, 100), (9, 9), (43, 150)]))
     assert prefill._prepared is None
     assert len(asked) == 2
 
 
 def test_the_cpu_backend(asked):
-    prefill = run_all(scaled(MASS, 1.0, 0.5), lambda n: layer(n, [(30, 100), (75, 230)]), backend="cpu")
+    prefill = run_all(scaled(MASS, 1.0, 0.5), lambda n: layer(n, [(30, 100), (43, 150)]), backend="cpu")
     assert prefill._prepared is None
     assert len(asked) == 2
 
@@ -189,3 +249,9 @@ def test_bad_input_in_a_later_layer(triton):
         prefill.run(tensors[0].clone().requires_grad_(), *tensors[1:], config=MASS, out=out)
     with pytest.raises(ValueError, match="preset"):
         prefill.run(*tensors, config="fastest", out=out)
+    with pytest.raises(ValueError, match="out must be a tensor"):
+        prefill.run(*tensors, config=MASS, out=None)
+    with pytest.raises(ValueError, match="sinks must be"):
+        prefill.run(*tensors, config=MASS, out=out, sinks=np.zeros(2))
+    with pytest.raises(ValueError, match="scale"):
+        prefill.run(*tensors, config=MASS, out=out, scale=True)

@@ -18,10 +18,14 @@ from stem_attn.layout import Layout
 class PagedPrefill:
     """Compute Stem's prefill of the same sequences in one layer of a model after another.
 
-    Each `run` gives what `stem_attention_paged` gives. The first checks its inputs and finds what is to be launched;
-    later ones, of tensors with the same shapes, dtypes and strides, only launch it, which takes the host a third of
-    the time. It is for one step of a server, on one stream, and for one thread at a time: it keeps memory that the
-    layers share.
+    Each `run` gives what `stem_attention_paged` gives. The second finds what is to be launched; later ones, of tensors
+    with the same shapes, dtypes and strides, launch it and do nothing else, which takes the host about half the time.
+    They go the ordinary way where this does not hold: on backends other than Triton; with `residual` or `precision`; in
+    a layer that keeps everything of a sequence; for sequences that share a launch (docs/kernels.md); in a captured
+    graph.
+
+    It is for one step of a server, on one stream, and for one thread at a time: it holds the memory that selection
+    needs, for all layers, until it goes.
 
     Args:
         cu_seqlens_q: N + 1 rising ints from 0 to T: where each sequence's queries start and end.
@@ -47,7 +51,8 @@ class PagedPrefill:
             "prompt_len": prompt_len,
         }
         self._backend = backend
-        self._key: tuple[Any, ...] | None = None
+        self._key: tuple[Any, ...] | None = None  # of the last call that went the ordinary way
+        self._tried = False  # to prepare such a call
         self._prepared: PreparedCall | None = None
 
     def run(
@@ -81,12 +86,22 @@ class PagedPrefill:
             ValueError: The inputs do not fit together, ask for gradients, or the named backend cannot take them.
             RuntimeError: The named backend is not available here.
         """
+        if torch.compiler.is_compiling():
+            raise ValueError("PagedPrefill cannot be traced by torch.compile: call stem_attention_paged there")
+        if not isinstance(out, Tensor):
+            raise ValueError(f"out must be a tensor [T, Hq, Dv], got {type(out).__name__}")
         config = resolve_config(config)
         key = _key(scale, softcap, q, k_cache, v_cache, out, sinks)
-        if self._prepared is not None and key == self._key:
-            counts = self._prepared.run(q, k_cache, v_cache, sinks, out, config)
-            if counts is not None:
-                return counts
+        if key == self._key:
+            if not self._tried:
+                self._tried = True
+                layout = Layout.paged(q, k_cache, v_cache, **self._sequences)
+                call = call_of(layout, config, config.block_size, scale, softcap, sinks)
+                self._prepared = run.prepare(call, config, self._backend, out.transpose(0, 1)[None])
+            if self._prepared is not None:
+                counts = self._prepared.run(q, k_cache, v_cache, sinks, out, config)
+                if counts is not None:
+                    return counts
         _, selections = stem_attention_paged(
             q,
             k_cache,
@@ -101,19 +116,18 @@ class PagedPrefill:
             return_selection=True,
         )
         if key != self._key:
-            layout = Layout.paged(q, k_cache, v_cache, **self._sequences)
-            call = call_of(layout, config, config.block_size, scale, softcap, sinks)
-            self._key, self._prepared = key, run.prepare(call, config, self._backend)
+            self._key, self._tried, self._prepared = key, False, None
         return [selection.counts for selection in selections]
 
 
-def _key(scale: float | None, softcap: float | None, *tensors: Any) -> tuple[Any, ...]:
+def _key(scale: Any, softcap: Any, *tensors: Any) -> tuple[Any, ...]:
     """Return what calls share that differ in their tensors' addresses only.
 
-    Kernels are compiled for multiples of 16 bytes.
+    Kernels are compiled for multiples of 16 bytes. What should be a tensor and is none is refused by the ordinary call.
     """
     told = [
-        (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in tensors
+        (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else type(x)
+        for x in tensors
     ]
     learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    return scale, softcap, learns, *told
+    return scale, softcap, type(scale), type(softcap), learns, *told

@@ -39,9 +39,9 @@ def prefill(
     return out, selections
 
 
-def prepare(call: Call, config: StemConfig, backend: str) -> PreparedCall | None:
+def prepare(call: Call, config: StemConfig, backend: str, out: Tensor) -> PreparedCall | None:
     """Work out what the layers of a model share that make a call one after the other; see `Backend.prepare`."""
-    return backends.for_call(backend, call, again=True).prepare(call, config)
+    return backends.for_call(backend, call, again=True).prepare(call, config, out)
 
 
 def select(call: Call, choice: StemConfig | Method, backend: str) -> list[BlockSelection]:

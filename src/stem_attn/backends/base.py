@@ -40,7 +40,12 @@ class Geometry:
 
 
 class PreparedCall(Protocol):
-    """A paged call, to be made again with tensors that differ from the first ones in their addresses only."""
+    """A paged call, to be made again.
+
+    Only with tensors that differ from the first ones in their addresses, and those by multiples of 16 bytes; with the
+    same sequences, scale and softcap; on the same thread. It looks at nothing but the config, the stream and whether a
+    graph is being captured.
+    """
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, config: StemConfig
@@ -130,12 +135,13 @@ class Backend(ABC):
             lse: float32 [B, Hq, T], contiguous, for the natural log-sum-exp of the logits; written. None: not wanted.
         """
 
-    def prepare(self, call: Call, config: StemConfig) -> PreparedCall | None:
+    def prepare(self, call: Call, config: StemConfig, out: Tensor) -> PreparedCall | None:
         """Work out what the layers of a model share that make a call one after the other.
 
         Args:
             call: A paged call that has been made.
             config: The method.
+            out: As in `attend`.
 
         Returns:
             What makes it again, on the current stream; or None: nothing is gained.

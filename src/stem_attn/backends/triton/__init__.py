@@ -90,10 +90,10 @@ class TritonBackend(Backend):
         chosen = fp8 if call.precision == "fp8" else attention if call.residual == "none" else residual
         chosen.attend(call, selections, out, lse)
 
-    def prepare(self, call: Call, config: StemConfig) -> PreparedCall | None:
+    def prepare(self, call: Call, config: StemConfig, out: Tensor) -> PreparedCall | None:
         from stem_attn.backends.triton.prepared import prepare
 
-        return prepare(call, config)
+        return prepare(call, config, out)
 
     def attend_if(self, call: Call, wanted: Tensor, out: Tensor) -> None:
         from stem_attn.backends.triton.attention import attend

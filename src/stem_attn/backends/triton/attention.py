@@ -34,7 +34,7 @@ GLUON_TRITON = ((3, 6), (3, 9))
 """The oldest and the newest Triton that the Hopper kernel was compiled with; run with 3.6."""
 FEW_PARTS = 2
 LONG_ROWS = 96
-"""So few sequences, or those of so many rows (of all heads, on average), go one at a time on the Hopper kernel.
+"""So few sequences, or sequences of so many rows (of all heads, on average), go one at a time on the Hopper kernel.
 
 Others go in one launch of the portable kernel. Measured on an H200 (docs/log.md): two short ones are 1.15 to 1.7 times
 as fast one at a time; of four and more those with 128 rows 1.4 to 1.6 times, with 64 .9, with 12 .24 to .5.
@@ -58,7 +58,8 @@ class Operands:
         k_len: Tokens of the sequence, where there is one.
         block_table: int32 [sequences, pages of the longest], last stride 1, or the only sequence's row of it, which is
             all that the Hopper kernel takes; None where nothing is in pages.
-        packing: Where several sequences' rows and tokens start, from `_pack`; None for one part that is not in pages.
+        packing: Where several sequences' rows and tokens start, from `packing_of`; None for one part without pages, and
+            on the Hopper kernel.
         wanted: bool on q's device, [] or [B, Hq, 1]: the kernels write only where it holds. None: everywhere.
         means: Mean keys [B, Hkv, columns, D] and values of all blocks, head dims padded, and int32 [B, Hq, R, words], a
             bit for each block that a row keeps: only the Hopper kernel reads them. None: pruned blocks are lost.
@@ -94,6 +95,12 @@ class Operands:
         """How the kernels make logits."""
         return Logits.of(self.call, self.scale)
 
+    def run(self, launch: AttentionLaunch, counts: Tensor) -> None:
+        """Run a launch that was made for this layout, on q's device; `counts`: what is kept."""
+        tensors = self.q, self.k, self.v, self.out, self.indices, counts
+        places = {"lse": self.lse, "block_table": self.block_table, "packing": self.packing}
+        run_on(self.q.device, launch.run, *tensors, **places, sinks=self.call.sinks, means=self.means)
+
 
 def attend(
     call: Call,
@@ -104,7 +111,7 @@ def attend(
 ) -> None:
     """Attend over the kept blocks; see `Backend.attend`.
 
-    Several sequences go in one launch of the portable kernel, or in one launch each where they are long.
+    Several sequences go in one launch of the portable kernel, or in one launch each; see `goes_in_one`.
 
     Args:
         call: The call.
@@ -131,10 +138,11 @@ def attend(
 
 def goes_in_one(call: Call, fits: bool) -> bool:
     """Tell whether several sequences go in one launch of the portable kernel; `fits`: the Hopper kernel takes them."""
-    parts = call.parts
-    if not fits or len(parts) <= FEW_PARTS:
-        return not fits and len(parts) > 1
-    return sum(call.grid(part).q_blocks for part in parts) * call.q.shape[1] < LONG_ROWS * len(parts)
+    count = len(call.parts)
+    if count == 1 or not fits:
+        return count > 1
+    rows = sum(call.grid(part).q_blocks for part in call.parts) * call.q.shape[1]
+    return count > FEW_PARTS and rows < LONG_ROWS * count
 
 
 def attend_part(
@@ -227,33 +235,40 @@ class AttentionLaunch(NamedTuple):
     boxes: Sequence[Boxes]
     hopper: bool
 
-    def run(self, x: Operands, counts: Tensor, stream: int | None = None) -> None:
-        """Run on the current device and stream.
-
-        Args:
-            x: What it works on.
-            counts: `x.kept`.
-            stream: See `Launch`.
-        """
-        inputs = self.describe(x)
-        rows = x.out, x.out if x.lse is None else x.lse, x.indices, counts
-        last = counts if x.block_table is None else x.block_table, sinks_of(x.call.sinks, counts)
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        indices: Tensor,
+        counts: Tensor,
+        *,
+        lse: Tensor | None = None,
+        block_table: Tensor | None = None,
+        packing: tuple[Tensor, ...] | None = None,
+        sinks: Tensor | None = None,
+        means: tuple[Tensor, Tensor, Tensor] | None = None,
+        stream: int | None = None,
+    ) -> None:
+        """Run on the current device and stream; see `Operands`, and `Launch` for the stream."""
+        inputs = self.describe(q, k, v, *(means[:2] if means else ()))
+        rows = out, out if lse is None else lse, indices, counts
+        last = counts if block_table is None else block_table, sinks_of(sinks, counts)
         if self.hopper:
-            means = (None, None, None) if x.means is None else (*inputs[3:], x.means[2])
-            self.plan(*inputs[:3], *rows, *last, *means, stream=stream)
+            self.plan(*inputs[:3], *rows, *last, *((*inputs[3:], means[2]) if means else (None,) * 3), stream=stream)
         else:
-            self.plan(*inputs, *rows, *(x.packing or (counts,) * 4), *last, stream=stream)
+            self.plan(*inputs, *rows, *(packing or (counts,) * 4), *last, stream=stream)
 
-    def describe(self, x: Operands) -> Sequence[Any]:
-        """Return q, k and v, and the means, as the kernel reads them."""
-        read = (x.q, x.k, x.v) if x.means is None else (x.q, x.k, x.v, *x.means[:2])
-        return [box.of(t) for t, box in zip(read, self.boxes, strict=True)] if self.boxes else read
+    def describe(self, *read: Tensor) -> Sequence[Any]:
+        """Return q, k and v, and mean keys and values where there are any, as the kernel reads them."""
+        return [box.of(x) for x, box in zip(read, self.boxes, strict=True)] if self.boxes else read
 
 
 def launch(x: Operands, tile: Tile) -> None:
     """Run the portable kernel on q's device, on its current stream."""
     counts = x.kept
-    run_on(x.q.device, portable_launch(x, counts, tile).run, x, counts)
+    x.run(portable_launch(x, counts, tile), counts)
 
 
 def portable_launch(x: Operands, counts: Tensor, tile: Tile) -> AttentionLaunch:
@@ -340,7 +355,7 @@ def _gluon_known() -> bool:
 def launch_hopper(x: Operands) -> None:
     """Run the Hopper kernel, over one part, on q's device, on its current stream."""
     counts = x.kept
-    run_on(x.q.device, hopper_launch(x, counts).run, x, counts)
+    x.run(hopper_launch(x, counts), counts)
 
 
 def hopper_launch(x: Operands, counts: Tensor) -> AttentionLaunch:
@@ -462,11 +477,11 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def run_on(device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
+def run_on(device: torch.device, run: Callable[..., None], *arguments: Any, **named: Any) -> None:
     """Launch on a device, and log a call that had to compile, or to read Triton's cache."""
     start_s = time.perf_counter()
     with on_device(device):
-        run(*arguments)
+        run(*arguments, **named)
     seconds = time.perf_counter() - start_s
     if seconds > 0.1:
         log.info("attention: the first call of a kernel took %.1f s", seconds)

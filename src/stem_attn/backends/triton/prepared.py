@@ -7,7 +7,6 @@ for one another lies in memory that the layers share.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -37,37 +36,40 @@ _ALIGNED = 256
 """Bytes: buffers in shared memory start at a multiple of it, as torch's own do."""
 
 
-def prepare(call: Call, config: StemConfig) -> PreparedCall | None:
+def prepare(call: Call, config: StemConfig, out: Tensor) -> PreparedCall | None:
     """Prepare a call to be made again; see `Backend.prepare`."""
-    plain = call.layout.block_table is not None and call.residual == "none" and call.precision == "auto"
-    if not plain or call.scale <= 0 or call.q.stride(3) != 1 or _capturing(call.q.device):
+    if call.layout.block_table is None or not _plain(config) or call.scale <= 0 or call.q.stride(3) != 1:
         return None
     fits = hopper_fits(call.q, call.k, call.v, call.block_size, call.layout.page_size)
-    return None if goes_in_one(call, fits) else PreparedCall(call, config, fits)
+    if goes_in_one(call, fits) or _capturing(call.q.device):
+        return None
+    return PreparedCall(call, config, out, fits)
 
 
 class PreparedCall:
-    """See `Backend.prepare`.
+    """See `Backend.prepare`. Nothing of the first call's tensors is kept.
 
     Args:
         call: Paged, and made before.
         config: The method.
+        out: [B, Hq, T, Dv].
         fits: Whether the Hopper kernel takes it.
     """
 
-    def __init__(self, call: Call, config: StemConfig, fits: bool) -> None:
-        self._call, self._device = call, call.q.device
-        self._config, self._stream = without_budget(config), stream_of(call.q.device)
+    def __init__(self, call: Call, config: StemConfig, out: Tensor, fits: bool) -> None:
+        self._device, self._stream = call.q.device, stream_of(call.q.device)
+        self._config = without_budget(config)
         found = []
         for part in call.parts:
             launches = launches_for(call, part, config)
             tables = keep_table(budget_of(config, part.prompt_lens), launches.rivals, self._device).tables
-            width = max(tables.widths(call.grid(part)))  # of all layers: they share a launch of attention
+            width = max(tables.widths(launches.grid))  # of all layers: they share a launch of attention
             found.append((part, launches, launches.buffers(width)))
-        size = max(_carved(buffers) for _, _, buffers in found)
+        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers in found)
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._parts = [
-            PreparedPart.of(call, part, launches, _carve(memory, buffers), fits) for part, launches, buffers in found
+            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits)
+            for part, launches, buffers in found
         ]
 
     def run(
@@ -75,15 +77,14 @@ class PreparedCall:
     ) -> list[Tensor] | None:
         """See `PreparedCall` of `backends.base`."""
         here = stream_of(self._device) == self._stream and not _capturing(self._device)
-        if not here or without_budget(config) is not self._config:
+        if not here or not _plain(config) or without_budget(config) is not self._config:
             return None
         keeps = [part.keep(config, self._device) for part in self._parts]
         if None in keeps:
             return None
-        call = self._call if sinks is None else dataclasses.replace(self._call, sinks=sinks)
         with on_device(self._device):
             return [
-                part.run(call, q, k, v, out, keep, self._stream)
+                part.run(q, k, v, sinks, out, keep, self._stream)
                 for part, keep in zip(self._parts, keeps, strict=True)
                 if keep is not None
             ]
@@ -94,68 +95,82 @@ class PreparedPart:
     """One sequence of a prepared call.
 
     Args:
-        part: The sequence, with the first call's tensors.
+        tokens: Where its queries lie among the call's.
+        prompt_lens: Tokens of its whole prompt.
+        pages: int32, its row of the block table.
         launches: Of its selection.
-        operands: What they are given, but for q, k, v, counts and a layer's budget.
+        operands: What they are given, but for a layer's tensors, budget and counts.
         attention: Its launch.
-        pages: What attention reads pages by; see `Operands`, as for the next.
+        block_table: By which attention reads pages; see `Operands`, as for the next.
         packing: Likewise.
     """
 
-    part: Part
+    tokens: slice
+    prompt_lens: tuple[int, ...]
+    pages: Tensor
     launches: SelectionLaunches
     operands: dict[str, Any]
     attention: AttentionLaunch
-    pages: Tensor | None
+    block_table: Tensor
     packing: tuple[Tensor, ...] | None
 
     @classmethod
     def of(
-        cls, call: Call, part: Part, launches: SelectionLaunches, buffers: dict[str, Tensor], hopper: bool
+        cls,
+        call: Call,
+        part: Part,
+        launches: SelectionLaunches,
+        buffers: dict[str, Tensor],
+        out: Tensor,
+        hopper: bool,
     ) -> PreparedPart:
-        """Find the launch of attention."""
-        packing = None if hopper else packing_of(call, [part])
+        """Find the launch of attention; `out`, [B, Hq, Tq, Dv], is the part's own."""
         assert part.pages is not None
-        pages = part.pages if hopper else part.pages[None]
-        rows = buffers["indices"], buffers["counts"]
-        out = call.new_output()[:, :, part.tokens]
-        x = Operands(call, part.q, part.k, part.v, call.scale, *rows, out, None, part.k_len, pages, packing)
-        tile = portable_tile(x.q, x.v, call.block_size)
+        packing, block_table = (None, part.pages) if hopper else (packing_of(call, [part]), part.pages[None])
+        q, k, v, rows = part.q, part.k, part.v, (buffers["indices"], buffers["counts"])
+        x = Operands(call, q, k, v, call.scale, *rows, out, None, part.k_len, block_table, packing)
+        tile = portable_tile(q, v, call.block_size)
         attention = hopper_launch(x, x.counts) if hopper else portable_launch(x, x.counts, tile)
-        attention.describe(x)  # of later tensors the addresses are enough
-        return cls(part, launches, launches.operands(buffers), attention, pages, packing)
+        attention.describe(q, k, v)  # of later tensors the addresses are enough
+        operands = launches.operands(buffers)
+        return cls(part.tokens, part.prompt_lens, part.pages, launches, operands, attention, block_table, packing)
 
     def keep(self, config: StemConfig, device: torch.device) -> KeepTable | None:
         """Return what a layer may keep; None: everything, or more than there is room for."""
-        budget, grid = budget_of(config, self.part.prompt_lens), self.launches.grid
+        budget, grid = budget_of(config, self.prompt_lens), self.launches.grid
         if budget.keeps_everything(grid):
             return None
         keep = keep_table(budget, self.launches.rivals, device)
         return keep if keep.width(grid) <= self.operands["width"] else None
 
     def run(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, keep: KeepTable, stream: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        out: Tensor,
+        keep: KeepTable,
+        stream: int | None,
     ) -> Tensor:
-        """Select and attend; return the counts."""
-        part, tokens = self.part, self.part.tokens
+        """Select and attend; return the counts. The tensors are those of `PreparedCall.run`."""
         counts = torch.empty_like(self.operands["counts"])
         operands = {**self.operands, "counts": counts}
-        q, out = q[tokens], out[tokens]
-        self.launches.pool(q, k, v, part.pages, operands, stream)
-        self.launches.choose(call.sinks, keep, operands, stream)
-        rows = operands["indices"], counts
-        x = Operands(call, q, k, v, call.scale, *rows, out, None, part.k_len, self.pages, self.packing)
-        self.attention.run(x, counts, stream)
+        q, out = q[self.tokens], out[self.tokens]
+        self.launches.pool(q, k, v, self.pages, operands, stream)
+        self.launches.choose(sinks, keep, operands, stream)
+        places: dict[str, Any] = {"block_table": self.block_table, "packing": self.packing}
+        self.attention.run(q, k, v, out, operands["indices"], counts, **places, sinks=sinks, stream=stream)
         return counts
+
+
+def _plain(config: StemConfig) -> bool:
+    """Tell whether attention is over the kept blocks alone, in the inputs' precision."""
+    return config.residual == "none" and config.precision == "auto"
 
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _carved(buffers: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Return the bytes that `_carve` takes."""
-    return sum(_bytes(*buffer) for buffer in buffers.values())
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
