@@ -91,6 +91,26 @@ def test_a_layer_that_keeps_everything_or_has_more_blocks_than_there_is_room_for
     assert asked == [few, everything, more]
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_layers_that_are_known_to_keep_everything(sinks, asked, monkeypatch, triton):
+    from stem_attn.backends.triton import prepared
+
+    few, everything = scaled(dataclasses.replace(MASS, budget_ratio=0.149), 0.4, 9.0)
+    extra = {"sinks": torch.randn(2, device=DEVICE), "softcap": 3.0} if sinks else {}
+    run_all([everything, few], layer)  # from now on their budgets are made together
+    asked.clear()
+    run_all([few, everything, few], lambda n: layer(n, [(61, 173)]), extra=lambda _: extra)
+    assert asked == [few]
+    monkeypatch.setattr(prepared, "goes_in_one", lambda *_: False)
+    asked.clear()
+    # The second sequence's rows are the prompt's last two, which keep everything in all layers.
+    tail = [dataclasses.replace(c, tail_blocks=2) for c in (everything, few)]
+    run_all([*tail, tail[0]], lambda n: layer(n, [(61, 175), (20, 100)]), extra=lambda _: extra)
+    asked.clear()
+    run_all([tail[1], tail[0], tail[1]], lambda n: layer(n, [(61, 190), (20, 120)]), extra=lambda _: extra)
+    assert asked == [tail[1]]
+
+
 @pytest.mark.parametrize("config", [SMALL, MASS], ids=["linear", "mass"])
 def test_sinks_and_a_softcap(config, asked, triton):
     sinks = [torch.randn(2, device=DEVICE) for _ in range(3)]

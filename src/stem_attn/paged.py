@@ -20,9 +20,8 @@ class PagedPrefill:
 
     Each `run` gives what `stem_attention_paged` gives. The second finds what is to be launched; later ones, of tensors
     with the same shapes, dtypes and strides, launch it and do nothing else, which takes the host about half the time.
-    They go the ordinary way where this does not hold: on backends other than Triton; with `residual` or `precision`; in
-    a layer that keeps everything of a sequence; for sequences that share a launch (docs/kernels.md); in a captured
-    graph.
+    They go the ordinary way where this does not hold: on backends other than Triton; with `residual` or `precision`;
+    for sequences that share a launch (docs/kernels.md); in a captured graph.
 
     It is for one step of a server, on one stream, and for one thread at a time: it holds the memory that selection
     needs, for all layers, until it goes.

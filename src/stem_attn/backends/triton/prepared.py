@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from stem_attn.backends.triton.attention import (
     packing_of,
     portable_launch,
     portable_tile,
+    rows_of,
 )
 from stem_attn.backends.triton.keep_table import KeepTable, keep_table
 from stem_attn.backends.triton.launch import on_device, stream_of
 from stem_attn.backends.triton.selection import SelectionLaunches, launches_for, without_budget
+from stem_attn.blocks import BlockSelection
 from stem_attn.budget import budget_of
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
@@ -61,15 +63,16 @@ class PreparedCall:
         self._config = without_budget(config)
         found = []
         for part in call.parts:
-            launches = launches_for(call, part, config)
-            tables = keep_table(budget_of(config, part.prompt_lens), launches.rivals, self._device).tables
+            launches, budget = launches_for(call, part, config), budget_of(config, part.prompt_lens)
+            tables = keep_table(budget, launches.rivals, self._device).tables
             width = max(tables.widths(launches.grid))  # of all layers: they share a launch of attention
-            found.append((part, launches, launches.buffers(width)))
-        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers in found)
+            whole = any(budget.of_layers.keep_everything(launches.grid))
+            found.append((part, launches, launches.buffers(width), whole))
+        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers, _ in found)
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._parts = [
-            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits)
-            for part, launches, buffers in found
+            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits, whole)
+            for part, launches, buffers, whole in found
         ]
 
     def run(
@@ -79,13 +82,13 @@ class PreparedCall:
         here = stream_of(self._device) == self._stream and not _capturing(self._device)
         if not here or not _plain(config) or without_budget(config) is not self._config:
             return None
-        keeps = [part.keep(config, self._device) for part in self._parts]
-        if None in keeps:
+        kept = [part.kept(config, self._device) for part in self._parts]
+        if None in kept:
             return None
         with on_device(self._device):
             return [
                 part.run(q, k, v, sinks, out, keep, self._stream)
-                for part, keep in zip(self._parts, keeps, strict=True)
+                for part, keep in zip(self._parts, kept, strict=True)
                 if keep is not None
             ]
 
@@ -101,6 +104,7 @@ class PreparedPart:
         launches: Of its selection.
         operands: What they are given, but for a layer's tensors, budget and counts.
         attention: Its launch.
+        everything: The launch, the indices and the counts of layers that keep all; None: there are none.
         block_table: By which attention reads pages; see `Operands`, as for the next.
         packing: Likewise.
     """
@@ -111,6 +115,7 @@ class PreparedPart:
     launches: SelectionLaunches
     operands: dict[str, Any]
     attention: AttentionLaunch
+    everything: tuple[AttentionLaunch, Tensor, Tensor] | None
     block_table: Tensor
     packing: tuple[Tensor, ...] | None
 
@@ -123,23 +128,45 @@ class PreparedPart:
         buffers: dict[str, Tensor],
         out: Tensor,
         hopper: bool,
+        whole: bool,
     ) -> PreparedPart:
-        """Find the launch of attention; `out`, [B, Hq, Tq, Dv], is the part's own."""
-        assert part.pages is not None
-        packing, block_table = (None, part.pages) if hopper else (packing_of(call, [part]), part.pages[None])
-        q, k, v, rows = part.q, part.k, part.v, (buffers["indices"], buffers["counts"])
-        x = Operands(call, q, k, v, call.scale, *rows, out, None, part.k_len, block_table, packing)
-        tile = portable_tile(q, v, call.block_size)
-        attention = hopper_launch(x, x.counts) if hopper else portable_launch(x, x.counts, tile)
-        attention.describe(q, k, v)  # of later tensors the addresses are enough
-        operands = launches.operands(buffers)
-        return cls(part.tokens, part.prompt_lens, part.pages, launches, operands, attention, block_table, packing)
+        """Find the launches of attention.
 
-    def keep(self, config: StemConfig, device: torch.device) -> KeepTable | None:
-        """Return what a layer may keep; None: everything, or more than there is room for."""
+        Args:
+            call: The first call.
+            part: One of its parts.
+            launches: Of the part's selection.
+            buffers: What they write.
+            out: [B, Hq, Tq, Dv], the part's own.
+            hopper: Whether attention runs on the Hopper kernel.
+            whole: Whether there are layers that keep everything.
+        """
+        assert part.pages is not None
+        q, k, v, (batch, heads) = part.q, part.k, part.v, part.q.shape[:2]
+        packing, block_table = (None, part.pages) if hopper else (packing_of(call, [part]), part.pages[None])
+
+        def find(indices: Tensor, counts: Tensor) -> AttentionLaunch:
+            x = Operands(call, q, k, v, call.scale, indices, counts, out, None, part.k_len, block_table, packing)
+            tile = portable_tile(q, v, call.block_size)
+            found = hopper_launch(x, counts) if hopper else portable_launch(x, counts, tile)
+            found.describe(q, k, v)  # of later tensors the addresses are enough
+            return found
+
+        everything = None
+        if whole:
+            grid, device = launches.grid, q.device
+            selection = BlockSelection.everything(batch=batch, heads=heads, grid=grid, device=device)
+            rows = rows_of(selection), selection.counts
+            everything = find(*rows), *rows
+        attention, operands = find(buffers["indices"], buffers["counts"]), launches.operands(buffers)
+        places = part.tokens, part.prompt_lens, part.pages
+        return cls(*places, launches, operands, attention, everything, block_table, packing)
+
+    def kept(self, config: StemConfig, device: torch.device) -> KeepTable | Literal["everything"] | None:
+        """Return what a layer may keep; None: more than there is room for."""
         budget, grid = budget_of(config, self.prompt_lens), self.launches.grid
         if budget.keeps_everything(grid):
-            return None
+            return None if self.everything is None else "everything"
         keep = keep_table(budget, self.launches.rivals, device)
         return keep if keep.width(grid) <= self.operands["width"] else None
 
@@ -150,17 +177,22 @@ class PreparedPart:
         v: Tensor,
         sinks: Tensor | None,
         out: Tensor,
-        keep: KeepTable,
+        kept: KeepTable | Literal["everything"],
         stream: int | None,
     ) -> Tensor:
         """Select and attend; return the counts. The tensors are those of `PreparedCall.run`."""
-        counts = torch.empty_like(self.operands["counts"])
-        operands = {**self.operands, "counts": counts}
         q, out = q[self.tokens], out[self.tokens]
-        self.launches.pool(q, k, v, self.pages, operands, stream)
-        self.launches.choose(sinks, keep, operands, stream)
+        if kept == "everything":
+            assert self.everything is not None
+            attention, indices, counts = self.everything
+        else:
+            attention, counts = self.attention, torch.empty_like(self.operands["counts"])
+            operands = {**self.operands, "counts": counts}
+            indices = operands["indices"]
+            self.launches.pool(q, k, v, self.pages, operands, stream)
+            self.launches.choose(sinks, kept, operands, stream)
         places: dict[str, Any] = {"block_table": self.block_table, "packing": self.packing}
-        self.attention.run(q, k, v, out, operands["indices"], counts, **places, sinks=sinks, stream=stream)
+        attention.run(q, k, v, out, indices, counts, **places, sinks=sinks, stream=stream)
         return counts
 
 
