@@ -231,7 +231,7 @@ def test_lengths_may_be_tensors() -> None:
         ({"cu_seqlens_q": [0, 40, 48]}, "from 0 to 49 tokens"),
         ({"seq_lens": [100]}, "seq_lens must be 2 ints"),
         ({"seq_lens": [100, 8]}, "more tokens than k"),
-        ({"prompt_len": [99, 9]}, "at least k's 100 tokens"),
+        ({"prompt_len": [99, 9]}, "sequence 0 has 100, and got 99"),
         ({"out": torch.zeros(49, 2, 16)}, "out must be"),
         ({"out": torch.zeros(49, 32, 2).transpose(1, 2)}, "last stride of 1"),
         ({"q": torch.zeros(49, 2, 32, dtype=torch.float16)}, "share one floating dtype"),

@@ -84,11 +84,11 @@ def test_layers_with_budgets_of_their_own(config, asked, triton):
     assert asked == configs[:1]
 
 
-def test_a_layer_that_keeps_everything_or_has_more_blocks_than_there_is_room_for(asked, triton):
+def test_a_layer_that_keeps_everything_and_one_that_keeps_more_than_there_is_room_for(asked, triton):
     alone = dataclasses.replace(MASS, budget_ratio=0.151)  # no other test makes its budgets
     few, more, everything = scaled(alone, 0.4, 2.0, 9.0)
     run_all([few, few, everything, few, more, few], layer)
-    assert asked == [few, everything, more]
+    assert asked == [few, more]
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -212,9 +212,9 @@ def test_the_cpu_backend(asked):
 @pytest.mark.skipif(not GPU, reason="the Hopper kernel runs on GPUs only")
 @pytest.mark.parametrize("config", ["default", "official"])
 def test_long_sequences_of_a_server(config, asked):
-    """Several, one of them short, each by the kernel that takes it alone."""
+    """Several, one of them short, one layer with everything, each by the Hopper kernel."""
     base = StemConfig.preset(config)
-    configs = scaled(base, 1.7, 1.0, 0.3)
+    configs = scaled(base, 1.7, 1.0, 9.0, 0.3)
     lengths = [(1500, 9000), (3000, 12100), (130, 10000)]
     kinds = {"dim": 128, "heads": 16, "dtype": torch.bfloat16}
     prefill = run_all(configs, lambda n: layer(n, lengths, **kinds), prompt_len=[20000] * 3)

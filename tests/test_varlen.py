@@ -73,7 +73,7 @@ def test_every_method_runs_packed_and_paged(name):
         ({"cu_seqlens_k": None}, "cu_seqlens_k must be 5 rising ints from 0 to 549"),
         ({"cu_seqlens_k": [0, 100, 200, 533, 549]}, "more tokens than k"),
         ({"prompt_len": [130]}, "4 ints"),
-        ({"prompt_len": [129, 70, 333, 16]}, "at least k's 130 tokens"),
+        ({"prompt_len": [129, 70, 333, 16]}, "sequence 0 has 130, and got 129"),
     ],
 )
 def test_bad_packing_is_refused(change, message):

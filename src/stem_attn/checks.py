@@ -109,6 +109,15 @@ def resolve_prompt_len(prompt_len: Any, batch: int, k_len: int) -> tuple[int, ..
     return lengths if len(set(lengths)) > 1 else lengths[:1]
 
 
+def sequence_prompt_len(prompt_len: int, sequence: int, k_len: int) -> tuple[int]:
+    """Return the length of the prompt that one of several sequences belongs to, which has at least its k_len keys."""
+    if prompt_len < k_len:
+        raise ValueError(
+            f"prompt_len must be at least a sequence's keys; sequence {sequence} has {k_len}, and got {prompt_len}"
+        )
+    return (prompt_len,)
+
+
 def resolve_starts(name: str, value: Tensor | Sequence[int], tokens: int) -> list[int]:
     """Return where packed sequences start and end: rising ints from 0 to `tokens`."""
     starts = _to_list(name, value)

@@ -20,6 +20,7 @@ from stem_attn.checks import (
     resolve_lengths,
     resolve_prompt_len,
     resolve_starts,
+    sequence_prompt_len,
     shape_of,
 )
 
@@ -134,7 +135,7 @@ class Layout:
             query, key, value = q[:, :, tokens], k[:, :, keys], v[:, :, keys]
             check_qkv(query, key, value)
             q_len, k_len = q_stop - q_start, k_stop - k_start
-            lengths = resolve_prompt_len(None if told is None else told[n], 1, k_len)
+            lengths = (k_len,) if told is None else sequence_prompt_len(told[n], n, k_len)
             parts.append(Part(query, key, value, None, q_len, k_len, lengths, tokens))
         return cls(q, k, v, None, tuple(parts))
 
@@ -180,7 +181,7 @@ class Layout:
             tokens, k_len = slice(start, stop), k_lens[n]
             check_tokens(stop - start, k_len)
             query = q if count == 1 else q[:, :, tokens]
-            lengths = resolve_prompt_len(told[n], 1, k_len)
+            lengths = sequence_prompt_len(told[n], n, k_len)
             parts.append(Part(query, k, v, block_table[n], stop - start, k_len, lengths, tokens))
         return cls(q, k, v, block_table, tuple(parts))
 

@@ -18,16 +18,21 @@ from stem_attn.layout import Layout
 class PagedPrefill:
     """Compute Stem's prefill of the same sequences in one layer of a model after another.
 
-    Each `run` gives what `stem_attention_paged` gives. The second finds what is to be launched; later ones, of tensors
-    with the same shapes, dtypes and strides, launch it and do nothing else, which takes the host about half the time.
-    They go the ordinary way where this does not hold: on backends other than Triton; with `residual` or `precision`;
-    for sequences that share a launch (docs/kernels.md); in a captured graph.
+    Each `run` gives what `stem_attention_paged` gives. The keys and values of its tokens must be in the cache by then.
+    The second run of a kind finds what is to be launched; it and later ones launch that and do nothing else, which
+    takes the host about half the time. Of a kind are runs whose tensors differ in their addresses only (by multiples of
+    16 bytes), and whose settings in the scale of their budgets.
+
+    All other runs are right too, and slower: on backends other than Triton; with `residual` or `precision`; of several
+    sequences off the Hopper kernel, and of three and more short ones on it (below 96 rows of all heads on average); in
+    a captured graph; in a layer that keeps more blocks a row than was known of when the step's second layer ran.
 
     It is for one step of a server, on one stream, and for one thread at a time: it holds the memory that selection
-    needs, for all layers, until it goes.
+    needs, for all layers, until it is deleted. Nothing is checked before the first run.
 
     Args:
-        cu_seqlens_q: N + 1 rising ints from 0 to T: where each sequence's queries start and end.
+        cu_seqlens_q: N + 1 rising ints from 0 to T: where each sequence's queries start and end. Give these and the
+            lengths as ints: a GPU tensor is read on the host, which waits for the GPU, as often as it is needed.
         seq_lens: Tokens of each sequence in the cache, N ints; its queries are the last of them.
         block_table: int32 [N, pages of the longest]; see `stem_attention_paged`. It may not change until the last run.
         prompt_len: Tokens of each sequence's whole prompt: N ints, or one for all. Default: `seq_lens`.
@@ -79,7 +84,8 @@ class PagedPrefill:
             out: [T, Hq, Dv] in q's dtype, last stride 1; written.
 
         Returns:
-            The kept blocks of every row of every sequence, int32 [1, Hq, Qb].
+            How many blocks each row keeps: int32 [1, Hq, Qb] of every sequence. Read it only: of layers that keep
+            everything it may be one tensor, which the kernels read too.
 
         Raises:
             ValueError: The inputs do not fit together, ask for gradients, or the named backend cannot take them.

@@ -61,8 +61,8 @@ class PreparedCall(Protocol):
             config: The method.
 
         Returns:
-            What every sequence keeps, int32 [1, Hq, Qb]; or None: it must be called as the first was, and nothing is
-            done.
+            What every sequence keeps, int32 [1, Hq, Qb], to be read only; or None: it must be called as the first was,
+            and nothing is done.
         """
 
 
@@ -139,7 +139,7 @@ class Backend(ABC):
         """Work out what the layers of a model share that make a call one after the other.
 
         Args:
-            call: A paged call that has been made.
+            call: A paged call, checked. One that differs in its tensors' addresses and its budget only has been made.
             config: The method.
             out: As in `attend`.
 

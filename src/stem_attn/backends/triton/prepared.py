@@ -1,15 +1,15 @@
 """A paged call that is made in layer after layer: what only the first of them has to work out.
 
 The layers of a model ask for the same, of other tensors and with budgets of other scales. A server's steps are short,
-and the device must not wait for the host: so lengths are checked and launches found once a step, and what kernels write
-for one another lies in memory that the layers share.
+and the device must not wait for the host: so what the first layer has checked is not checked again, launches are found
+once a step, and what kernels write for one another lies in memory that the layers share.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,22 +37,25 @@ from stem_attn.layout import Part
 _ALIGNED = 256
 """Bytes: buffers in shared memory start at a multiple of it, as torch's own do."""
 
+Whole = tuple[AttentionLaunch, Tensor, Tensor]
+"""The launch, the indices and the counts of a layer that keeps everything."""
 
-def prepare(call: Call, config: StemConfig, out: Tensor) -> PreparedCall | None:
+
+def prepare(call: Call, config: StemConfig, out: Tensor) -> TritonPreparedCall | None:
     """Prepare a call to be made again; see `Backend.prepare`."""
     if call.layout.block_table is None or not _plain(config) or call.scale <= 0 or call.q.stride(3) != 1:
         return None
     fits = hopper_fits(call.q, call.k, call.v, call.block_size, call.layout.page_size)
     if goes_in_one(call, fits) or _capturing(call.q.device):
         return None
-    return PreparedCall(call, config, out, fits)
+    return TritonPreparedCall(call, config, out, fits)
 
 
-class PreparedCall:
-    """See `Backend.prepare`. Nothing of the first call's tensors is kept.
+class TritonPreparedCall:
+    """See `backends.base.PreparedCall`. None of the call's tensors but its block table is kept.
 
     Args:
-        call: Paged, and made before.
+        call: Paged, and checked.
         config: The method.
         out: [B, Hq, T, Dv].
         fits: Whether the Hopper kernel takes it.
@@ -64,32 +67,33 @@ class PreparedCall:
         found = []
         for part in call.parts:
             launches, budget = launches_for(call, part, config), budget_of(config, part.prompt_lens)
-            tables = keep_table(budget, launches.rivals, self._device).tables
-            width = max(tables.widths(launches.grid))  # of all layers: they share a launch of attention
-            whole = any(budget.of_layers.keep_everything(launches.grid))
-            found.append((part, launches, launches.buffers(width), whole))
-        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers, _ in found)
+            # Layers share a launch of attention, and so the width of all that prune and are known by now.
+            widths = keep_table(budget, launches.rivals, self._device).tables.widths(launches.grid)
+            whole = budget.of_layers.keep_everything(launches.grid)
+            width = max((width for width, all_of_it in zip(widths, whole, strict=True) if not all_of_it), default=1)
+            found.append((part, launches, launches.buffers(width)))
+        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers in found)
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._parts = [
-            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits, whole)
-            for part, launches, buffers, whole in found
+            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits)
+            for part, launches, buffers in found
         ]
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, config: StemConfig
     ) -> list[Tensor] | None:
-        """See `PreparedCall` of `backends.base`."""
+        """See `backends.base.PreparedCall.run`."""
         here = stream_of(self._device) == self._stream and not _capturing(self._device)
         if not here or not _plain(config) or without_budget(config) is not self._config:
             return None
-        kept = [part.kept(config, self._device) for part in self._parts]
-        if None in kept:
+        choices = [part.choice(config, self._device) for part in self._parts]
+        if None in choices:
             return None
         with on_device(self._device):
             return [
-                part.run(q, k, v, sinks, out, keep, self._stream)
-                for part, keep in zip(self._parts, kept, strict=True)
-                if keep is not None
+                part.run(q, k, v, sinks, out, choice, self._stream)
+                for part, choice in zip(self._parts, choices, strict=True)
+                if choice is not None
             ]
 
 
@@ -104,7 +108,7 @@ class PreparedPart:
         launches: Of its selection.
         operands: What they are given, but for a layer's tensors, budget and counts.
         attention: Its launch.
-        everything: The launch, the indices and the counts of layers that keep all; None: there are none.
+        whole: Likewise, of layers that keep everything.
         block_table: By which attention reads pages; see `Operands`, as for the next.
         packing: Likewise.
     """
@@ -115,7 +119,7 @@ class PreparedPart:
     launches: SelectionLaunches
     operands: dict[str, Any]
     attention: AttentionLaunch
-    everything: tuple[AttentionLaunch, Tensor, Tensor] | None
+    whole: Whole
     block_table: Tensor
     packing: tuple[Tensor, ...] | None
 
@@ -128,18 +132,16 @@ class PreparedPart:
         buffers: dict[str, Tensor],
         out: Tensor,
         hopper: bool,
-        whole: bool,
     ) -> PreparedPart:
         """Find the launches of attention.
 
         Args:
-            call: The first call.
+            call: The call.
             part: One of its parts.
             launches: Of the part's selection.
             buffers: What they write.
             out: [B, Hq, Tq, Dv], the part's own.
             hopper: Whether attention runs on the Hopper kernel.
-            whole: Whether there are layers that keep everything.
         """
         assert part.pages is not None
         q, k, v, (batch, heads) = part.q, part.k, part.v, part.q.shape[:2]
@@ -147,26 +149,32 @@ class PreparedPart:
 
         def find(indices: Tensor, counts: Tensor) -> AttentionLaunch:
             x = Operands(call, q, k, v, call.scale, indices, counts, out, None, part.k_len, block_table, packing)
-            tile = portable_tile(q, v, call.block_size)
-            found = hopper_launch(x, counts) if hopper else portable_launch(x, counts, tile)
+            if hopper:
+                found = hopper_launch(x, counts)
+            else:
+                found = portable_launch(x, counts, portable_tile(q, v, call.block_size))
             found.describe(q, k, v)  # of later tensors the addresses are enough
             return found
 
-        everything = None
-        if whole:
-            grid, device = launches.grid, q.device
-            selection = BlockSelection.everything(batch=batch, heads=heads, grid=grid, device=device)
-            rows = rows_of(selection), selection.counts
-            everything = find(*rows), *rows
-        attention, operands = find(buffers["indices"], buffers["counts"]), launches.operands(buffers)
-        places = part.tokens, part.prompt_lens, part.pages
-        return cls(*places, launches, operands, attention, everything, block_table, packing)
+        all_of_it = BlockSelection.everything(batch=batch, heads=heads, grid=launches.grid, device=q.device)
+        rows = rows_of(all_of_it), all_of_it.counts
+        return cls(
+            part.tokens,
+            part.prompt_lens,
+            part.pages,
+            launches,
+            launches.operands(buffers),
+            find(buffers["indices"], buffers["counts"]),
+            (find(*rows), *rows),
+            block_table,
+            packing,
+        )
 
-    def kept(self, config: StemConfig, device: torch.device) -> KeepTable | Literal["everything"] | None:
-        """Return what a layer may keep; None: more than there is room for."""
+    def choice(self, config: StemConfig, device: torch.device) -> KeepTable | Whole | None:
+        """Return what a layer may keep, or how it keeps everything; None: more than there is room for."""
         budget, grid = budget_of(config, self.prompt_lens), self.launches.grid
         if budget.keeps_everything(grid):
-            return None if self.everything is None else "everything"
+            return self.whole
         keep = keep_table(budget, self.launches.rivals, device)
         return keep if keep.width(grid) <= self.operands["width"] else None
 
@@ -177,20 +185,19 @@ class PreparedPart:
         v: Tensor,
         sinks: Tensor | None,
         out: Tensor,
-        kept: KeepTable | Literal["everything"],
+        choice: KeepTable | Whole,
         stream: int | None,
     ) -> Tensor:
-        """Select and attend; return the counts. The tensors are those of `PreparedCall.run`."""
+        """Select and attend; return the counts. The tensors are those of `TritonPreparedCall.run`."""
         q, out = q[self.tokens], out[self.tokens]
-        if kept == "everything":
-            assert self.everything is not None
-            attention, indices, counts = self.everything
-        else:
+        if isinstance(choice, KeepTable):
             attention, counts = self.attention, torch.empty_like(self.operands["counts"])
             operands = {**self.operands, "counts": counts}
             indices = operands["indices"]
             self.launches.pool(q, k, v, self.pages, operands, stream)
-            self.launches.choose(sinks, kept, operands, stream)
+            self.launches.choose(sinks, choice, operands, stream)
+        else:
+            attention, indices, counts = choice
         places: dict[str, Any] = {"block_table": self.block_table, "packing": self.packing}
         attention.run(q, k, v, out, indices, counts, **places, sinks=sinks, stream=stream)
         return counts
