@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,11 @@ def _text(key: dict[str, Any]) -> str:
 def _open(file: Path) -> dict[str, dict[str, Any]]:
     """Read a file that will be appended to; cut off what an interrupted write has left."""
     try:
-        new = not file.exists()
-        file.touch()  # so that a path that cannot be written is refused before any work
-        if new:  # a command that is refused later leaves no empty file
-            file.unlink()
-            return {}
+        # A path that cannot be written is refused before any work, and a command that is refused later leaves no file.
+        if not file.exists():
+            with tempfile.TemporaryFile(dir=file.parent):
+                return {}
+        file.touch()
         content = file.read_bytes()
         records = read_answers(file)  # a file of something else is refused before anything of it is cut
         whole = content.rfind(b"\n") + 1
