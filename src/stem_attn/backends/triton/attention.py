@@ -184,11 +184,7 @@ def rows_of(selection: BlockSelection) -> Tensor:
 def _pack(
     call: Call, selections: Sequence[BlockSelection], parts: Sequence[Part]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Put the sequences' rows one after the other, and say where each sequence starts.
-
-    Returns:
-        indices [1, Hq, R, S], counts [1, Hq, R], and int32 (row_sequence [R], first_rows, q_starts, k_starts).
-    """
+    """Put the sequences' rows one after the other; return indices [1, Hq, R, S], counts [1, Hq, R] and `packing_of`."""
     width = max(s.indices.shape[-1] for s in selections)
     indices = torch.cat([torch.nn.functional.pad(s.indices, (0, width - s.indices.shape[-1])) for s in selections], 2)
     counts = torch.cat([s.counts for s in selections], 2)
@@ -196,7 +192,7 @@ def _pack(
 
 
 def packing_of(call: Call, parts: Sequence[Part]) -> tuple[Tensor, ...]:
-    """Say where each of several sequences starts, as the third of what `_pack` returns."""
+    """Say where each of several sequences starts: int32 row_sequence [R], first_rows, q_starts, k_starts."""
     starts: list[list[int]] = [[0], [0], [0]]
     row_sequence: list[int] = []
     for n, part in enumerate(parts):
@@ -268,10 +264,10 @@ class AttentionLaunch(NamedTuple):
 def launch(x: Operands, tile: Tile) -> None:
     """Run the portable kernel on q's device, on its current stream."""
     counts = x.kept
-    x.run(portable_launch(x, counts, tile), counts)
+    x.run(find_portable(x, counts, tile), counts)
 
 
-def portable_launch(x: Operands, counts: Tensor, tile: Tile) -> AttentionLaunch:
+def find_portable(x: Operands, counts: Tensor, tile: Tile) -> AttentionLaunch:
     """Find or make the portable kernel's launch; `counts` is `x.kept`."""
     q, k, v, lse = x.q, x.k, x.v, x.lse
     table = counts if x.block_table is None else x.block_table
@@ -355,10 +351,10 @@ def _gluon_known() -> bool:
 def launch_hopper(x: Operands) -> None:
     """Run the Hopper kernel, over one part, on q's device, on its current stream."""
     counts = x.kept
-    x.run(hopper_launch(x, counts), counts)
+    x.run(find_hopper(x, counts), counts)
 
 
-def hopper_launch(x: Operands, counts: Tensor) -> AttentionLaunch:
+def find_hopper(x: Operands, counts: Tensor) -> AttentionLaunch:
     """Find or make the Hopper kernel's launch; `counts` is `x.kept`."""
     q, k, v, lse = x.q, x.k, x.v, x.lse
     tensors = (x.out, lse if lse is not None else x.out, x.indices, counts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem_attn.backends.triton.launch import is_captured
+
 ARENA_NUMBERS = 1 << 18
 """Numbers in a piece of page-locked memory: 1 MiB."""
 
@@ -17,7 +19,7 @@ _captured: dict[tuple[int, ...], Tensor] = {}
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Copy int32 numbers to a device, on its current stream."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_captured(device):
         numbers = kept_for_graphs(numbers)
     return numbers.to(device, non_blocking=True)
 

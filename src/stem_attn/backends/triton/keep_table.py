@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stem_attn.backends.triton.host_numbers import page_locked, to_device
-from stem_attn.backends.triton.launch import stream_of
+from stem_attn.backends.triton.launch import is_captured, stream_of
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import CHUNKS, Budget, Budgets
 from stem_attn.selection import kept_at_least, kept_per_row
@@ -102,7 +102,7 @@ class KeepTables:
         """Return one layer's table; see `KeepTable.on_device`."""
         if self._device.type != "cuda":
             return self._host[layer]
-        if torch.cuda.is_current_stream_capturing():
+        if is_captured(self._device):
             return to_device(self._host[layer], self._device)
         stream = stream_of(self._device)
         copies = self._copies.get(stream)

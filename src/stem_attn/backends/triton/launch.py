@@ -67,6 +67,11 @@ def stream_of(device: torch.device) -> int | None:
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else None
 
 
+def is_captured(device: torch.device) -> bool:
+    """Tell whether what is launched on a GPU's current stream is recorded in a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _HERE = nullcontext()
 
 

@@ -17,16 +17,16 @@ from torch import Tensor
 from stem_attn.backends.triton.attention import (
     AttentionLaunch,
     Operands,
+    find_hopper,
+    find_portable,
     goes_in_one,
     hopper_fits,
-    hopper_launch,
     packing_of,
-    portable_launch,
     portable_tile,
     rows_of,
 )
 from stem_attn.backends.triton.keep_table import KeepTable, keep_table
-from stem_attn.backends.triton.launch import on_device, stream_of
+from stem_attn.backends.triton.launch import is_captured, on_device, stream_of
 from stem_attn.backends.triton.selection import SelectionLaunches, launches_for, without_budget
 from stem_attn.blocks import BlockSelection
 from stem_attn.budget import budget_of
@@ -46,7 +46,7 @@ def prepare(call: Call, config: StemConfig, out: Tensor) -> TritonPreparedCall |
     if call.layout.block_table is None or not _plain(config) or call.scale <= 0 or call.q.stride(3) != 1:
         return None
     fits = hopper_fits(call.q, call.k, call.v, call.block_size, call.layout.page_size)
-    if goes_in_one(call, fits) or _capturing(call.q.device):
+    if goes_in_one(call, fits) or is_captured(call.q.device):
         return None
     return TritonPreparedCall(call, config, out, fits)
 
@@ -83,17 +83,19 @@ class TritonPreparedCall:
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, config: StemConfig
     ) -> list[Tensor] | None:
         """See `backends.base.PreparedCall.run`."""
-        here = stream_of(self._device) == self._stream and not _capturing(self._device)
+        here = stream_of(self._device) == self._stream and not is_captured(self._device)
         if not here or not _plain(config) or without_budget(config) is not self._config:
             return None
-        choices = [part.choice(config, self._device) for part in self._parts]
-        if None in choices:
-            return None
+        choices = []
+        for part in self._parts:
+            choice = part.choice(config, self._device)
+            if choice is None:
+                return None
+            choices.append(choice)
         with on_device(self._device):
             return [
                 part.run(q, k, v, sinks, out, choice, self._stream)
                 for part, choice in zip(self._parts, choices, strict=True)
-                if choice is not None
             ]
 
 
@@ -149,10 +151,7 @@ class PreparedPart:
 
         def find(indices: Tensor, counts: Tensor) -> AttentionLaunch:
             x = Operands(call, q, k, v, call.scale, indices, counts, out, None, part.k_len, block_table, packing)
-            if hopper:
-                found = hopper_launch(x, counts)
-            else:
-                found = portable_launch(x, counts, portable_tile(q, v, call.block_size))
+            found = find_hopper(x, counts) if hopper else find_portable(x, counts, portable_tile(q, v, call.block_size))
             found.describe(q, k, v)  # of later tensors the addresses are enough
             return found
 
@@ -206,10 +205,6 @@ class PreparedPart:
 def _plain(config: StemConfig) -> bool:
     """Tell whether attention is over the kept blocks alone, in the inputs' precision."""
     return config.residual == "none" and config.precision == "auto"
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

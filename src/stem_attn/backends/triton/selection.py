@@ -83,10 +83,10 @@ def without_budget(config: StemConfig) -> StemConfig:
     """Return a config with the defaults of what only budgets read, and what attention is asked for."""
     defaults = StemConfig()
     plain = dataclasses.replace(config, **{name: getattr(defaults, name) for name in _BUDGET_FIELDS})
-    return _plain.setdefault(plain, plain)
+    return _interned.setdefault(plain, plain)
 
 
-_plain: dict[StemConfig, StemConfig] = {}  # equal ones are the same object
+_interned: dict[StemConfig, StemConfig] = {}  # equal ones are the same object
 
 
 class SelectionLaunches:
