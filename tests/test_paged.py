@@ -151,12 +151,12 @@ def test_descriptors_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     pytest.importorskip("triton")
     if GPU:
         pytest.skip("a GPU that has descriptors uses them in the other tests")
-    from stem_attn.backends.triton import attention
+    from stem_attn.backends.triton import attention_launches
 
-    monkeypatch.setattr(attention, "has_copy_engine", lambda _: True)
+    monkeypatch.setattr(attention_launches, "has_copy_engine", lambda _: True)
     made = []
-    kernel = attention.TensorDescriptor
-    monkeypatch.setattr(attention, "TensorDescriptor", lambda *a: made.append(a) or kernel(*a))
+    kernel = attention_launches.TensorDescriptor
+    monkeypatch.setattr(attention_launches, "TensorDescriptor", lambda *a: made.append(a) or kernel(*a))
     config = StemConfig(block_size=128, budget_ratio=0.0, budget_bias=1, tail_blocks=0, local_blocks=1)
     parts = draw([(20, 300), (9, 9)], dim=64, dtype=torch.float16)
     expected = [alone(part, config=config, backend="triton") for part in parts]

@@ -88,7 +88,10 @@ def test_a_layer_that_keeps_everything_and_one_that_keeps_more_than_there_is_roo
     alone = dataclasses.replace(MASS, budget_ratio=0.151)  # no other test makes its budgets
     few, more, everything = scaled(alone, 0.4, 2.0, 9.0)
     run_all([few, few, everything, few, more, few], layer)
-    assert asked == [few, more]
+    assert asked == [few, everything, more]
+    asked.clear()
+    run_all([few, few, everything, few, more, few], lambda n: layer(n, [(61, 175)]))  # they are known by now
+    assert asked == [few]
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -139,9 +139,9 @@ def test_descriptors_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     pytest.importorskip("triton")
     if GPU:
         pytest.skip("a GPU that has descriptors uses them in the other tests")
-    from stem_attn.backends.triton import attention, residual
+    from stem_attn.backends.triton import attention_launches, residual
 
-    for module in (attention, residual):
+    for module in (attention_launches, residual):
         monkeypatch.setattr(module, "has_copy_engine", lambda _: True)
     q, k, v = make_qkv(70, 200, heads=2, kv_heads=1, dim=40, v_dim=24, dtype=torch.float16)
     check("triton", q, k, v, random_mask(70, 200, 64), 64)
@@ -150,7 +150,7 @@ def test_descriptors_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
 def test_devices_have_launches_of_their_own() -> None:
     """A launch keeps its compiled kernel, which is loaded on one device."""
     pytest.importorskip("triton")
-    from stem_attn.backends.triton.attention import alignment_of, layouts_of
+    from stem_attn.backends.triton.layouts import alignment_of, layouts_of
     from stem_attn.backends.triton.residual import _means_launches
 
     q, k, v = make_qkv(128, dtype=torch.float16)

@@ -119,9 +119,9 @@ def test_odd_lengths_and_prefixes(q_len: int, k_len: int, dtype: torch.dtype) ->
 @pytest.mark.skipif(GPU, reason="a GPU that has descriptors uses them in the other tests")
 @pytest.mark.parametrize("window", [None, 40])
 def test_descriptors_in_the_interpreter(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stem_attn.backends.triton import attention
+    from stem_attn.backends.triton import attention_launches
 
-    monkeypatch.setattr(attention, "has_copy_engine", lambda _: True)
+    monkeypatch.setattr(attention_launches, "has_copy_engine", lambda _: True)
     q, k, v = make_qkv(111, 200, batch=2, heads=2, kv_heads=1, dim=80, v_dim=64, dtype=torch.float16)
     check(q, k, v, random_selection(111, 200, 64, batch=2, heads=2), window=window)
 

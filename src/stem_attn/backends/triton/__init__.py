@@ -64,7 +64,7 @@ class TritonBackend(Backend):
         if max(q.shape[3], call.v.shape[3]) > 256:
             return f"its head dims go up to 256, got {q.shape[3]} and {call.v.shape[3]}"
         if q.is_cuda and torch.version.hip is None:
-            from stem_attn.backends.triton.launch import capability_of
+            from stem_attn.backends.triton.devices import capability_of
 
             if capability_of(q.device) < (8, 0):
                 return f"it needs an NVIDIA GPU since Ampere, got {torch.cuda.get_device_name(q.device)}"

@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from stem_attn.backends.triton.attention import addressable, padded, unit_stride
+from stem_attn.backends.triton.attention import addressable
 from stem_attn.backends.triton.exact_rows_kernel import compare_kernel, exact_kernel
 from stem_attn.backends.triton.launch import on_device
+from stem_attn.backends.triton.layouts import padded, unit_stride
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.tiles import choose_exact_rows_tile
 from stem_attn.blocks import BlockSelection

@@ -11,20 +11,12 @@ import triton
 from torch import Tensor
 
 from stem_attn.backends.triton import attention
-from stem_attn.backends.triton.attention import (
-    Layouts,
-    addressable,
-    alignment_of,
-    geometry_of,
-    gluon_runs_on,
-    layouts_of,
-    padded,
-    rows_of,
-    run_on,
-    switches_of,
-)
+from stem_attn.backends.triton.attention import addressable, rows_of
+from stem_attn.backends.triton.attention_launches import geometry_of, switches_of
 from stem_attn.backends.triton.boxes import Boxes
-from stem_attn.backends.triton.launch import Launch
+from stem_attn.backends.triton.devices import gluon_runs_on
+from stem_attn.backends.triton.launch import Launch, run_on
+from stem_attn.backends.triton.layouts import Layouts, alignment_of, layouts_of, padded
 from stem_attn.backends.triton.logits import Logits, sinks_of
 from stem_attn.backends.triton.quantize_kernels import combine_kernel, measure_kernel, quantize_kernel
 from stem_attn.backends.triton.tiles import choose_fp8_tile

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 import triton
+
+log = logging.getLogger("stem_attn")
 
 
 class Launch:
@@ -51,17 +55,6 @@ class Launch:
             self._run(*tensors, *self._arguments, stream=stream)
 
 
-@cache
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)
-
-
-def can_chain(device: torch.device) -> bool:
-    """Tell whether a kernel can be launched before its predecessor has ended: on NVIDIA's GPUs since Hopper."""
-    return capability_of(device) >= (9, 0)
-
-
 def stream_of(device: torch.device) -> int | None:
     """Return a handle of a GPU's current stream; None on other devices."""
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else None
@@ -79,3 +72,13 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Launch on this device, not on the current one."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if elsewhere else _HERE
+
+
+def run_on(device: torch.device, run: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    """Launch on a device, and log a call that had to compile, or to read Triton's cache."""
+    start_s = time.perf_counter()
+    with on_device(device):
+        run(*arguments, **named)
+    seconds = time.perf_counter() - start_s
+    if seconds > 0.1:
+        log.info("attention: the first call of a kernel took %.1f s", seconds)

@@ -14,17 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attn.backends.triton.attention import (
-    AttentionLaunch,
-    Operands,
-    find_hopper,
-    find_portable,
-    goes_in_one,
-    hopper_fits,
-    packing_of,
-    portable_tile,
-    rows_of,
-)
+from stem_attn.backends.triton.attention import goes_in_one, hopper_fits, packing_of, rows_of
+from stem_attn.backends.triton.attention_launches import AttentionLaunch, Operands, find_hopper, find_portable
 from stem_attn.backends.triton.keep_table import KeepTable, keep_table
 from stem_attn.backends.triton.launch import is_captured, on_device, stream_of
 from stem_attn.backends.triton.selection import SelectionLaunches, launches_for, without_budget
@@ -71,12 +62,12 @@ class TritonPreparedCall:
             widths = keep_table(budget, launches.rivals, self._device).tables.widths(launches.grid)
             whole = budget.of_layers.keep_everything(launches.grid)
             width = max((width for width, all_of_it in zip(widths, whole, strict=True) if not all_of_it), default=1)
-            found.append((part, launches, launches.buffers(width)))
-        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers in found)
+            found.append((part, launches, launches.buffers(width), any(whole)))
+        size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers, _ in found)
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._parts = [
-            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits)
-            for part, launches, buffers in found
+            PreparedPart.of(call, part, launches, _carve(memory, buffers), out[:, :, part.tokens], fits, some_whole)
+            for part, launches, buffers, some_whole in found
         ]
 
     def run(
@@ -110,7 +101,7 @@ class PreparedPart:
         launches: Of its selection.
         operands: What they are given, but for a layer's tensors, budget and counts.
         attention: Its launch.
-        whole: Likewise, of layers that keep everything.
+        whole: Likewise, of layers that keep everything; None where no such layer is known.
         block_table: By which attention reads pages; see `Operands`, as for the next.
         packing: Likewise.
     """
@@ -121,7 +112,7 @@ class PreparedPart:
     launches: SelectionLaunches
     operands: dict[str, Any]
     attention: AttentionLaunch
-    whole: Whole
+    whole: Whole | None
     block_table: Tensor
     packing: tuple[Tensor, ...] | None
 
@@ -134,6 +125,7 @@ class PreparedPart:
         buffers: dict[str, Tensor],
         out: Tensor,
         hopper: bool,
+        some_whole: bool,
     ) -> PreparedPart:
         """Find the launches of attention.
 
@@ -144,6 +136,7 @@ class PreparedPart:
             buffers: What they write.
             out: [B, Hq, Tq, Dv], the part's own.
             hopper: Whether attention runs on the Hopper kernel.
+            some_whole: Whether a layer is known that keeps everything.
         """
         assert part.pages is not None
         q, k, v, (batch, heads) = part.q, part.k, part.v, part.q.shape[:2]
@@ -151,12 +144,15 @@ class PreparedPart:
 
         def find(indices: Tensor, counts: Tensor) -> AttentionLaunch:
             x = Operands(call, q, k, v, call.scale, indices, counts, out, None, part.k_len, block_table, packing)
-            found = find_hopper(x, counts) if hopper else find_portable(x, counts, portable_tile(q, v, call.block_size))
+            found = find_hopper(x, counts) if hopper else find_portable(x, counts)
             found.describe(q, k, v)  # of later tensors the addresses are enough
             return found
 
-        all_of_it = BlockSelection.everything(batch=batch, heads=heads, grid=launches.grid, device=q.device)
-        rows = rows_of(all_of_it), all_of_it.counts
+        whole = None
+        if some_whole:
+            all_of_it = BlockSelection.everything(batch=batch, heads=heads, grid=launches.grid, device=q.device)
+            rows = rows_of(all_of_it), all_of_it.counts
+            whole = find(*rows), *rows
         return cls(
             part.tokens,
             part.prompt_lens,
@@ -164,13 +160,13 @@ class PreparedPart:
             launches,
             launches.operands(buffers),
             find(buffers["indices"], buffers["counts"]),
-            (find(*rows), *rows),
+            whole,
             block_table,
             packing,
         )
 
     def choice(self, config: StemConfig, device: torch.device) -> KeepTable | Whole | None:
-        """Return what a layer may keep, or how it keeps everything; None: more than there is room for."""
+        """Return what a layer may keep, or how it keeps everything; None: what this is not prepared for."""
         budget, grid = budget_of(config, self.prompt_lens), self.launches.grid
         if budget.keeps_everything(grid):
             return self.whole

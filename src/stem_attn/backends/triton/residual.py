@@ -15,21 +15,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attn.backends.triton import attention
-from stem_attn.backends.triton.attention import (
-    Layouts,
-    Operands,
-    addressable,
-    alignment_of,
-    attend_part,
-    has_copy_engine,
-    launch_hopper,
-    layouts_of,
-    padded,
-    portable_tile,
-    rows_of,
-    unit_stride,
-)
+from stem_attn.backends.triton.attention import addressable, attend_part, rows_of
+from stem_attn.backends.triton.attention_launches import Operands, launch_hopper, portable_tile
+from stem_attn.backends.triton.devices import has_copy_engine
 from stem_attn.backends.triton.launch import Launch, on_device
+from stem_attn.backends.triton.layouts import Layouts, alignment_of, layouts_of, padded, unit_stride
 from stem_attn.backends.triton.logits import Logits
 from stem_attn.backends.triton.residual_kernel import mark_kernel, means_kernel, merge_kernel
 from stem_attn.backends.triton.tiles import Tile

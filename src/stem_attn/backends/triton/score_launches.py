@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attn.backends.triton.attention import gluon_runs_on
 from stem_attn.backends.triton.boxes import Boxes
+from stem_attn.backends.triton.devices import gluon_runs_on
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.logits import Logits
 from stem_attn.backends.triton.mass_kernels import mass_kernel

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from stem_attn.backends.triton.launch import Launch, can_chain
+from stem_attn.backends.triton.devices import can_chain
+from stem_attn.backends.triton.launch import Launch
 from stem_attn.blocks import BlockGrid
 from stem_attn.config import StemConfig
 

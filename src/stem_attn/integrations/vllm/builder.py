@@ -225,8 +225,9 @@ class StemBuilder:
         places = [place for rest in rests for place in range(rest.q_start, rest.q_start + rest.q_len)]
         together = places[-1] - places[0] + 1 == len(places)
         device = common.seq_lens.device  # copies to it are not waited for
-        indices = torch.tensor(places, dtype=torch.int64, device="cpu")
-        tokens = slice(places[0], places[-1] + 1) if together else indices.to(device, non_blocking=True)
+        tokens: slice | Tensor = slice(places[0], places[-1] + 1)
+        if not together:
+            tokens = torch.tensor(places, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         rows = torch.tensor([rest.row for rest in rests], dtype=torch.int64, device="cpu")
         device_rows = rows.to(device, non_blocking=True)
         lengths = torch.tensor([0, *(rest.q_len for rest in rests)], dtype=torch.int32, device="cpu")
