@@ -13,7 +13,7 @@ demo: $(READY)
 
 # Many small tensors: a process a core with one thread each is several times faster than threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider -W ignore tests/serving
+VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider -W ignore tests/serving tests/integrations/vllm
 CONVERT := from stem_attn.lab import models; print(models.converted(models.packaged_gguf()))
 
 test: lint types

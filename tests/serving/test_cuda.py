@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import SPARSE, answer, attention_layers, builders, config_of, engine, relative_error, runner, set_chunk
-from tiny_families import prompt
+from engines import SPARSE, attention_layers, builders, config_of, engine, relative_error, runner, set_chunk
+from tiny_families import prompt, save
 
-from stem_attn import stem_attention
-from stem_attn.budget import budget_of
+from stem_attn import budget, stem_attention
+from stem_attn.integrations.vllm.settings import CHOOSER
 
 PAGE = 32
-PROMPTS = [prompt(n, seed) for seed, n in enumerate((502, 33, 300, 40))]
-SETTINGS = {**SPARSE, "min_seq_len": 64, "dense_layers": [0]}  # so that a step holds sparse, short and decoded rows
+LAYERS = 4  # from the third sparse one of a step on, attention is launched and nothing else
+# Prompts, and what they ask for. A step holds sparse, short, dense and decoded rows, and budgets of several scales.
+PROMPTS = {502: None, 33: None, 300: 3, 133: "dense", 260: 2, 41: None, 90: None, 150: None}
+SETTINGS = {**SPARSE, "min_seq_len": 64, "dense_layers": [0], "depth_decay": 0.3}
 
 
 @dataclass
@@ -36,10 +38,22 @@ class Step:
     layers: dict[str, tuple[torch.Tensor, ...]]  # query, key, value and output of each layer, token by token
 
 
+def ask(llm):
+    """Have all prompts answered."""
+    from vllm import SamplingParams
+
+    usual = {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
+    wanted = [SamplingParams(**usual, extra_args=x and {"stem": x}) for x in PROMPTS.values()]
+    asked = [{"prompt_token_ids": prompt(n, n)} for n in PROMPTS]
+    llm.generate(asked, wanted, use_tqdm=False)
+
+
 @pytest.fixture(scope="module")
-def steps(folders):
+def steps(tmp_path_factory):
     """Run an engine and keep its steps; yield them with its config, a builder's spec and the layers' names."""
-    with engine(folders("llama"), SETTINGS, max_num_batched_tokens=512, block_size=PAGE) as llm:
+    folder = save("llama", tmp_path_factory.mktemp("deeper"), num_hidden_layers=LAYERS)
+    options = {"max_num_batched_tokens": 512, "block_size": PAGE, "enable_prefix_caching": False}
+    with engine(folder, SETTINGS, logits_processors=[CHOOSER], **options) as llm:
         set_chunk(llm, 203)
         (builder,) = builders(llm)
         build, tell = builder.build, builder._requests.of
@@ -63,7 +77,7 @@ def steps(folders):
                 recorded[-1].layers[name] = tuple(x.detach().clone().view(-1, n, module.head_size) for x, n in parts)
 
             handles.append(layer.register_forward_hook(record, with_kwargs=True))
-        answer(llm, PROMPTS, new_tokens=3)
+        ask(llm)
         for handle in handles:
             handle.remove()
         builder.build = build
@@ -103,7 +117,23 @@ def make_impl(cuda, head_size=32):
     return cuda.StemCudaImpl(4, head_size, head_size**-0.5, 2, None, None, "auto")
 
 
-def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
+@pytest.fixture
+def prepared(monkeypatch):
+    """Of every call that was made by launches found before: whether it could be."""
+    from stem_attn.backends.triton.prepared import TritonPreparedCall
+
+    made, run = [], TritonPreparedCall.run
+
+    def record(self, *args):
+        counts = run(self, *args)
+        made.append(counts is not None)
+        return counts
+
+    monkeypatch.setattr(TritonPreparedCall, "run", record)
+    return made
+
+
+def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, prepared, monkeypatch):
     from vllm.config import set_current_vllm_config
 
     recorded, config, spec, names = steps
@@ -113,16 +143,23 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
         for name in names:
             monkeypatch.setattr(layers[name], "impl", impls[name])
         builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
-    assert [impls[name].config_of(builder._settings) is None for name in names] == [True, False]
+    scales = [config and config.budget_scale for config in (impls[name].config_of(builder._settings) for name in names)]
+    assert scales[0] is None
+    assert len(set(scales[1:])) == LAYERS - 1
     pages = 1 + max(int(step.common.block_table_tensor.max()) for step in recorded)
     caches = {name: torch.full((pages, 2, PAGE, 64), torch.nan) for name in names}
-    seen = set()
+    # As on a server that has had prompts of all these scales: then the first layer makes the budgets of all.
+    monkeypatch.setattr(budget, "_kept", {})
+    seen, alone, chosen = set(), 0, set()
     for step in recorded:
         builder._requests.of = lambda common, told=step.told: told
         metadata = builder.build(0, step.common)
         plan = metadata.plan.get(impls[names[1]])
         assert impls[names[0]] not in metadata.plan
         seen.add((plan is not None, plan is not None and plan.rest is not None))
+        runs = [] if plan is None else [one.run for one in plan.runs]
+        alone += sum(len(run.spans) == 1 for run in runs)
+        chosen.add(tuple(run.settings.config.budget_scale for run in runs))
         for name in names:
             query, key, value, expected = step.layers[name]
             tokens = step.common.num_actual_tokens
@@ -133,6 +170,9 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, monkeypatch):
             impls[name].forward(None, query, key, value, caches[name], metadata, output)
             assert relative_error(output[:tokens], expected[:tokens]) < 1e-5
     assert seen >= {(True, True), (True, False), (False, False)}  # prompts with decodes, alone, and decodes alone
+    assert chosen >= {(), (1.0,), (2.0,), (3.0,)}
+    assert any(len(runs) > 1 for runs in chosen)
+    assert prepared == [True] * alone * (LAYERS - 2)
 
 
 def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, monkeypatch):
@@ -142,7 +182,7 @@ def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, m
 
     recorded, config, spec, names = steps
     with set_current_vllm_config(config):
-        for name, window in zip(names, (16, None), strict=True):
+        for name, window in zip(names, (16, *[None] * (LAYERS - 1)), strict=True):
             impl = cuda.StemCudaImpl(4, 32, 32**-0.5, 2, None, window, "auto")
             monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", impl)
         builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
@@ -158,7 +198,32 @@ def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, m
     for step in given:
         counters.reset()
         assert builder.build(0, step).plan == {}
-        assert counters.read()["dense_tokens"] == {"decode": rows, "sliding window": rows}
+        assert counters.read()["dense_tokens"] == {"decode": rows * (LAYERS - 1), "sliding window": rows}
+
+
+def test_what_this_vllm_lacks_of_optional_parts_is_said_as_an_engine_starts(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm import builder, compat
+
+    _, config, spec, names = steps
+    said = []
+    monkeypatch.setattr(builder.logger, "warning_once", lambda words, *given: said.append(words % given))
+
+    def allows_choice():
+        with set_current_vllm_config(config):
+            return cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))._per_request
+
+    assert allows_choice()
+    assert said == []
+    lacks = {"V1 runner": (), "V2 runner": (), "requests": ("a.b is gone", "a takes no c")}
+    for module in (builder, compat):
+        monkeypatch.setattr(module, "lacks", lacks.get)
+    assert not allows_choice()
+    words = (
+        f"stem-attn does without a part of this vLLM, {compat.VLLM_VERSION}: a.b is gone; a takes no c: requests have"
+    )
+    assert said == [f"{words} the server's settings"]
 
 
 def test_an_image_makes_its_steps_dense_and_the_chance_of_one_does_not(steps):
@@ -267,7 +332,7 @@ def test_nothing_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, c
     warmed = []
 
     def warm_up(*, config, device, **_):
-        warmed.append(keep_table(budget_of(config, (640,)), 1, device))
+        warmed.append(keep_table(budget.budget_of(config, (640,)), 1, device))
         fallbacks.note_on_device("triton: unsafe", torch.tensor(2, device=device))
 
     monkeypatch.setattr(fallbacks, "_counts", Counter())

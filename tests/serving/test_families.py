@@ -19,7 +19,7 @@ from engines import (
     stats,
     trace,
 )
-from tiny_families import WINDOW, greedy, prompt, save_lora
+from tiny_families import WINDOW, greedy, prompt, save_eagle, save_lora
 
 from stem_attn import stem_attention
 
@@ -28,6 +28,16 @@ pytestmark = pytest.mark.slow
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((700, 33, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS))
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Of each engine, what the log is told of its layers: their attention, and why."""
+    from stem_attn.integrations.vllm import builder
+
+    told = []
+    monkeypatch.setattr(builder, "table", lambda rows: told.append([row[1:] for row in rows]))
+    return told
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
@@ -114,11 +124,40 @@ def test_softcap_and_sinks(folders, family):
         assert stats(llm)["density"] < 0.6
 
 
-def test_ngram_speculation_changes_no_token(folders):
+def test_gated_attention_with_wide_heads_beside_a_linear_layer(folders, tables):
+    # vLLM's linear layers compute in bfloat16 only on CPUs: dense attention in the same engine is what to compare with.
+    with engine(folders("qwen3_next"), KEEP_ALL, dtype="bfloat16", enable_prefix_caching=False) as llm:
+        assert tables == [[("not Stem's", "QwenGatedDeltaNetAttention"), ("sparse", "")]]
+        kept = answer(llm, PROMPTS)
+        assert stats(llm)["sparse_tokens"] == PROMPT_TOKENS  # one layer of the two
+        assert stats(llm)["dense_tokens"] == {"decode": len(PROMPTS) * 7}
+        reconfigure(llm, DENSE)
+        assert answer(llm, PROMPTS) == kept
+        assert stats(llm)["sparse_tokens"] == 0
+        reconfigure(llm, SPARSE)
+        seen = trace(llm, PROMPTS[0])
+        assert seen.q[0].shape[-1] == 256
+        expected = stem_attention(seen.q[0], seen.k[0], seen.v[0], config=config_of(SPARSE))
+        assert relative_error(seen.out[0], expected) < 0.01
+        assert stats(llm)["density"] < 0.6
+
+
+SPECULATION = {
+    "ngram": {"num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1},
+    "eagle": {"num_speculative_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("method", SPECULATION)
+def test_speculation_changes_no_token(folders, tmp_path, tables, method):
     # Prompts that repeat themselves, so that the drafts have something to find.
     prompts = [prompt(40, seed) * 18 for seed in range(2)]
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+    speculation = {"method": method, **SPECULATION[method]}
+    if method == "eagle":
+        speculation["model"] = save_eagle(tmp_path)
     with engine(folders("llama"), SPARSE, speculative_config=speculation, async_scheduling=False) as llm:
+        drafts = [("not Stem's", "CPUAttentionBackendImpl")] if method == "eagle" else []
+        assert tables[-1] == [("sparse", "")] * 2 + drafts  # with a head, of which the drafter asks once more
         with_drafts = answer(llm, prompts, new_tokens=24)
         counts = stats(llm)
         assert counts["sparse_tokens"] == 2 * sum(map(len, prompts))

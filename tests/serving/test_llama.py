@@ -181,7 +181,7 @@ def test_the_crossover_sends_what_would_not_be_faster_to_the_parent(llm):
 def test_an_unknown_prompt_length_is_counted_and_budgeted_by_what_is_seen(llm, monkeypatch):
     from stem_attn.integrations.vllm import compat
 
-    monkeypatch.setattr(compat, "_calling_runner", lambda: None)
+    monkeypatch.setattr(compat, "lacks", lambda part: ("a.b is gone",) if part == "V1 runner" else ())
     for builder in builders(llm):
         monkeypatch.setattr(builder, "_requests", compat.Requests("stem"))
     seen = trace(llm, PROMPTS[0])

@@ -105,6 +105,7 @@ def test_a_presets_dense_layers_are_its_requests_own(llm):
         ("fast", "stem=fast", "must be 'dense', a preset"),
         (True, "stem=True", "must be 'dense', a preset"),
         ("dense", None, "\"dense\"} needs a cache_salt that ends in 'stem=dense', got None: prefix caching is on"),
+        ("dense", "system=dense", "needs a cache_salt that ends in 'stem=dense', got 'system=dense'"),
         ("dense", "stem=2", "needs a cache_salt that ends in 'stem=dense', got 'stem=2'"),
         (None, "a stem=dense", "the cache_salt 'a stem=dense' is for requests with 'stem': 'dense', and this one has"),
     ],
@@ -115,6 +116,10 @@ def test_a_wrong_request_is_refused_and_the_engine_lives(llm, asked, salt, messa
     with pytest.raises(VLLMValidationError, match=message):
         ask(llm, PROMPTS[2:3], [asked], [salt])
     assert len(answer(llm, PROMPTS[2:3])) == 1
+
+
+def test_a_salt_whose_end_only_looks_like_a_choice_is_a_salt(llm):
+    assert len(ask(llm, PROMPTS[2:3], [None], ["system=prod"])) == 1
 
 
 def test_without_prefix_caching_no_salt_is_asked_for(llm, monkeypatch):
@@ -175,6 +180,8 @@ def test_over_http_a_wrong_choice_is_a_400_and_a_right_one_is_heard(folders, tmp
         for wrong, message in (
             ({"vllm_xargs": {"stem": "fast"}, "cache_salt": "stem=fast"}, "must be 'dense', a preset"),
             ({"vllm_xargs": {"stem": 2}}, "needs a cache_salt that ends in 'stem=2', got None"),
+            # Of a beam search's parameters vLLM keeps the salt alone.
+            ({"vllm_xargs": {"stem": 2}, "cache_salt": "stem=2", "use_beam_search": True}, "and this one has none"),
         ):
             refused = json.loads(running.request("/v1/completions", {**body, **wrong}, status=400))
             assert message in refused["error"]["message"]

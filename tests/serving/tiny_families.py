@@ -3,7 +3,7 @@
 import json
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -47,6 +47,18 @@ FAMILIES = {
         "intermediate_size_mlp": 192,
         "num_local_experts": 4,
     },
+    "qwen3_next": {  # gated attention, heads that vLLM calls wide, and a linear layer
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 256,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
 }
 
@@ -74,6 +86,19 @@ def save_lora(folder, hidden=128, rank=4):
     save_file(weights, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def save_eagle(folder):
+    """Write a draft head for the tiny Llama, as EAGLE's: a layer without its first norm, behind a random projection."""
+    save("llama", folder, num_hidden_layers=1)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    kept = [name for name in weights if "layers.0" in name and "input_layernorm" not in name]
+    head = {name.removeprefix("model."): weights[name] for name in (*kept, "model.embed_tokens.weight")}
+    hidden = _COMMON["hidden_size"]
+    head["fc.weight"] = 0.05 * torch.randn(hidden, 2 * hidden, generator=torch.Generator().manual_seed(2))
+    save_file(head, file, metadata={"format": "pt"})
     return str(folder)
 
 

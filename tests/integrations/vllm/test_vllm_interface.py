@@ -59,9 +59,9 @@ def test_a_method_that_is_overridden_must_take_the_same_and_one_that_is_called_w
 
 
 def test_only_the_asked_parts_are_looked_at():
-    assert PARTS == ("everywhere", "cuda", "cpu", "runners", "requests")
+    assert PARTS == ("everywhere", "cuda", "cpu", "V1 runner", "V2 runner", "requests")
     changed = {owner: members for owner, members in NEWEST.items() if owner != FLASH}
-    assert missing(changed, ("everywhere", "cpu", "runners")) == []
+    assert missing(changed, ("everywhere", "cpu", "V1 runner", "V2 runner")) == []
     assert missing(changed, ("cuda",)) == [f"{FLASH} is gone"]
 
 

@@ -16,7 +16,16 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stem_attn import backends
 from stem_attn.backends.base import Geometry
-from stem_attn.integrations.vllm.compat import Requests, Told, attends_in_chunks, is_draft_layer, part_of
+from stem_attn.integrations.vllm.compat import (
+    VLLM_VERSION,
+    Requests,
+    Told,
+    attends_in_chunks,
+    does_without,
+    is_draft_layer,
+    lacks,
+    part_of,
+)
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
 from stem_attn.integrations.vllm.layers import table
@@ -77,12 +86,15 @@ class StemBuilder:
         model = vllm_config.model_config
         self._geometry = Geometry(device.type, model.dtype, model.get_head_size(), 0)
         self._requests = Requests(KEY)
-        self._per_request = allows_choice(vllm_config)
+        self._per_request = False
         self._sparse: list[StemImpl] = []
         self._dense_layers: Counter[str] = Counter()
         self._recording = False
         if self._settings is None:
             return
+        self._per_request = not lacks("requests") and allows_choice(vllm_config)
+        for what in does_without():
+            logger.warning_once("stem-attn does without a part of this vLLM, %s: %s", VLLM_VERSION, what)
         total = vllm_config.model_config.get_total_num_hidden_layers()  # of all pipeline stages together
         self._backend = backends.expected("auto", device.type)
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():

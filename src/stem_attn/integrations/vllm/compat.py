@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,14 @@ except ImportError:  # 0.26's V2 runner takes no logits processors, and leaves a
 VLLM_VERSION: str = __version__
 _RUN = {"cuda": ("0.26", "0.33"), "cpu": ("0.32",)}
 
+# Parts that the plugin can do without, and what then happens. Read where an engine has Stem: their files are large.
+_WITHOUT = {
+    "V1 runner": "with the V1 model runner the lengths of whole prompts are unknown",
+    "V2 runner": "with the V2 model runner the lengths of whole prompts are unknown",
+    "requests": "requests have the server's settings",
+}
+_RUNNERS = {"V1 runner": "vllm.v1.worker.gpu_model_runner", "V2 runner": "vllm.v1.worker.gpu.model_runner"}
+
 # What a batch's metadata derives from all its rows; no version has all of these fields.
 _OF_ALL_ROWS = (
     "req_idx",
@@ -38,9 +47,24 @@ _OF_ALL_ROWS = (
 
 def why_unsupported(platform: str) -> str | None:
     """Name what the installed vLLM lacks of what the plugin uses on a platform, `cuda` or `cpu`; None: nothing."""
-    parts = ("everywhere", platform)
-    lacks = missing(read_offer(Path(vllm.__path__[0]).parent, parts), parts)
-    return f"stem-attn does not know this vLLM, {VLLM_VERSION}: {'; '.join(lacks)}" if lacks else None
+    absent = _absent("everywhere", platform)
+    return f"stem-attn does not know this vLLM, {VLLM_VERSION}: {'; '.join(absent)}" if absent else None
+
+
+@cache
+def lacks(part: str) -> tuple[str, ...]:
+    """Name what the installed vLLM lacks of a part that the plugin can do without; it then uses nothing of the part."""
+    return _absent(part)
+
+
+def does_without() -> list[str]:
+    """Say for each such part what the installed vLLM lacks of it, and what happens without; of runners in use only."""
+    parts = [part for part in _WITHOUT if _RUNNERS.get(part, "vllm") in sys.modules and lacks(part)]
+    return [f"{'; '.join(lacks(part))}: {_WITHOUT[part]}" for part in parts]
+
+
+def _absent(*parts: str) -> tuple[str, ...]:
+    return tuple(missing(read_offer(Path(vllm.__path__[0]).parent, parts), parts))
 
 
 def why_unknown(platform: str, version: str = VLLM_VERSION) -> str | None:
@@ -142,6 +166,8 @@ class Requests:
 
     def note_new(self) -> None:
         """Keep what requests ask at their first step: the V2 runner forgets it afterwards, the V1 runner does not."""
+        if lacks("requests"):
+            return
         runner = self._runner() if self._runner is not None else None
         if runner is not None and not hasattr(runner, "req_states"):
             return
@@ -178,6 +204,8 @@ class Requests:
 
     def _choice(self, params: Any) -> Any:
         """Return what a request asks for; a pooling model's has no sampling parameters."""
+        if lacks("requests"):
+            return None
         return (getattr(params, "extra_args", None) or {}).get(self._key)
 
 
@@ -190,9 +218,9 @@ def _callers() -> Iterator[Mapping[str, Any]]:
 
 
 def _calling_runner() -> Any | None:
-    """Find the model runner among the callers."""
-    names = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
-    runners = tuple(sys.modules[name].GPUModelRunner for name in names if name in sys.modules)
+    """Find the model runner among the callers; one that lacks something of what it is asked for is none."""
+    names = [name for part, name in _RUNNERS.items() if name in sys.modules and not lacks(part)]
+    runners = tuple(sys.modules[name].GPUModelRunner for name in names)
     return next((who["self"] for who in _callers() if isinstance(who.get("self"), runners)), None)
 
 

@@ -125,8 +125,8 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm._custom_ops:": ("cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa)",),
     },
-    # How long a request's prompt is. Large files, and without it prefill is only budgeted less well.
-    "runners": {
+    # How long a request's prompt is, by the runner that the engine has. Without it prefill is budgeted less well.
+    "V1 runner": {
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
             "input_batch",
             "parallel_config",
@@ -135,6 +135,8 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm.v1.worker.gpu_input_batch:InputBatch": ("num_prompt_tokens", "num_reqs", "req_ids"),
         "vllm.v1.worker.gpu_input_batch:CachedRequestState": ("sampling_params",),
+    },
+    "V2 runner": {
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states", "execute_model(scheduler_output)"),
         "vllm.v1.worker.gpu.states:RequestState": ("prompt_len", "prefill_len", "index_to_req_id", "req_id_to_index"),
     },

@@ -14,15 +14,24 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from stem_attn.integrations.vllm.compat import V2LogitsProcessor, admitted
+from stem_attn.integrations.vllm.compat import VLLM_VERSION, V2LogitsProcessor, admitted, lacks
 from stem_attn.integrations.vllm.settings import KEY, choose, settings_of
 
 
 class PerRequest(LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
-    """Refuse requests whose choice is wrong, or that would share pages made with another choice."""
+    """Refuse requests whose choice is wrong, or that would share pages made with another choice.
+
+    Raises:
+        ValueError: Nobody can read a request's choice in this vLLM.
+    """
 
     def __init__(self, *args: Any) -> None:
-        pass
+        absent = lacks("requests")
+        if absent:
+            raise ValueError(
+                f"stem-attn cannot read what requests choose in this vLLM, {VLLM_VERSION} ({'; '.join(absent)}): start "
+                "without --logits-processors"
+            )
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -65,7 +74,7 @@ class PerRequest(LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
 
 def _check_salt(asked: Any, salt: str | None) -> None:
     """Check that a request shares pages only with those of the same choice: its salt says which that is."""
-    named = re.search(rf"{KEY}=(\S*)$", salt or "")
+    named = re.search(rf"(?:^|\s){KEY}=(\S*)$", salt or "")
     if asked is not None and (named is None or named[1] != str(asked)):
         raise ValueError(
             f"{{\"{KEY}\": {json.dumps(asked)}}} needs a cache_salt that ends in '{KEY}={asked}', got {salt!r}: prefix "
