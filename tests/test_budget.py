@@ -125,10 +125,33 @@ def test_a_budget_that_another_thread_has_just_made_is_that_one(monkeypatch):
 
 
 @pytest.mark.parametrize("decay_from", ["plateau", "first_row"])
-@pytest.mark.parametrize("fields", [{"budget_scale": 1e9}, {"budget_bias": 1 << 40}, {"budget_floor": 1 << 40}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget_scale": 1e9},
+        {"budget_scale": 1.7e308},
+        {"budget_bias": 1 << 40},
+        {"budget_bias": 10**400},
+        {"budget_floor": 1 << 40},
+        {"tail_blocks": 1 << 80, "budget_ratio": 0.0},
+    ],
+)
 def test_budgets_beyond_32_bits_keep_everything(fields, decay_from):
     config = StemConfig(block_size=16, decay_from=decay_from, **fields)
     assert budget_of(config, (777,)).blocks.tolist() == reference_budget(config, 777)
+
+
+def test_a_budget_that_cannot_be_made_does_not_come_back(monkeypatch):
+    from stem_attn import budget
+
+    fits, not_yet = (StemConfig(block_size=16, budget_bias=11, budget_scale=scale) for scale in (1.0, 2.0))
+    make = budget._prompt_budget
+    with monkeypatch.context() as patch:
+        patch.setattr(budget, "_prompt_budget", lambda configs, n: [][0] if not_yet in configs else make(configs, n))
+        with pytest.raises(IndexError):
+            budget_of(not_yet, (500,))
+        assert budget_of(fits, (500,)).blocks.tolist() == reference_budget(fits, 500)
+    assert budget_of(not_yet, (500,)).blocks.tolist() == reference_budget(not_yet, 500)
 
 
 def test_what_keeps_everything_is_told_by_layer():

@@ -29,6 +29,7 @@ LAYERS = 128
 """Scales that are made together at most, the latest to be asked for."""
 CHUNKS = 64
 """Chunks of which something is remembered: a server's begin and end anywhere, but a step's layers ask for the same."""
+_MOST = 1e300  # blocks: no budget is larger, so that none overflows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,15 +111,15 @@ def _make(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
         budget = _kept.get((config, prompt_blocks))
         if budget is not None:  # another thread has made it in the meantime
             return budget
-        alike = _asked.setdefault(_unscaled(config), {})
-        if len(_asked) > FAMILIES:
-            del _asked[next(iter(_asked))]
-        alike.pop(config, None)
-        alike[config] = None
+        family = _unscaled(config)
+        alike = {one: None for one in _asked.get(family, {}) if one != config} | {config: None}
         if len(alike) > LAYERS:
             del alike[next(iter(alike))]
         configs = tuple(one for one in alike if (one, prompt_blocks) not in _kept)
         made = Budgets(configs, _blocks(configs, prompt_blocks))
+        _asked[family] = alike  # not before: what cannot be made must not come back with every new length
+        if len(_asked) > FAMILIES:
+            del _asked[next(iter(_asked))]
         for layer, (one, blocks) in enumerate(zip(configs, made.blocks.unbind(0), strict=True)):
             _kept[one, prompt_blocks] = Budget(made, layer, blocks)
         budget = _kept[config, prompt_blocks]
@@ -150,7 +151,7 @@ def _prompt_budget(configs: tuple[StemConfig, ...], n: int) -> Tensor:
         return torch.full((len(configs), n), n, dtype=torch.int32, device="cpu")
     rows = torch.empty(len(configs), n, dtype=torch.int32, device="cpu")
     for row, config in zip(rows.unbind(0), configs, strict=True):
-        start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
+        start = min(config.budget_scale * (config.ratio(n) * n + min(config.budget_bias, _MOST)), _MOST)
         if config.decay_from == "first_row":
             places = torch.arange(n, dtype=torch.float64, device="cpu")
             budget = start - start * (1 - config.decay) / n * places

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,8 @@ BudgetScope = Literal["head", "group", "layer"]
 Residual = Literal["none", "mean"]
 Precision = Literal["auto", "fp8"]
 RatioSteps = tuple[tuple[int | None, float], ...]
+_MOST_BLOCKS = 1 << 30  # numbers that kernels take in 32 bits
+_MOST_WEIGHT = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +115,15 @@ class StemConfig:
         if self.block_size % self.stride:
             raise ValueError(f"stride must divide block_size {self.block_size}, got {self.stride}")
         _check_choice("score", self.score, Score)
-        check_float("spread_weight", self.spread_weight, 0.0, math.inf)
+        check_float("spread_weight", self.spread_weight, 0.0, _MOST_WEIGHT)
         _check_choice("value_term", self.value_term, ValueTerm)
-        check_float("value_weight", self.value_weight, 0.0, math.inf)
-        for name in ("budget_bias", "dense_below", "tail_blocks", "sink_blocks"):
+        check_float("value_weight", self.value_weight, 0.0, _MOST_WEIGHT)
+        for name in ("budget_bias", "dense_below", "tail_blocks"):
             check_int(name, getattr(self, name), 0)
+        check_int("sink_blocks", self.sink_blocks, 0, _MOST_BLOCKS)
         check_float("budget_scale", self.budget_scale, 0.0, math.inf)
         check_int("budget_floor", self.budget_floor, 1)
-        check_int("local_blocks", self.local_blocks, 1)
+        check_int("local_blocks", self.local_blocks, 1, _MOST_BLOCKS)
         check_float("tail_ratio", self.tail_ratio, 0.0, 1.0)
         check_float("decay", self.decay, 0.0, 1.0)
         if self.decay == 0:
@@ -139,6 +143,10 @@ class StemConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StemConfig.from_json, (self._json,)  # another process hashes otherwise
+
+    def scaled(self, factor: float) -> StemConfig:
+        """Return the config with another budget: `budget_scale` times a factor, at most the largest number."""
+        return dataclasses.replace(self, budget_scale=min(self.budget_scale * factor, sys.float_info.max))
 
     @property
     def query_stride(self) -> int:

@@ -27,6 +27,9 @@ def counts() -> dict[str, int]:
 def note_on_device(reason: str, count: Tensor) -> None:
     """Count what only a device knows, without waiting for it, and without a log.
 
+    A captured graph adds at every replay, to what was there before it was captured. The first count of all is left out
+    if it is captured: the graph would begin anew each time.
+
     Args:
         reason: As in `note`.
         count: One int.
@@ -34,6 +37,8 @@ def note_on_device(reason: str, count: Tensor) -> None:
     key = reason, count.device
     with _lock:
         if key not in _on_devices:
+            if count.is_cuda and torch.cuda.is_current_stream_capturing():
+                return
             with torch.inference_mode(False):  # so that it can be added to in any mode
                 _on_devices[key] = torch.zeros((), dtype=torch.int64, device=count.device)
         _on_devices[key] += count

@@ -191,7 +191,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @lru_cache(maxsize=1024)  # every call of every layer asks
 def _scaled(config: StemConfig, factor: float) -> StemConfig:
-    return dataclasses.replace(config, budget_scale=config.budget_scale * factor)
+    return config.scaled(factor)
 
 
 @lru_cache(maxsize=4096)  # likewise, and every chunk

@@ -173,7 +173,8 @@ def reference_budget(config: StemConfig, prompt_len: int) -> list[int]:
     n = math.ceil(prompt_len / config.block_size)
     if n < config.dense_below:
         return [n] * n
-    start = config.budget_scale * (config.ratio(n) * n + config.budget_bias)
+    most = 1e300  # so that nothing overflows
+    start = min(config.budget_scale * (config.ratio(n) * n + min(config.budget_bias, most)), most)
     if config.decay_from == "first_row":
         rows = [math.floor(start - start * (1 - config.decay) / n * i) for i in range(n)]
     else:

@@ -90,6 +90,12 @@ def test_processes_share_the_work_and_the_report_joins_them(folder, tmp_path, ca
     assert command(folder, *common[:-3], "1", "--seed", "7", "--out", str(other), name="tasks") == 0
     assert cli.run(["eval", "report", str(parts[0]), str(other)]) == 2
     assert "answers of more than one seed: 42, 7" in capsys.readouterr().err
+    changed = tmp_path / "changed.jsonl"
+    lines = [json.loads(line) for line in parts[1].read_text().splitlines()]
+    tails = [{**line, "prompt_sha256": "0" * 64} for line in lines if line["name"] != "dense"]
+    changed.write_text("".join(json.dumps(line) + "\n" for line in tails))
+    assert cli.run(["eval", "report", *map(str, parts), str(changed)]) == 2
+    assert "different prompts of key_values at 1536 tokens, sample 1" in capsys.readouterr().err
 
 
 def test_the_report_tells_densities_apart_and_refuses_other_settings_under_one_name(folder, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stem_attn import StemConfig
-from stem_attn.lab.tune.levels import allocate, interpolate, levels, spread, toward
+from stem_attn.lab.tune.levels import allocate, follow, interpolate, levels, spread, toward
 
 LENGTH = 384
 CONFIG = StemConfig(block_size=16, stride=4)
@@ -50,6 +50,24 @@ def test_allocation_is_the_best_of_all():
                 assert sum(float(row[level]) for row, level in zip(damage, other, strict=True)) >= cost - 1e-12
     assert allocate(damage, densities, 1.0) == [3, 3, 3]
     assert allocate(damage, densities, 0.0) == [0, 0, 0]
+
+
+def test_a_schedule_is_followed_at_a_density():
+    steps = levels(CONFIG, LENGTH)
+    factors = [1.6, 1.0, 0.4]
+    for wanted in (0.5, 0.65, 0.8):
+        chosen = follow(factors, wanted, steps)
+        assert sum(steps[level].density for level in chosen) <= wanted * 3
+        # A level more in every layer is too much.
+        assert sum(steps[min(level + 1, len(steps) - 1)].density for level in chosen) > wanted * 3
+        # One scale for all, to a level.
+        least = max(steps[level].scale / factor for level, factor in zip(chosen, factors, strict=True) if level)
+        for level, factor in zip(chosen, factors, strict=True):
+            assert level + 1 == len(steps) or least < steps[level + 1].scale / factor
+        assert chosen == sorted(chosen, reverse=True)
+        assert chosen[0] > chosen[2]
+    assert follow([1.0], 0.0, steps) == [0]
+    assert follow([1.0, 0.5], 1.0, steps) == [len(steps) - 1] * 2
 
 
 def test_part_of_the_way_to_an_allocation():

@@ -16,6 +16,8 @@ from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.named_methods import parse_methods
 from stem_attn.lab.tasks.sparse import running
+from stem_attn.lab.tune import run
+from stem_attn.lab.tune.forwards import Answers, Outcome
 from stem_attn.lab.tune.found import numbers
 from stem_attn.lab.tune.levels import levels
 from stem_attn.lab.tune.recall import ANSWER_TOKENS, PASSAGE_TOKENS, ask_for_the_rest
@@ -132,6 +134,30 @@ def test_a_layer_that_matters_gets_more(sensitive):
     assert factors[sensitive] > 1.2 * factors[1 - sensitive]
     assert found.sensitivity[sensitive] > 10 * found.sensitivity[1 - sensitive]
     assert found.outcome.density < found.uniform.reaches.outcome.density
+
+
+def test_the_schedule_over_layers_takes_part(monkeypatch):
+    """Where it alone does, the answer follows it."""
+    model = tiny_model.model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight *= 0.01
+    monkeypatch.setattr(run, "_RECIPES", ())
+    policy = dataclasses.replace(POLICY, depth_decay=0.5)
+    found = tune(model, prompts(1), CONFIG, policy, parse_target("kl=0.1"), logit_stride=1, on_step=silent)
+    assert found.recipe == "depth_decay"
+    first, second = found.policy.layer_budgets
+    assert 2 < first / second < 4.5  # 1.5 / .5, to a block
+    assert found.outcome.density < found.uniform.reaches.outcome.density
+
+
+def test_equal_shares_of_answers_are_told_apart_by_what_they_lose():
+    worse, better, best = (
+        Outcome(0.2, 0.1, 1.0, {}, Answers(drift, agreement)) for drift, agreement in ((0.9, 0.5), (0.2, 0.5), (2, 1))
+    )
+    outcomes = [worse, better, best]
+    assert min(outcomes[:2], key=parse_target("agreement=0.9").rank) is better
+    assert min(outcomes, key=parse_target("agreement=0.9").rank) is best
+    assert min(outcomes, key=parse_target("drift=0.1").rank) is better
 
 
 def test_an_impossible_target_gives_dense_and_an_easy_one_the_least():

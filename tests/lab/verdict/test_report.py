@@ -156,7 +156,14 @@ def test_the_answer_follows_from_speed_and_accuracy(stem_seconds, top1, answer):
 
 @pytest.mark.parametrize(
     ("points", "interval", "answer"),
-    [(0.0, (-1.0, 1.0), YES), (-5.0, (-7.0, -3.0), NO), (-5.0, (-12.0, 2.0), PERHAPS), (-0.5, (-0.6, -0.4), YES)],
+    [
+        (0.0, (-1.0, 1.0), YES),
+        (-5.0, (-7.0, -3.0), NO),
+        (-5.0, (-12.0, 2.0), PERHAPS),
+        (-0.5, (-0.6, -0.4), YES),
+        (-50.0, None, PERHAPS),
+        (-50.0, (-50.0, -50.0), PERHAPS),
+    ],
 )
 def test_a_task_counts_beyond_chance(points, interval, answer):
     assert verdict(SPEED, dataclasses.replace(TASK, points=points, interval=interval)).answer == answer
@@ -167,6 +174,18 @@ def test_the_worst_task_counts():
     found = verdict(SPEED, TASK, bad)
     assert found.answer == NO
     assert "task vt -30.0 points against dense" in found.reason
+
+
+def test_predictions_and_tasks_of_different_files_and_lengths_both_count():
+    bad = dataclasses.replace(TASK, kind="task vt", length=30000, points=-30.0, interval=(-35.0, -25.0))
+    more = dataclasses.replace(TASK, kind="task cwe", length=30000, file="another.json")
+    found = verdict(SPEED, TOP1, bad, more)
+    assert found.answer == NO
+    assert "98.0% of the positions (stem-default, 32,768 tokens" in found.reason
+    assert "task vt -30.0 points against dense, task cwe +0.0 points against dense (stem-default, 30,0" in found.reason
+    far = dataclasses.replace(TASK, length=4096)
+    assert verdict(SPEED, TOP1, far).cautions == ("Accuracy was measured at 4,096 tokens, speed at 32,768.",)
+    assert verdict(SPEED, TOP1, far).answer == YES
 
 
 def test_what_is_not_measured_leaves_it_open():
@@ -265,8 +284,9 @@ def refused(capsys, tmp_path, *folders):
 
 def test_an_empty_folder(tmp_path, capsys):
     assert "no result file of stem-attn in" in refused(capsys, tmp_path, tmp_path)
-    (tmp_path / "notes.json").write_text("{}")
-    assert "no result file of stem-attn in" in refused(capsys, tmp_path, tmp_path)
+    for text in ("{}", "[1]", '{"machine": "H100"}', '{"machine": null}', '{"machine": {"versions": [3]}}'):
+        (tmp_path / "notes.json").write_text(text)
+        assert "no result file of stem-attn in" in refused(capsys, tmp_path, tmp_path)
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):

@@ -10,8 +10,15 @@ import triton
 
 log = logging.getLogger("stem_attn")
 
+TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
+"""The version, of which the project knows what differs:
+
+- 3.7 and 3.9 renamed what the Gluon kernels use; `hopper_kernel.py` takes either name;
+- 3.7 adds up over a dimension through shared memory, 4 bytes for every number; see `SUMS_TAKE_SHARED_MEMORY`.
+"""
+SUMS_TAKE_SHARED_MEMORY = TRITON == (3, 7)
 GLUON_TRITON = ((3, 6), (3, 9))
-"""The oldest and the newest Triton that the Hopper kernel was compiled with; run with 3.6."""
+"""The oldest and the newest Triton that the Hopper kernel was compiled with; run with 3.6 and 3.8."""
 
 
 @cache
@@ -43,7 +50,7 @@ def gluon_runs_on(device: torch.device) -> bool:
 @cache
 def _gluon_known() -> bool:
     """Tell whether this Triton can compile the Hopper kernel: Gluon is experimental, and its names change."""
-    known = GLUON_TRITON[0] <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= GLUON_TRITON[1]
+    known = GLUON_TRITON[0] <= TRITON <= GLUON_TRITON[1]
     if not known:
         log.warning("Triton %s is not known to compile the Hopper kernel: the portable one runs", triton.__version__)
     return known

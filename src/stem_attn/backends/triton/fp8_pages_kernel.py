@@ -24,7 +24,7 @@ def widen_kernel(
     n, head = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, COLUMNS)
     scale = tl.load(scales + tl.where(column < width // 2, 0, heads) + head)
-    base = cache + tl.load(pages + n).to(tl.int64) * page_stride + head * head_stride
+    base = cache + tl.load(pages + n).to(tl.int64) * page_stride + head.to(tl.int64) * head_stride
     to = out + (n.to(tl.int64) * heads + head) * page_size * width
     for first in range(0, page_size, ROWS):
         row = first + tl.arange(0, ROWS)

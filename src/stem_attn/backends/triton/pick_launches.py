@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import triton
 
 from stem_attn.backends.triton.choose_kernel import choose_kernel
+from stem_attn.backends.triton.devices import SUMS_TAKE_SHARED_MEMORY
 from stem_attn.backends.triton.launch import Launch
 from stem_attn.backends.triton.selection_kernels import top_kernel
 from stem_attn.backends.triton.selection_sizes import Sizes, Steps
@@ -16,8 +17,9 @@ from stem_attn.backends.triton.share_kernel import share_kernel
 TOP_KEYS_PER_WARP = 1024
 # Keys of all heads that `share_kernel` looks at together: 16 a thread.
 SHARE_KEYS = 4096
-# Keys of all heads of a row that `choose_kernel` holds in registers: up to 32 a thread, 4 where few are enough.
-CHOOSE_KEYS = 32768
+# Keys of all heads of a row that `choose_kernel` holds in registers: up to 32 a thread, 4 where few are enough. Where
+# they pass through shared memory, as many as every GPU has room for.
+CHOOSE_KEYS = 8192 if SUMS_TAKE_SHARED_MEMORY else 32768
 CHOOSE_KEYS_PER_WARP = 128
 FEWEST_COLUMNS = 256
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -79,9 +79,8 @@ def choose(settings: Settings, asked: Any) -> Settings | None:
         return None
     if isinstance(asked, str) and asked in PRESETS:
         return _preset(asked, settings.policy)
-    if isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < math.inf:
-        config = dataclasses.replace(settings.config, budget_scale=settings.config.budget_scale * asked)
-        return dataclasses.replace(settings, config=config)
+    if isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked <= sys.float_info.max:
+        return dataclasses.replace(settings, config=settings.config.scaled(asked))
     raise ValueError(
         f"{KEY!r} of a request must be {DENSE!r}, a preset ({', '.join(PRESETS)}) or a factor above 0 on the budget, "
         f"got {asked!r}"

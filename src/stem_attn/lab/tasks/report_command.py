@@ -48,6 +48,7 @@ def report(
         held = {record.get(name) for record in records}
         if len(held) > 1:
             raise InputError(f"the files hold answers of more than one {name}: {', '.join(sorted(map(str, held)))}")
+    _check_prompts(records)
     _tell_apart(records)
     settings = {"files": [str(file) for file in files], "methods": _methods(records)}
     found = {**new_record("report", settings, torch.device("cpu")), **summarize(records)}
@@ -56,6 +57,19 @@ def report(
 
         write_files({plot: draw(found)})
     deliver(found, render(found), json_path)
+
+
+def _check_prompts(records: list[Record]) -> None:
+    """Refuse answers to different prompts: what is compared is paired."""
+    hashes: dict[tuple[str, int, int], str] = {}
+    for record in records:
+        place = task, length, index = record["task"], record["length"], record["index"]
+        if hashes.setdefault(place, record["prompt_sha256"]) != record["prompt_sha256"]:
+            raise InputError(
+                f"the files hold answers to different prompts of {task} at {length} tokens, sample {index}: one of the "
+                f"runs had another --template, tokenizer or text, or another version of stem-attn or torch; give the "
+                f"files of one"
+            )
 
 
 def _methods(records: list[Record]) -> list[Record]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from stem_attn.config import StemConfig
 from stem_attn.lab.configs import plain_settings
 from stem_attn.lab.tune.forwards import Outcome
 from stem_attn.lab.tune.target import Target
 from stem_attn.policy import PrefillPolicy
+
+SCHEDULE: Literal["depth_decay"] = "depth_decay"
+Recipe = tuple[float, float] | Literal["depth_decay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,8 @@ class Tuned:
         outcome: Its own, on the calibration prompts, run as written.
         uniform: The same budget in every layer.
         by_layer: Budgets by layer.
-        recipe: Power of the sensitivities, and share of the way from the uniform budget to the allocation; None where
-            the uniform budget was not bettered.
+        recipe: Power of the sensitivities, and share of the way from the uniform budget to the allocation; or
+            `SCHEDULE`, the policy's `depth_decay`. None where the uniform budget was not bettered.
         sensitivity: By layer, nats of KL or of drift where it alone has the uniform budget, on the first prompt
             (neighbours that were tried together share theirs evenly); empty where even the least budget reaches the
             target.
@@ -76,7 +79,7 @@ class Tuned:
     outcome: Outcome
     uniform: Bracket
     by_layer: Bracket
-    recipe: tuple[float, float] | None
+    recipe: Recipe | None
     sensitivity: dict[int, float]
     errors: dict[int, float]
     trials: list[Trial]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,29 @@ def allocate(damage: Tensor, densities: Sequence[float], mean_density: float) ->
         else:
             low = price
     return [int(level) for level in chosen]
+
+
+def follow(factors: Sequence[float], mean_density: float, steps: Sequence[Level]) -> list[int]:
+    """Choose the levels of a schedule over layers: the most of it that does not exceed a mean density.
+
+    Args:
+        factors: What layers get of a budget, one each.
+        mean_density: Not exceeded, unless no level is as low.
+        steps: The levels, of rising density.
+
+    Returns:
+        Indices of levels, one a layer.
+    """
+    scales = [step.scale for step in steps]
+    chosen, low, high = [0] * len(factors), 0.0, scales[-1] / min(factors)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        picked = [max(bisect_right(scales, middle * factor) - 1, 0) for factor in factors]
+        if sum(steps[level].density for level in picked) <= mean_density * len(picked):
+            chosen, low = picked, middle
+        else:
+            high = middle
+    return chosen
 
 
 def toward(chosen: Sequence[int], density: float, share: float, densities: Sequence[float]) -> list[int]:

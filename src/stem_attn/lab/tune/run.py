@@ -8,7 +8,8 @@
 4. A layer's damage at another budget is that, times the ratio of its squared attention errors (the KL of a small
    perturbation is quadratic in it). Budgets that minimise the total damage at a total density are one Lagrange
    multiplier away. Layers are not independent, so this is a direction more than an answer: sparse forwards of the first
-   prompt, at equal density, choose how far to trust the layers' weights and how far to go from the uniform budget.
+   prompt, at equal density, choose how far to trust the layers' weights and how far to go from the uniform budget. The
+   policy's own schedule over layers, `depth_decay`, takes part.
 5. The density is bisected with sparse forwards of all prompts until the target holds.
 """
 
@@ -28,8 +29,8 @@ from stem_attn.lab.equal_density import mix, share_above
 from stem_attn.lab.errors import InputError
 from stem_attn.lab.progress import OnStep
 from stem_attn.lab.tune.forwards import Outcome, Prompts
-from stem_attn.lab.tune.found import Bracket, Trial, Tuned, numbers
-from stem_attn.lab.tune.levels import Level, allocate, interpolate, levels, spread, toward
+from stem_attn.lab.tune.found import SCHEDULE, Bracket, Recipe, Trial, Tuned, numbers
+from stem_attn.lab.tune.levels import Level, allocate, follow, interpolate, levels, spread, toward
 from stem_attn.lab.tune.recall import ANSWER_TOKENS
 from stem_attn.lab.tune.target import Target
 from stem_attn.policy import PrefillPolicy
@@ -106,7 +107,7 @@ def most_forwards(config: StemConfig, tokens: int, layers: int, prompts: int, he
     budgets = len(levels(config, tokens))
     uniform = math.ceil(math.log2(max(budgets, 1)))
     on_all = 1 + uniform + 1 + _BISECTIONS + 1  # a dense one first, and the answer as it is written last
-    return prompts * on_all + len(neighbours(range(layers))) + len(_RECIPES) + held_out * (1 + 4)
+    return prompts * on_all + len(neighbours(range(layers))) + len(_RECIPES) + 1 + held_out * (1 + 4)
 
 
 class _Search:
@@ -177,17 +178,22 @@ class _Search:
 
     def by_layer(
         self, uniform: Bracket, curves: Sequence[Tensor], sensitivity: Sequence[float], level: int
-    ) -> tuple[Bracket, tuple[float, float] | None]:
+    ) -> tuple[Bracket, Recipe | None]:
         """Choose a recipe and bisect its density; where no recipe betters the uniform budget, that stays."""
+        schedule = [self.policy.layer_config(self.config, i, self.prompts.layer_count) for i in self.layers]
+        factors = [config.budget_scale for config in schedule]
+        recipes: list[Recipe] = [*_RECIPES] if len(set(factors)) == 1 else [*_RECIPES, SCHEDULE]
 
-        def at(recipe: tuple[float, float], density: float) -> list[int]:
+        def at(recipe: Recipe, density: float) -> list[int]:
+            if recipe == SCHEDULE:
+                return follow(factors, density, self.steps)
             power, share = recipe
             chosen = allocate(damage(curves, sensitivity, level, power), self.densities, density)
             return toward(chosen, density, share, self.densities)
 
         low, high = self.densities[0], uniform.reaches.outcome.density
-        tried = {recipe: self.attempt("recipe", at(recipe, high), prompts=1) for recipe in _RECIPES}
-        best = min(tried, key=lambda recipe: self.target.damage(tried[recipe].outcome))
+        tried = {recipe: self.attempt("recipe", at(recipe, high), prompts=1) for recipe in recipes}
+        best = min(tried, key=lambda recipe: self.target.rank(tried[recipe].outcome))
         fails, reaches = None, self.attempt("tuned", at(best, high))
         if not self.target.met(reaches.outcome):
             return uniform, None

@@ -53,6 +53,10 @@ class Target:
         assert answers is not None, "the prompts were not answered"
         return answers.drift_nats if self.kind == "drift" else 1 - answers.agreement
 
+    def rank(self, outcome: Outcome) -> tuple[float, float]:
+        """Return what tells a better run of one prompt: its damage, and, of equal shares of a few answers, its nats."""
+        return self.damage(outcome), self.nats(outcome)
+
     def nats(self, outcome: Outcome) -> float:
         """Return what tells layers apart: a share of a few answers would not."""
         if self.asks_answers and outcome.answers is not None:

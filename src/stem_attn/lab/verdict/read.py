@@ -157,7 +157,7 @@ def _add(file: Path, found: Evidence) -> None:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:  # no JSON, no UTF-8
         raise InputError(f"{file} is no JSON, or is cut off: {error}") from error
-    version = record.get("machine", {}).get("versions", {}).get("stem-attn") if isinstance(record, dict) else None
+    version = _version(record)
     if version is None:
         found.ignored.append(str(file))
         return
@@ -175,6 +175,15 @@ def _add(file: Path, found: Evidence) -> None:
             f"name the other files in the place of their folder"
         ) from error
     found.records[str(file)] = record
+
+
+def _version(record: Any) -> Any:
+    """Return the version of stem-attn that wrote a record; None: it is another program's."""
+    for name in ("machine", "versions", "stem-attn"):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(name)
+    return record
 
 
 def _one_of(what: str, about: str, by_file: dict[str, str]) -> None:

@@ -87,7 +87,7 @@ def _judge(speed: Speed, stem: Sequence[Accuracy]) -> Judgement:
     told = f"{speed.kind}: {speed.ratio:.2f} times as fast as dense ({seconds})"
     if speed.ratio < FASTER:
         return Judgement(NO, speed.length, speed.settings, f"{told}.")
-    near = _nearest(speed, stem)
+    near = [group for one in _kinds(stem) if (group := _nearest(speed, one))]
     if not near:
         ask = "what it does to the answers is not measured: run stem-attn eval fidelity"
         return Judgement(OPEN, speed.length, speed.settings, f"{told}; {ask}.")
@@ -95,11 +95,11 @@ def _judge(speed: Speed, stem: Sequence[Accuracy]) -> Judgement:
     if speed.kind == ATTENTION and answer != NO:
         answer = OPEN
         told += ", the rest of the model not counted (run stem-attn bench --ttft or stem-attn serving)"
-    return Judgement(answer, speed.length, speed.settings, f"{told}; {effect}.", _cautions(speed, near[0]))
+    return Judgement(answer, speed.length, speed.settings, f"{told}; {effect}.", _cautions(speed, near))
 
 
 def _without_speed(measured: Sequence[Accuracy]) -> Judgement:
-    answer, effect = _effect(measured)
+    answer, effect = _effect([measured])
     ask = "what it gains is not measured: run stem-attn bench --ttft or stem-attn serving"
     first = measured[0]
     settings = f"{first.method} at density {first.density:.2f}"
@@ -119,6 +119,12 @@ def _alike(stem: Sequence[Accuracy]) -> list[list[Accuracy]]:
     return groups
 
 
+def _kinds(stem: Sequence[Accuracy]) -> list[list[Accuracy]]:
+    """Tell predictions from tasks: each kind is judged where it was measured."""
+    predictions = [one for one in stem if one.top1_agreement is not None]
+    return [predictions, [one for one in stem if one.top1_agreement is None]]
+
+
 def _nearest(speed: Speed, stem: Sequence[Accuracy]) -> list[Accuracy]:
     """Return what is known of the same settings, if of any, at the nearest length and density.
 
@@ -136,41 +142,50 @@ def _nearest(speed: Speed, stem: Sequence[Accuracy]) -> list[Accuracy]:
     best = min(as_hard, key=distance)
 
     def belongs(one: Accuracy) -> bool:
-        same = (one.length, one.method, one.file) == (best.length, best.method, best.file)
+        same = (one.length, one.method) == (best.length, best.method)
         return same and abs(one.density - best.density) <= _CLOSE_DENSITY
 
     return [one for one in as_hard if belongs(one)]
 
 
-def _effect(measured: Sequence[Accuracy]) -> tuple[str, str]:
-    """Judge accuracy: the worst of what was measured counts."""
-    answer, said = YES, []
-    for one in measured:
-        if one.top1_agreement is not None:
-            share = one.top1_agreement
-            own = YES if share >= SAME else PERHAPS if share >= CLOSE else NO
-            said.append(f"the same next token at {share:.1%} of the positions")
-        else:
-            points = one.points or 0.0
-            beyond_chance = one.interval is None or one.interval[1] < 0
-            own = NO if points < POINTS and beyond_chance else PERHAPS if points < POINTS else YES
-            said.append(f"{one.kind} {points:+.1f} points against dense")
-        answer = max(answer, own, key=(YES, PERHAPS, NO).index)
-    first = measured[0]
-    return answer, f"{', '.join(said)} ({first.method}, {first.length:,} tokens, density {first.density:.3f})"
+def _effect(groups: Sequence[Sequence[Accuracy]]) -> tuple[str, str]:
+    """Judge accuracy: the worst of what was measured counts. A group is of one method, length and density."""
+    answer, told = YES, []
+    for group in groups:
+        said = []
+        for one in group:
+            own, words = _effect_of(one)
+            answer = max(answer, own, key=(YES, PERHAPS, NO).index)
+            said.append(words)
+        first = group[0]
+        told.append(f"{', '.join(said)} ({first.method}, {first.length:,} tokens, density {first.density:.3f})")
+    return answer, "; ".join(told)
 
 
-def _cautions(speed: Speed, accuracy: Accuracy) -> tuple[str, ...]:
+def _effect_of(one: Accuracy) -> tuple[str, str]:
+    if one.top1_agreement is not None:
+        share = one.top1_agreement
+        own = YES if share >= SAME else PERHAPS if share >= CLOSE else NO
+        return own, f"the same next token at {share:.1%} of the positions"
+    points = one.points or 0.0
+    # One prompt has no interval, and the same loss in a few has one of no width: neither tells chance from loss.
+    low, high = one.interval or (0.0, 0.0)
+    own = YES if points >= POINTS else NO if low < high < 0 else PERHAPS
+    return own, f"{one.kind} {points:+.1f} points against dense"
+
+
+def _cautions(speed: Speed, groups: Sequence[Sequence[Accuracy]]) -> tuple[str, ...]:
     said = []
-    if accuracy.method != speed.settings:
-        said.append(f"Accuracy was measured of {accuracy.method}, speed of {speed.settings}.")
-    if max(speed.length, accuracy.length) > _CLOSE_LENGTH * min(speed.length, accuracy.length):
-        said.append(f"Accuracy was measured at {accuracy.length:,} tokens, speed at {speed.length:,}.")
-    if speed.density is not None and abs(speed.density - accuracy.density) > _CLOSE_DENSITY:
-        said.append(f"Accuracy was measured at density {accuracy.density:.3f}, speed at {speed.density:.3f}.")
+    for accuracy, *_ in groups:
+        if accuracy.method != speed.settings:
+            said.append(f"Accuracy was measured of {accuracy.method}, speed of {speed.settings}.")
+        if max(speed.length, accuracy.length) > _CLOSE_LENGTH * min(speed.length, accuracy.length):
+            said.append(f"Accuracy was measured at {accuracy.length:,} tokens, speed at {speed.length:,}.")
+        if speed.density is not None and abs(speed.density - accuracy.density) > _CLOSE_DENSITY:
+            said.append(f"Accuracy was measured at density {accuracy.density:.3f}, speed at {speed.density:.3f}.")
     if speed.kind in (ATTENTION, "whole model, random weights"):
         said.append("Speed was measured on random numbers, not on the model of the accuracy results.")
-    return tuple(said)
+    return tuple(dict.fromkeys(said))
 
 
 def _seconds(value: float) -> str:
