@@ -21,8 +21,6 @@ from engines import (
 from tiny_families import prompt
 
 from stem_attn import stem_attention
-from stem_attn.config import PRESETS
-from stem_attn.integrations.vllm.settings import choices, choose, parse
 
 LENGTH, LAYERS = 1502, 2
 IDS = prompt(LENGTH, 0)
@@ -148,23 +146,6 @@ def test_a_reset_forgets_what_was_found(llm):
             llm.collective_rpc("stem_reset_stats")
             assert stats(llm)["audit"] == stats(llm)["redone"] == stats(llm)["redone_tokens"] == {}
     assert rows[0] == rows[1] > 0
-
-
-def test_what_requests_choose_is_audited_as_the_server_says():
-    target = {"audit_rows": 100, "min_recall": 0.9}
-    server = parse({**SPARSE, **target})
-    for asked in ("official", 2.0, None):
-        policy = choose(server, asked).policy
-        assert (policy.audit_rows, policy.min_recall, policy.max_error) == (100, 0.9, None)
-    assert choose(server, "official").policy.dense_layers == (0, 1)
-    assert {settings.policy.audit_rows for settings in choices(server)} == {100}
-    assert len(choices(server)) == 1 + len(PRESETS)
-    assert choose(parse(SPARSE), "official").policy.audit_rows == 0
-
-
-def test_a_target_that_its_rows_cannot_show_is_refused():
-    with pytest.raises(ValueError, match=r"min_recall=0\.99 needs audit_rows of at least"):
-        parse({"min_recall": 0.99, "audit_rows": 10})
 
 
 def test_dense_attention_here_is_that_of_sdpa(llm):

@@ -131,6 +131,23 @@ def test_a_factor_that_no_float_holds_is_refused():
         choose(parse({"budget_scale": 1e300}), 1e300)
 
 
+def test_what_requests_choose_is_audited_as_the_server_says():
+    target = {"audit_rows": 100, "min_recall": 0.9}
+    server = parse({"budget_bias": 7, **target})
+    for asked in ("official", 2.0, None):
+        policy = choose(server, asked).policy
+        assert (policy.audit_rows, policy.min_recall, policy.max_error) == (100, 0.9, None)
+    assert choose(server, "official").policy.dense_layers == (0, 1)
+    assert {settings.policy.audit_rows for settings in choices(server)} == {100}
+    assert len(choices(server)) == 1 + len(PRESETS)
+    assert choose(parse({}), "official").policy.audit_rows == 0
+
+
+def test_a_target_that_its_rows_cannot_show_is_refused():
+    with pytest.raises(ValueError, match=r"min_recall=0\.99 needs audit_rows of at least"):
+        parse({"min_recall": 0.99, "audit_rows": 10})
+
+
 def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):
     assert parse({}) == Settings(StemConfig(), PrefillPolicy(), "default")
     file = tmp_path / "tuned.json"

@@ -37,7 +37,7 @@ def audit(
     if policy.has_target:
         missed = chosen.misses(sums.values, sums.queries, sums.rows, policy.min_recall, policy.max_error)
         if missed is None:
-            missed = torch.tensor(policy.misses(sums.read()), device=out.device)
+            missed = torch.tensor(policy.misses(sums.read()), dtype=torch.bool, device=out.device)
         chosen.attend_if(exact, missed, out)
     else:
         missed = torch.zeros((), dtype=torch.bool, device=out.device)
