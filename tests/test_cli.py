@@ -163,6 +163,7 @@ BAD = [
     (["prefill", "--model", "{tmp}"], "has no config.json"),
     (["prefill", "--model", "{tmp}/short.txt"], "for a GGUF file use --gguf"),
     (["prefill", "--model", "nobody/nothing"], "cannot load model 'nobody/nothing'"),
+    (["prefill", "--model", "nosuchfolder"], "there is no folder 'nosuchfolder' either"),
     (["prefill", "--model", "{model}", "--gguf", "x.gguf"], "--model or --gguf, not both"),
     (["prefill", "--gguf", "nowhere.gguf"], "cannot read nowhere.gguf"),
     (["prefill", "--gguf", "{tmp}/short.txt"], "is not a GGUF file"),

@@ -124,6 +124,18 @@ def test_weights_in_a_pickle_are_refused(tmp_path):
         models.load(str(folder), None, device=torch.device("cpu"), dtype=torch.float32)
 
 
+def test_weights_that_are_cut_off_are_told(tmp_path):
+    import torch
+
+    import tiny_model
+
+    folder = Path(tiny_model.save(str(tmp_path)))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot load model"):
+        models.load(str(folder), None, device=torch.device("cpu"), dtype=torch.float32)
+
+
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     import json
 

@@ -51,7 +51,9 @@ def main() -> None:
     for name, title in {"stem": "Stem, default", "xattention": "XAttention", "a_shape": "first and latest"}.items():
         method = match_density(methods.make(name, block_size=BLOCK), q, k, v, DENSITY)
         kept = stem_attention(q, k, v, method=method, return_selection=True)[1]
-        panels[f"{title}: {kept.density():.0%} kept"] = kept.to_mask()[0, HEAD].float()
+        mask = kept.to_mask()[0, HEAD].float()
+        own = float(mask.sum()) / kept.grid.causal_blocks
+        panels[f"{title}: {own:.0%} (layer {kept.density():.0%})"] = mask
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
     axes[0].imshow(mass(q, k).sqrt(), cmap="magma_r")
     axes[0].set_title("where the attention goes", fontsize=10)

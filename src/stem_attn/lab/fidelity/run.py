@@ -100,8 +100,13 @@ def measure_prompt(
         found: Rows are added.
 
     Raises:
-        InputError: The model has no full attention layer to measure, or no method can have its density.
+        InputError: The prompt is one block, or the model has no full attention layer to measure.
     """
+    if ids.shape[1] <= block_size:
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens, which is one block of {block_size}: there is nothing to prune; "
+            f"take a larger --length or a smaller --block-size"
+        )
     ids = ids.to(model.device)
     layers = model.config.get_text_config().num_hidden_layers
 

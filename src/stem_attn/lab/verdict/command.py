@@ -16,7 +16,8 @@ def verdict(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FOLDER...", help="Folders with result files of bench, eval, tune, serving, prefill, inspect."
+            metavar="FOLDER...",
+            help="Folders with result files, or such files, of bench, eval, tune, serving, prefill, inspect.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.", rich_help_panel=OUTPUT)] = Path(
