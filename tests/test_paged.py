@@ -9,6 +9,9 @@ from torch import Tensor
 
 from helpers import SMALL, make_qkv
 from stem_attn import StemConfig, stem_attention, stem_attention_paged
+from stem_attn.backends import by_name
+from stem_attn.call import Call
+from stem_attn.layout import Layout
 from stem_attn.reference import reference_attention
 
 GPU = torch.cuda.is_available()
@@ -195,6 +198,21 @@ def test_pages_beyond_32_bits() -> None:
     table = inputs["block_table"]
     table[0, :2] = where[table[0, :2].long().cpu()].to(table)
     assert torch.equal(stem_attention_paged(**inputs, config=SMALL, backend="triton"), expected)
+
+
+@pytest.mark.parametrize(("size", "page_size"), [(128, 16), (128, 128), (64, 16)])
+def test_all_blocks_if_a_flag_on_the_device_says_so(size: int, page_size: int, backend: str) -> None:
+    """What an audit asks for: and otherwise not one number is written."""
+    dim, dtype = (128, torch.float16) if GPU else (32, torch.float32)
+    inputs = page_out(draw([(150, 300)], dim=dim, dtype=dtype), page_size)
+    call = Call(Layout.paged(*inputs.values()), size, dim**-0.5)
+    out = torch.full((150, 2, dim), 7.0, dtype=dtype, device=DEVICE)
+    for wanted in (False, True):
+        by_name(backend).attend_if(call, torch.tensor(wanted, device=DEVICE), out.transpose(0, 1)[None])
+        if not wanted:
+            assert (out == 7).all()
+    config = StemConfig(block_size=size, budget_ratio=1.0, decay=1.0)
+    assert torch.equal(out, stem_attention_paged(**inputs, config=config, backend=backend))
 
 
 def test_writes_into_the_given_output(backend: str) -> None:

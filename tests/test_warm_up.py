@@ -46,7 +46,6 @@ def test_it_runs_on_a_cpu(page_size):
         ({"device": None}, "cannot use device 'None': "),
         ({"device": "meta"}, "q, k and v must hold numbers"),
         ({"audit_rows": -1}, "audit_rows"),
-        ({"audit_rows": 64, "page_size": 16}, "audit_rows=64 and page_size=16: prefills in pages are not audited"),
     ],
 )
 def test_bad_input(given, message):
@@ -99,34 +98,47 @@ def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeyp
 
 @GPU
 @pytest.mark.slow
+@pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("sinks", [None, torch.bfloat16])
-def test_no_audit_is_compiled_after_it(sinks, monkeypatch):
+def test_no_audit_is_compiled_after_it(page_size, sinks, monkeypatch):
     import triton
 
-    warm_up(**SHAPE, max_len=20_000, sinks=sinks, audit_rows=320)
+    warm_up(**SHAPE, max_len=20_000, page_size=page_size, sinks=sinks, audit_rows=320)
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
     asked = {} if sinks is None else {"sinks": torch.zeros(4, dtype=sinks, device="cuda")}
     for length in (20_000, 16_384, 9001, 300):
         q, k, v = (torch.randn(1, heads, length, 64, device="cuda").bfloat16() for heads in (4, 2, 2))
-        call = Call(Layout.dense(q, k, v), 128, 0.125, **asked)
-        out, kept = stem_attention(q, k, v, return_selection=True, **asked)
+        layout = Layout.dense(q, k, v)
+        if page_size is not None:
+            pages = -(-length // page_size)
+            cache = torch.zeros(pages * page_size, 2, 128, dtype=q.dtype, device="cuda")
+            cache[:length] = torch.cat((k, v), 3)[0].transpose(0, 1)
+            k, v = cache.view(pages, page_size, 2, 128).split(64, -1)
+            table = torch.arange(pages, dtype=torch.int32, device="cuda")[None]
+            layout = Layout.paged(q[0].transpose(0, 1).contiguous(), k, v, [0, length], [length], table)
+        call = Call(layout, 128, 0.125, **asked)
+        out, kept = run.prefill(call, StemConfig(), "auto")
         backend = backends.for_call("auto", call)
-        sums = run.audit(call, [kept], out, backend, rows=320, seed=1)
+        sums = run.audit(call, kept, out, backend, rows=320, seed=1)
         for target in ((0.9, None), (None, 0.4)):
             backend.attend_if(call, backend.misses(sums.values, sums.queries, sums.rows, *target), out)
     assert [kwargs["repr"] for kwargs in compiled] == []
 
 
-def test_audits_are_warmed_up_where_they_are_asked_for(monkeypatch):
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_audits_are_warmed_up_where_they_are_asked_for(page_size, monkeypatch):
     audited, audit = [], run.audit
-    monkeypatch.setattr(run, "audit", lambda call, *args, **how: audited.append(how) or audit(call, *args, **how))
-    shape = {**SHAPE, "max_len": 100, "config": StemConfig(block_size=16, stride=4)}
+    monkeypatch.setattr(
+        run, "audit", lambda call, *args, **how: audited.append((call, how)) or audit(call, *args, **how)
+    )
+    shape = {**SHAPE, "max_len": 100, "page_size": page_size, "config": StemConfig(block_size=16, stride=4)}
     warm_up(**shape, dtype=torch.float32, device="cpu")
     assert audited == []
     warm_up(**shape, dtype=torch.float32, device="cpu", audit_rows=24)
     assert len(audited) == len(list(_calls(100, 100, 16)))
-    assert {how["rows"] for how in audited} == {24}
+    assert {how["rows"] for _, how in audited} == {24}
+    assert {call.layout.page_size for call, _ in audited} == {page_size or 0}
 
 
 def test_it_is_public():

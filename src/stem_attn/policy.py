@@ -42,8 +42,8 @@ class PrefillPolicy:
         audit_rows: Query rows of single heads that are also attended exactly, a layer's call and sequence, to tell how
             true its sparse attention was; see `stem_attn.audit`. 0: none.
         min_recall: A layer's call is attended again, densely, where the audit does not show that its sparse attention
-            keeps at least this share of the attention probability. None: whatever it keeps. The Triton
-            backend decides on the GPU; elsewhere the host waits for the audit.
+            keeps at least this share of the attention probability; in vLLM each sequence of a call. None: whatever it
+            keeps. The Triton backend decides on the GPU; elsewhere the host waits for the audit.
         max_error: The same for the relative error of the layer's attention output.
 
     Raises:

@@ -63,8 +63,6 @@ def warm_up(
         if size is not None:
             check_int(name, size, 1)
     check_int("audit_rows", audit_rows, 0)
-    if audit_rows and page_size is not None:
-        raise ValueError(f"audit_rows={audit_rows} and page_size={page_size}: prefills in pages are not audited")
     config = resolve_config(config)
     device = resolve_device(device)
     sink = None if sinks is None else torch.zeros(query_heads, dtype=sinks, device=device)
@@ -72,34 +70,33 @@ def warm_up(
     if page_size is not None:  # many short sequences may go in one launch of another kernel
         calls.append((1, max_len, _MANY))
     for q_len, k_len, count in calls:
+        asked: dict[str, Any] = {"softcap": softcap, "sinks": sink}
         if page_size is None:
             q = torch.zeros(1, query_heads, q_len, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, kv_heads, k_len, head_dim, dtype=dtype, device=device)
-            asked: dict[str, Any] = {"softcap": softcap, "sinks": sink}
+            layout = Layout.dense(q, k, k)
             out, kept = stem_attention(q, k, k, config=config, backend=backend, return_selection=True, **asked)
-            if audit_rows:
-                call = Call(Layout.dense(q, k, k), config.block_size, head_dim**-0.5, **asked)
-                chosen = backends.for_call(backend, call, again=True)
-                sums = run.audit(call, [kept], out, chosen, rows=audit_rows, seed=0)
-                missed = chosen.misses(sums.values, sums.queries, sums.rows, 0.5, 0.5)
-                if missed is not None:
-                    chosen.attend_if(call, missed, out)
         else:
             q = torch.zeros(count * q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)
             table = torch.zeros(count, -(-k_len // page_size), dtype=torch.int32, device=device)
-            stem_attention_paged(
-                q,
-                page,
-                page,
-                cu_seqlens_q=list(range(0, count * q_len + 1, q_len)),
-                seq_lens=[k_len] * count,
-                block_table=table,
-                config=config,
-                softcap=softcap,
-                sinks=sink,
-                backend=backend,
+            sequences: dict[str, Any] = {
+                "cu_seqlens_q": list(range(0, count * q_len + 1, q_len)),
+                "seq_lens": [k_len] * count,
+                "block_table": table,
+            }
+            layout = Layout.paged(q, page, page, **sequences)
+            out, (kept, *_) = stem_attention_paged(
+                q, page, page, **sequences, config=config, backend=backend, return_selection=True, **asked
             )
+            out = out.transpose(0, 1)[None]
+        if audit_rows and count == 1:  # each sequence alone
+            call = Call(layout, config.block_size, head_dim**-0.5, **asked)
+            chosen = backends.for_call(backend, call, again=True)
+            sums = run.audit(call, [kept], out, chosen, rows=audit_rows, seed=0)
+            missed = chosen.misses(sums.values, sums.queries, sums.rows, 0.5, 0.5)
+            if missed is not None:
+                chosen.attend_if(call, missed, out)
 
 
 def _calls(max_len: int, chunk: int, block_size: int) -> Iterator[tuple[int, int]]:

@@ -270,7 +270,8 @@ def test_softcap_and_sinks_reach_the_kernels(steps, cuda):
         assert relative_error(got, stem_attention(*inputs, config=config_of(SETTINGS), **changed)) > 1e-3
 
 
-def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
+@pytest.mark.parametrize("audit_rows", [0, 16])
+def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch, audit_rows):
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends import flash_attn
 
@@ -294,13 +295,108 @@ def test_an_fp8_cache_is_read_with_its_scales(steps, cuda, monkeypatch):
     cache.view(11 * PAGE, 2, 2 * dim)[slots] = by_token
     scales = {"_q_scale": torch.tensor(0.5), "_k_scale": torch.tensor(1.5), "_v_scale": torch.tensor([0.25, 3.0])}
     layer, metadata = SimpleNamespace(**scales), SimpleNamespace(block_table=pages)
-    runs = one_run(cuda, Span(0, 0, tokens, tokens, tokens, parse(SETTINGS)), pages)
+    settings = parse({**SETTINGS, "audit_rows": audit_rows})
+    runs = one_run(cuda, Span(0, 0, tokens, tokens, tokens, settings), pages)
     inputs = [x.float()[None] * scale.view(-1, 1, 1) for x, scale in zip((q, k, v), scales.values(), strict=True)]
     expected = stem_attention(*inputs, config=config_of(SETTINGS))
     for given in (q, inputs[0][0]):  # vLLM makes queries fp8 where FlashAttention wants them so
         out = torch.empty(tokens, 4, dim)
         impl.attend(layer, given.transpose(0, 1).contiguous(), cache.transpose(1, 2), metadata, runs, out)
         assert relative_error(out.transpose(0, 1)[None], expected) < 1e-5
+
+
+@pytest.fixture
+def two_sequences(steps, cuda):
+    """A layer, and a step's batch of a decode, a whole prompt that keeps everything, and a chunk of a longer prompt.
+
+    Yields a function that attends by some settings and returns the output, and the prompts' own q, k and v.
+    """
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm.counters import counters
+    from stem_attn.integrations.vllm.plan import Span, runs_of
+    from stem_attn.integrations.vllm.settings import parse
+
+    dim, lengths = 32, ((64, 64), (150, 300))
+    random = torch.Generator().manual_seed(0)
+    pages = torch.randperm(13, generator=random).int()
+    table = torch.zeros(3, 10, dtype=torch.int32)
+    cache = torch.full((13, PAGE, 2, 2 * dim), torch.nan)
+    query = torch.randn(1 + sum(q_len for q_len, _ in lengths), 4, dim, generator=random)
+    inputs, start, used = [], 1, 0
+    for row, (q_len, k_len) in enumerate(lengths, start=1):
+        kv = torch.randn(k_len, 2, 2 * dim, generator=random)
+        count = -(-k_len // PAGE)
+        table[row, :count] = pages[used : used + count]
+        slots = table[row].repeat_interleave(PAGE)[:k_len] * PAGE + torch.arange(k_len) % PAGE
+        cache.view(13 * PAGE, 2, 2 * dim)[slots] = kv
+        heads_first = (x.transpose(0, 1)[None] for x in (query[start : start + q_len], *kv.split(dim, -1)))
+        inputs.append((slice(start, start + q_len), *heads_first))
+        start, used = start + q_len, used + count
+    with set_current_vllm_config(steps[1]):
+        impl = make_impl(cuda, dim)
+    impl.name, impl.layers = "model.layers.1.self_attn.attn", 2
+
+    def attend(**settings):
+        counters.reset()
+        chosen, out = parse({**SETTINGS, **settings}), torch.full_like(query, torch.nan)
+        spans = [
+            Span(row, tokens.start, q.shape[2], k.shape[2], k.shape[2], chosen)
+            for row, (tokens, q, k, _) in enumerate(inputs, start=1)
+        ]
+        common = SimpleNamespace(block_table_tensor=table)
+        runs = [cuda.StemCudaBuilder.run_of(None, run, common) for run in runs_of(spans)]
+        assert len(runs) == 1
+        impl.attend(None, query, cache.transpose(1, 2), SimpleNamespace(block_table=table), runs, out)
+        assert out[0].isnan().all()  # the decode is not this one's
+        return out[1:], counters.read()
+
+    return attend, inputs
+
+
+def test_an_audit_of_pages_is_that_of_the_sequences(two_sequences):
+    from stem_attn import audit
+    from stem_attn.call import Call
+    from stem_attn.layout import Layout
+
+    attend, inputs = two_sequences
+    plain, counts = attend()
+    assert counts["audit"] == {}
+    audited, counts = attend(audit_rows=32)
+    assert relative_error(audited, plain) < 1e-6
+    sums = []
+    for seed, (tokens, q, k, v) in enumerate(inputs, start=1):
+        out, kept = stem_attention(q, k, v, config=config_of(SETTINGS), return_selection=True)
+        assert relative_error(audited[tokens.start - 1 : tokens.stop - 1].transpose(0, 1)[None], out) < 1e-5
+        call = Call(Layout.dense(q, k, v), config_of(SETTINGS).block_size, 32**-0.5)
+        sums.append(audit.audit(call, [kept], out, rows=32, seed=seed))
+    expected = (sums[0] + sums[1]).read()
+    assert expected.recall.value < 0.99
+    (found,) = counts["audit"].values()
+    assert list(counts["audit"]) == [1]
+    assert found["rows"] == expected.rows
+    for name in ("recall", "error"):
+        estimate = getattr(expected, name)
+        assert found[name] == pytest.approx([estimate.value, estimate.low, estimate.high], rel=1e-4)
+    assert counts["redone"] == {}
+
+
+def test_the_sequence_that_misses_its_target_is_attended_again(two_sequences, monkeypatch):
+    monkeypatch.setattr("stem_attn.audit._QUERIES_A_CELL", 1)  # of few queries many rows, so that they can show it
+    attend, inputs = two_sequences
+    out, counts = attend(audit_rows=64, min_recall=0.9)
+    assert counts["redone"] == {1: 1}
+    (whole, *_), (chunk, q, k, v) = inputs
+    assert counts["redone_tokens"] == {1: chunk.stop - chunk.start}
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    again = out[chunk.start - 1 :].transpose(0, 1)[None]
+    assert relative_error(again, dense) < 1e-5
+    assert relative_error(again, stem_attention(q, k, v, config=config_of(SETTINGS))) > 0.05
+    sparse, counts = attend(audit_rows=64, min_recall=0.1)
+    assert counts["redone"] == counts["redone_tokens"] == {}
+    assert torch.equal(sparse[: whole.stop - 1], out[: whole.stop - 1])
+    assert relative_error(sparse[chunk.start - 1 :], out[chunk.start - 1 :]) > 0.05
 
 
 def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch):
@@ -342,6 +438,23 @@ def test_nothing_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, c
     assert keep_tables.cache_info().currsize == 0
     assert not fallbacks._on_devices
     assert fallbacks.counts() == {"triton: unsafe": 2}
+
+
+def test_audits_are_warmed_up(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm.settings import parse
+
+    _, config, spec, names = steps
+    with set_current_vllm_config(config):
+        for name in names:
+            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", make_impl(cuda))
+        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    warmed = []
+    monkeypatch.setattr(cuda, "warm_up", lambda *, audit_rows, **_: warmed.append(audit_rows))
+    for rows in (0, 16):
+        builder._warm_up([parse({**SETTINGS, "audit_rows": rows})])
+    assert warmed == [0, 16]
 
 
 def test_graphs_and_names(cuda):

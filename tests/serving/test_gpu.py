@@ -99,6 +99,16 @@ def test_sparse_prefill_is_live_and_the_same_in_any_chunks(llm):
     assert differing(*made) <= 2
 
 
+def test_a_target_out_of_reach_has_flash_attentions_answers(llm, dense):
+    reconfigure(llm, {**SPARSE, "audit_rows": 256, "min_recall": 0.95})
+    assert differing(scenario(llm), dense) <= 2
+    counts = stats(llm)
+    sparse = PROMPT_TOKENS + 500
+    assert counts["sparse_tokens"] == sparse * LAYERS
+    assert counts["redone_tokens"] == dict.fromkeys(range(LAYERS), sparse)
+    assert all(found["recall"][0] < 0.95 for found in counts["audit"].values())
+
+
 def test_requests_that_ask_for_dense_attention_have_flash_attentions_answers(folder, dense):
     with engine(folder, SPARSE, logits_processors=[CHOOSER], **OPTIONS) as llm:
         set_chunk(llm, 300)

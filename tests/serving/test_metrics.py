@@ -10,7 +10,7 @@ from servers import server
 from tiny_families import prompt
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana-vllm.json"
-STEM = {**SPARSE, "dense_layers": [0], "min_seq_len": 64}
+STEM = {**SPARSE, "dense_layers": [0], "min_seq_len": 64, "audit_rows": 64, "min_recall": 0.93}  # out of reach
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,20 @@ def test_the_counters_stand_on_the_metrics_page(running):
     assert found['stem_tokens_total{attention="dense",reason="decode"}'] == 2 * 3 * 2
     assert 0 < found["stem_kept_blocks_total"] < found["stem_causal_blocks_total"]
     assert found["stem_selection_seconds_total"] > 0
+
+
+def test_audits_stand_on_the_metrics_page_and_in_the_workers_answer(running):
+    found = {name: value for name, value in values(running).items() if name.endswith('{layer="1"}')}
+    assert found['stem_audit_tokens_total{layer="1"}'] == 700
+    assert found['stem_redone_tokens_total{layer="1"}'] == 700
+    recall = found['stem_audit_recall_total{layer="1"}'] / 700
+    error = (found['stem_audit_lost_power_total{layer="1"}'] / found['stem_audit_power_total{layer="1"}']) ** 0.5
+    assert 0.1 < recall < 0.93
+    (counts,) = running.stats()
+    assert list(counts["audit"]) == ["1"]  # JSON has no other keys
+    assert counts["audit"]["1"]["recall"][0] == pytest.approx(recall)
+    assert counts["audit"]["1"]["error"][0] == pytest.approx(error)
+    assert counts["redone_tokens"] == {"1": 700}
 
 
 def test_the_dashboard_asks_for_what_there_is(running):

@@ -17,9 +17,11 @@ def test_two_workers_answer_as_one_and_count_apart(folders, monkeypatch):
     with engine(folders("llama"), BY_GROUP) as llm:
         one = answer(llm, PROMPTS)
         (alone,) = llm.collective_rpc("stem_stats")
-    with engine(folders("llama"), BY_GROUP, tensor_parallel_size=2) as llm:
+    with engine(folders("llama"), {**BY_GROUP, "audit_rows": 64}, tensor_parallel_size=2) as llm:
         assert answer(llm, PROMPTS) == one
         for counts in llm.collective_rpc("stem_stats"):
             assert counts["sparse_tokens"] == PROMPT_TOKENS * 2
             assert counts["unknown_prompt_len_tokens"] == 0
             assert counts["density"] == alone["density"] < 0.7
+            assert list(counts["audit"]) == [0, 1]
+            assert all(found["recall"][0] < 1 for found in counts["audit"].values())  # each of its own heads

@@ -9,6 +9,8 @@ import torch
 
 from stem_attn import PrefillPolicy, StemConfig, backends
 from stem_attn.backends.base import Geometry
+from stem_attn.blocks import BlockGrid
+from stem_attn.budget import budget_of
 from stem_attn.config import PRESETS
 from stem_attn.integrations.vllm.layers import layer_config, layer_index, table, why_dense
 from stem_attn.integrations.vllm.plan import Request, Rest, Span, Split, runs_of, split_batch
@@ -126,9 +128,30 @@ def test_a_wrong_choice_is_refused(asked):
     assert str(refused.value).endswith(repr(asked))
 
 
-def test_a_factor_that_no_float_holds_is_refused():
-    with pytest.raises(ValueError, match="budget_scale must be"):
-        choose(parse({"budget_scale": 1e300}), 1e300)
+@pytest.mark.parametrize("factor", [1e300, 1.7e308])
+def test_a_factor_that_no_float_holds_keeps_everything(factor):
+    """For every layer, whatever its share: nothing may raise while a server's step runs."""
+    chosen = choose(parse({"budget_scale": 1e300}), factor)
+    for layer in (0, 27):
+        config = chosen.policy.layer_config(chosen.config, layer, 28)
+        assert budget_of(config, (40_000,)).keeps_everything(BlockGrid(40_000, 40_000, 128))
+
+
+def test_what_requests_choose_is_audited_as_the_server_says():
+    target = {"audit_rows": 100, "min_recall": 0.9}
+    server = parse({"budget_bias": 7, **target})
+    for asked in ("official", 2.0, None):
+        policy = choose(server, asked).policy
+        assert (policy.audit_rows, policy.min_recall, policy.max_error) == (100, 0.9, None)
+    assert choose(server, "official").policy.dense_layers == (0, 1)
+    assert {settings.policy.audit_rows for settings in choices(server)} == {100}
+    assert len(choices(server)) == 1 + len(PRESETS)
+    assert choose(parse({}), "official").policy.audit_rows == 0
+
+
+def test_a_target_that_its_rows_cannot_show_is_refused():
+    with pytest.raises(ValueError, match=r"min_recall=0\.99 needs audit_rows of at least"):
+        parse({"min_recall": 0.99, "audit_rows": 10})
 
 
 def test_settings_come_from_the_preset_then_the_file_then_the_fields(tmp_path):

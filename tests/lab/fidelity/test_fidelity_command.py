@@ -113,7 +113,10 @@ def test_summary_is_geometric_over_layers_and_plain_over_prompts(result):
         (["--prompts", "5", "--text-file", "TEXT"], "the documents hold 1 prompts of 512 tokens, and 5 are asked for"),
         (["--densities", "0.01"], "stem-official keeps at least"),
         (["--methods", ""], "nothing to measure"),
-        (["--length", "64", "--block-size", "64"], "the prompt has 64 tokens, which is one block of 64: there is nothing"),
+        (
+            ["--length", "64", "--block-size", "64"],
+            "the prompt has 64 tokens, which is one block of 64: there is nothing",
+        ),
     ],
 )
 def test_bad_arguments_are_one_clear_line(folder, tmp_path, capsys, arguments, message):

@@ -1,7 +1,8 @@
-"""What Stem did in this process: tokens by reason, density, time in selection. Workers count apart from one another.
+"""What Stem did in this process: tokens by reason, density, time in selection, audits.
 
-The same numbers go to Prometheus. vLLM's metrics page shows those of other processes with several API servers, or where
-`PROMETHEUS_MULTIPROC_DIR` was set before the server started; see docs/serving.md.
+Workers count apart from one another. The same numbers go to Prometheus. vLLM's metrics page shows those of other
+processes with several API servers, or where `PROMETHEUS_MULTIPROC_DIR` was set before the server started; see
+docs/serving.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from stem_attn.integrations.vllm.audits import Audits
+from stem_attn.integrations.vllm.late import Late
 
 
 class Counters:
@@ -32,8 +36,9 @@ class Counters:
         # A worker has one GPU. What it holds is added up once a step, by few launches, and nobody waits for it.
         self._waiting: list[Tensor] = []
         self._waiting_causal = 0
-        self._kept_on_gpu: Tensor | None = None  # int64 []
+        self._kept_on_gpu: Tensor | None = None  # int64 [1]
         self._late = Late()
+        self.audits = Audits()
 
     def count_step(self, sparse: int, dense: Mapping[str, int], unknown_prompt_len: int) -> None:
         """Note the tokens of one step, layers multiplied in.
@@ -52,10 +57,11 @@ class Counters:
             metrics["tokens"].labels("sparse", "").inc(sparse)
         for reason, tokens in dense.items():
             metrics["tokens"].labels("dense", reason).inc(tokens)
-        if self._kept_on_gpu is not None:
-            kept, causal = self._late.read(self._kept_on_gpu, self._causal_blocks)
-            metrics["kept"].inc(kept)
-            metrics["causal"].inc(causal)
+        new = None if self._kept_on_gpu is None else self._late.read(self._kept_on_gpu, self._causal_blocks)
+        if new is not None:
+            metrics["kept"].inc(int(new[0]))
+            metrics["causal"].inc(new[1])
+        self.audits.show()
 
     def count_blocks(self, counts: Tensor, causal_blocks: int) -> None:
         """Note what one layer kept for one span.
@@ -85,7 +91,7 @@ class Counters:
             return
         if self._kept_on_gpu is None:
             with torch.inference_mode(False):  # so that it can be added to in any mode
-                self._kept_on_gpu = torch.zeros((), dtype=torch.int64, device=self._waiting[0].device)
+                self._kept_on_gpu = torch.zeros(1, dtype=torch.int64, device=self._waiting[0].device)
         # In place: a copy of it may be under way.
         self._kept_on_gpu += torch.cat([counts.flatten() for counts in self._waiting]).sum()
         self._causal_blocks += self._waiting_causal
@@ -93,7 +99,7 @@ class Counters:
         self._waiting_causal = 0
 
     def read(self) -> dict[str, Any]:
-        """Return the counts so far, as plain values."""
+        """Return the counts so far, as plain values. Calls that were attended again count as the sparse ones before."""
         self._add_up()
         kept = self._kept_blocks + (0 if self._kept_on_gpu is None else int(self._kept_on_gpu))
         return {
@@ -102,41 +108,8 @@ class Counters:
             "unknown_prompt_len_tokens": self._unknown_prompt_len_tokens,
             "density": kept / self._causal_blocks if self._causal_blocks else None,
             "selection_seconds": self._selection_seconds,
+            **self.audits.read(),
         }
-
-
-class Late:
-    """Read a device's sum without waiting for the device, and so some steps late."""
-
-    def __init__(self) -> None:
-        self._copy: tuple[Tensor, int, Any] | None = None  # kept blocks on the host once the event is over, causal ones
-        self._given = 0, 0
-
-    def read(self, kept: Tensor, causal: int) -> tuple[int, int]:
-        """Return the kept and causal blocks that have arrived since the last time.
-
-        Args:
-            kept: The sum so far, a scalar on a GPU.
-            causal: The blocks that it was kept of.
-        """
-        new = 0, 0
-        if self._copy is not None:
-            there, of, event = self._copy
-            if not event.query():
-                return new
-            new = int(there) - self._given[0], of - self._given[1]
-            self._given = int(there), of
-        self._copy = None if causal == self._given[1] else _to_host(kept, causal)
-        return new
-
-
-def _to_host(kept: Tensor, causal: int) -> tuple[Tensor, int, Any]:
-    """Begin to copy a sum to the host, and return with what is over when it is there."""
-    there = torch.empty((), device="cpu", dtype=kept.dtype, pin_memory=True)
-    there.copy_(kept, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return there, causal, event
 
 
 counters = Counters()

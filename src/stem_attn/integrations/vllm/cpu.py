@@ -21,13 +21,16 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from stem_attn.api import block_sparse_attention, select_blocks
+from stem_attn.api import block_sparse_attention, call_of, select_blocks
+from stem_attn.integrations.vllm.audited import audit
 from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import instruction_set
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
+from stem_attn.integrations.vllm.layers import layer_index
 from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.settings import settings_of
+from stem_attn.layout import Layout
 
 
 class StemCpuBuilder(StemBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]
@@ -69,6 +72,9 @@ class StemCpuImpl(StemImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
                 precision=config.precision,
                 **self.properties,
             )
+            if span.settings.policy.audit_rows:
+                call = call_of(Layout.dense(q, k, v), config, config.block_size, self.scale, **self.properties)
+                audit(call, selection, out, span.settings.policy, "auto", layer_index(self.name))
             output[span.tokens] = out[0].transpose(0, 1)
 
 

@@ -23,16 +23,22 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from stem_attn import fallbacks
+from stem_attn.api import call_of
 from stem_attn.backends.triton.fp8_pages import widen_pages
 from stem_attn.backends.triton.keep_table import keep_tables
+from stem_attn.config import StemConfig
+from stem_attn.integrations.vllm.audited import audit
 from stem_attn.integrations.vllm.builder import StemBuilder
 from stem_attn.integrations.vllm.compat import names_backends
 from stem_attn.integrations.vllm.counters import counters
 from stem_attn.integrations.vllm.impl import StemImpl
+from stem_attn.integrations.vllm.layers import layer_index
 from stem_attn.integrations.vllm.plan import Run
 from stem_attn.integrations.vllm.register import NAME
 from stem_attn.integrations.vllm.settings import Settings, choices, settings_of
+from stem_attn.layout import Layout
 from stem_attn.paged import PagedPrefill
+from stem_attn.run import prefill as run_call
 from stem_attn.warm_up import warm_up
 
 logger = init_logger("vllm.stem")
@@ -47,11 +53,13 @@ class CudaRun(NamedTuple):
     Args:
         run: What it is.
         prefill: That computes it in layer after layer.
+        block_table: int32 [spans, n]; their pages.
         causal_blocks: Of every span, what a dense head would read.
     """
 
     run: Run
     prefill: PagedPrefill
+    block_table: Tensor
     causal_blocks: tuple[int, ...]
 
 
@@ -87,6 +95,7 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
         """Compile the kernels of all prompts that may come; what it takes is given back before vLLM makes its cache."""
         began = time.perf_counter()
         spec, config = self.kv_cache_spec, self.vllm_config
+        audit_rows = chosen[0].policy.audit_rows  # requests cannot choose it
         kinds = {
             (impl.properties["softcap"], None if impl.sinks is None else impl.sinks.dtype) for impl in self._sparse
         }
@@ -101,6 +110,7 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
                 config=method,
                 softcap=softcap,
                 sinks=sinks,
+                audit_rows=audit_rows,
                 dtype=config.model_config.dtype,
                 device=self.device,
                 backend="triton",
@@ -120,8 +130,8 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
 
     def run_of(self, run: Run, common: Any) -> CudaRun:
         """See `StemBuilder.run_of`."""
-        prefill = prefill_of(run, common.block_table_tensor[run.rows])
-        return CudaRun(run, prefill, tuple(span.causal_blocks for span in run.spans))
+        block_table = common.block_table_tensor[run.rows]
+        return CudaRun(run, prefill_of(run, block_table), block_table, tuple(span.causal_blocks for span in run.spans))
 
     def build_rest(self, common_attn_metadata: Any) -> Any:
         """Build the parent's metadata for the dense rest of a batch.
@@ -156,27 +166,49 @@ class StemCudaImpl(StemImpl, FlashAttentionImpl):  # type: ignore[misc]
         """See `StemImpl.attend`."""
         if self.kv_cache_dtype in FP8:
             kv_cache, query = kv_cache.view(torch.float8_e4m3fn), _widened(query, layer._q_scale, output.dtype)
-        for run, prefill, causal_blocks in runs:
-            config = self.config_of(run.settings)
+        for run, prefill, block_table, causal_blocks in runs:
+            settings = run.settings
+            config = self.config_of(settings)
             assert config is not None  # the plan has a layer's sparse spans only
             pages = kv_cache
             if self.kv_cache_dtype in FP8:
-                block_table, scales = attn_metadata.block_table[run.rows], (layer._k_scale, layer._v_scale)
+                scales = layer._k_scale, layer._v_scale
                 pages, block_table = widen_pages(kv_cache, block_table, run.seq_lens, *scales, output.dtype)
                 prefill = prefill_of(run, block_table)
             by_token = pages.transpose(1, 2)  # [pages, page_size, Hkv, 2 * D]
+            k, v = by_token.narrow(3, 0, self.head_size), by_token.narrow(3, self.head_size, self.head_size)
+            if settings.policy.audit_rows:
+                self._attend_audited(query, k, v, block_table, run, config, output)
+                continue
             kept = prefill.run(
-                query[run.tokens],
-                by_token.narrow(3, 0, self.head_size),
-                by_token.narrow(3, self.head_size, self.head_size),
-                config=config,
-                scale=self.scale,
-                **self.properties,
-                out=output[run.tokens],
+                query[run.tokens], k, v, config=config, scale=self.scale, **self.properties, out=output[run.tokens]
             )
             for counts, causal in zip(kept, causal_blocks, strict=True):
                 # The time that choosing takes is not counted: knowing it would mean waiting for the device.
                 counters.count_blocks(counts, causal)
+
+    def _attend_audited(
+        self, query: Tensor, k: Tensor, v: Tensor, block_table: Tensor, run: Run, config: StemConfig, output: Tensor
+    ) -> None:
+        """Attend to a run's spans one after the other, and audit each.
+
+        Args:
+            query: [tokens, Hq, D] of the whole batch.
+            k: [pages, page_size, Hkv, D].
+            v: Likewise.
+            block_table: int32 [spans, n].
+            run: The spans.
+            config: The layer's.
+            output: [tokens, Hq, D] of the whole batch; written.
+        """
+        for n, span in enumerate(run.spans):
+            sequence = [0, span.q_len], [span.k_len], block_table[n : n + 1], [span.prompt_len]
+            layout = Layout.paged(query[span.tokens], k, v, *sequence)
+            call = call_of(layout, config, config.block_size, self.scale, **self.properties)
+            out = output[span.tokens].transpose(0, 1)[None]
+            _, (selection,) = run_call(call, config, "triton", out)
+            counters.count_blocks(selection.counts, span.causal_blocks)
+            audit(call, selection, out, run.settings.policy, "triton", layer_index(self.name))
 
 
 class StemCudaBackend(FlashAttentionBackend):  # type: ignore[misc]

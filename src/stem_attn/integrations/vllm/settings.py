@@ -57,17 +57,14 @@ def parse(given: Mapping[str, Any]) -> Settings:
     preset = given.get("preset", "default")
     from_file = _read_file(given["config_file"]) if "config_file" in given else {}
     inline = {name: value for name, value in given.items() if name not in _OWN_KEYS}
-    config, policy = make_settings({**from_file, **inline}, preset)
-    if policy.audit_rows:
-        raise ValueError("audit_rows has no effect in vLLM: prefills are audited in transformers only")
-    return Settings(config, policy, preset)
+    return Settings(*make_settings({**from_file, **inline}, preset), preset)
 
 
 def choose(settings: Settings, asked: Any) -> Settings | None:
     """Return what a request's prompt is computed with.
 
     Args:
-        settings: The server's.
+        settings: The server's. What is audited, and the target, stays what they say.
         asked: What the request says under `stem`: None, `dense`, a preset's name, or a factor on the server's budget.
 
     Returns:
@@ -81,7 +78,7 @@ def choose(settings: Settings, asked: Any) -> Settings | None:
     if asked == DENSE:
         return None
     if isinstance(asked, str) and asked in PRESETS:
-        return _preset(asked)
+        return _preset(asked, settings.policy)
     if isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked <= sys.float_info.max:
         return dataclasses.replace(settings, config=settings.config.scaled(asked))
     raise ValueError(
@@ -92,12 +89,13 @@ def choose(settings: Settings, asked: Any) -> Settings | None:
 
 def choices(settings: Settings) -> list[Settings]:
     """Return the settings that requests may choose, the server's first. A factor on the budget has the same kernels."""
-    return [settings, *map(_preset, PRESETS)]
+    return [settings, *(_preset(name, settings.policy) for name in PRESETS)]
 
 
 @cache
-def _preset(name: str) -> Settings:
-    return Settings(*make_settings({}, name), name)
+def _preset(name: str, audits: PrefillPolicy) -> Settings:
+    fields = {field: getattr(audits, field) for field in ("audit_rows", "min_recall", "max_error")}
+    return Settings(*make_settings(fields, name), name)
 
 
 def _read_file(path: Any) -> dict[str, Any]:
