@@ -1,10 +1,22 @@
 """Kernels compiled ahead: on a GPU nothing is compiled after it; elsewhere, which calls it makes."""
 
+import sys
+
 import pytest
 import torch
 
 import stem_attn
-from stem_attn import PagedPrefill, StemConfig, backends, run, stem_attention, stem_attention_paged, warm_up
+from stem_attn import (
+    PagedPrefill,
+    StemConfig,
+    backends,
+    block_sparse_attention,
+    run,
+    stem_attention,
+    stem_attention_paged,
+    warm_up,
+)
+from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.layout import Layout
 from stem_attn.warm_up import _calls
@@ -33,6 +45,8 @@ def test_it_runs_on_a_cpu(page_size):
         ({"query_heads": 4.0}, "query_heads must be an int of at least 1, got 4.0"),
         ({"max_len": 0}, "max_len must be an int of at least 1, got 0"),
         ({"page_size": 0}, "page_size must be an int of at least 1, got 0"),
+        ({"window": 0}, "window must be an int of at least 1, got 0"),
+        ({"page_size": 16, "window": 64}, "window=64 and page_size=16: pages are not attended to in bands"),
         ({"kv_heads": 3}, "multiple of KV heads, got 4 and 3"),
         ({"config": "none"}, "none"),
         ({"softcap": -1.0}, "softcap"),
@@ -98,6 +112,50 @@ def test_nothing_is_compiled_after_it(page_size, preset, softcap, sinks, monkeyp
 
 @GPU
 @pytest.mark.slow
+@pytest.mark.parametrize("sinks", [None, torch.bfloat16])
+def test_no_band_is_compiled_after_it(sinks, monkeypatch):
+    import triton
+
+    warm_up(**SHAPE, max_len=20_000, window=1024, sinks=sinks)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
+    asked = {} if sinks is None else {"sinks": torch.zeros(4, dtype=sinks, device="cuda")}
+    for q_len, k_len in [(20_000, 20_000), (4096, 16_384), (9001, 9001), (300, 300)]:
+        q = torch.randn(1, 4, q_len, 64, device="cuda").bfloat16()
+        k, v = (torch.randn(1, 2, k_len, 64, device="cuda").bfloat16() for _ in range(2))
+        sizes = {"block_size": 128, "q_len": q_len, "k_len": k_len, "window": 1024}
+        band = BlockSelection.band(batch=1, heads=4, device="cuda", **sizes)
+        block_sparse_attention(q, k, v, band, window=1024, **asked)
+    assert [kwargs["repr"] for kwargs in compiled] == []
+
+
+@GPU
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's")
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_nothing_of_8_bits_is_compiled_after_it(page_size, monkeypatch):
+    import triton
+
+    config = StemConfig(precision="fp8")
+    heads, kv_heads, dim = 8, 2, 128
+    warm_up(query_heads=heads, kv_heads=kv_heads, head_dim=dim, max_len=40_000, page_size=page_size, config=config)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
+    for q_len, k_len in [(40_000, 40_000), (4096, 33_333), (9001, 9001), (300, 300)]:
+        q = torch.randn(q_len, heads, dim, device="cuda").bfloat16()
+        k, v = (torch.randn(-(-k_len // 16) * 16, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
+        if page_size is None:
+            stem_attention(*(x.transpose(0, 1)[None] for x in (q, k[:k_len], v[:k_len])), config=config)
+        else:
+            k, v = (x.view(-1, 16, kv_heads, dim) for x in (k, v))
+            table = torch.arange(len(k), dtype=torch.int32, device="cuda")[None]
+            sequences = {"cu_seqlens_q": [0, q_len], "seq_lens": [k_len], "block_table": table}
+            stem_attention_paged(q, k, v, **sequences, config=config)
+    assert [kwargs["repr"] for kwargs in compiled] == []
+
+
+@GPU
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("sinks", [None, torch.bfloat16])
 def test_no_audit_is_compiled_after_it(page_size, sinks, monkeypatch):
@@ -124,6 +182,21 @@ def test_no_audit_is_compiled_after_it(page_size, sinks, monkeypatch):
         for target in ((0.9, None), (None, 0.4)):
             backend.attend_if(call, backend.misses(sums.values, sums.queries, sums.rows, *target), out)
     assert [kwargs["repr"] for kwargs in compiled] == []
+
+
+def test_bands_are_warmed_up_where_they_are_asked_for(monkeypatch):
+    windows = []
+    attend = block_sparse_attention
+    monkeypatch.setattr(
+        sys.modules[warm_up.__module__],
+        "block_sparse_attention",
+        lambda *x, **how: windows.append(how["window"]) or attend(*x, **how),
+    )
+    shape = {**SHAPE, "max_len": 100, "dtype": torch.float32, "device": "cpu"}
+    warm_up(**shape)
+    assert windows == []
+    warm_up(**shape, window=40)
+    assert set(windows) == {40}
 
 
 @pytest.mark.parametrize("page_size", [None, 16])

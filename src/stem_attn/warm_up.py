@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from stem_attn import backends, run
-from stem_attn.api import Config, stem_attention, stem_attention_paged
+from stem_attn.api import Config, block_sparse_attention, stem_attention, stem_attention_paged
+from stem_attn.blocks import BlockSelection
 from stem_attn.call import Call
 from stem_attn.checks import resolve_config, resolve_device
 from stem_attn.config import check_int
@@ -26,6 +27,7 @@ def warm_up(
     chunk: int | None = None,
     page_size: int | None = None,
     config: Config = "default",
+    window: int | None = None,
     softcap: float | None = None,
     sinks: torch.dtype | None = None,
     audit_rows: int = 0,
@@ -46,6 +48,8 @@ def warm_up(
         chunk: The most query tokens of one call; default: a prompt is one call.
         page_size: Tokens a page of the cache, where `stem_attention_paged` will be called; default: `stem_attention`.
         config: The method's settings: a `StemConfig`, or a preset's name.
+        window: As in `block_sparse_attention`, where layers with a sliding window will attend in bands; default: there
+            are none, or they are in pages, which are not attended to in bands.
         softcap: As in `stem_attention`.
         sinks: Their dtype; default: there are none.
         audit_rows: As in `PrefillPolicy`, where prefills will be audited, with a target or without.
@@ -55,13 +59,15 @@ def warm_up(
 
     Raises:
         ValueError: A number is no positive int, there is no such device here, the backend cannot take such calls, or
-            audits of pages are asked for.
+            a window is given for pages.
         RuntimeError: The named backend is not available here.
     """
     sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "max_len": max_len}
-    for name, size in {**sizes, "chunk": chunk, "page_size": page_size}.items():
+    for name, size in {**sizes, "chunk": chunk, "page_size": page_size, "window": window}.items():
         if size is not None:
             check_int(name, size, 1)
+    if window is not None and page_size is not None:
+        raise ValueError(f"window={window} and page_size={page_size}: pages are not attended to in bands")
     check_int("audit_rows", audit_rows, 0)
     config = resolve_config(config)
     device = resolve_device(device)
@@ -76,6 +82,10 @@ def warm_up(
             k = torch.zeros(1, kv_heads, k_len, head_dim, dtype=dtype, device=device)
             layout = Layout.dense(q, k, k)
             out, kept = stem_attention(q, k, k, config=config, backend=backend, return_selection=True, **asked)
+            if window is not None:
+                of = {"block_size": config.block_size, "q_len": q_len, "k_len": k_len, "window": window}
+                band = BlockSelection.band(batch=1, heads=query_heads, device=device, **of)
+                block_sparse_attention(q, k, k, band, window=window, backend=backend, **asked)
         else:
             q = torch.zeros(count * q_len, query_heads, head_dim, dtype=dtype, device=device)
             page = torch.zeros(1, page_size, kv_heads, head_dim, dtype=dtype, device=device)

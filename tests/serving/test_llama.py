@@ -47,6 +47,7 @@ def test_prefill_is_sparse_and_is_what_stem_attention_gives(llm):
     assert counts["sparse_tokens"] == LENGTH * LAYERS
     assert counts["dense_tokens"] == {}
     assert counts["unknown_prompt_len_tokens"] == 0
+    assert counts["selections"] == 3 * LAYERS
     assert counts["selection_seconds"] > 0
     for q, k, v, out in zip(traced.q, traced.k, traced.v, traced.out, strict=True):
         expected, selection = stem_attention(q, k, v, config=config_of(SPARSE), return_selection=True)

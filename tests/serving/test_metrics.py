@@ -50,6 +50,7 @@ def test_the_counters_stand_on_the_metrics_page(running):
     assert found['stem_tokens_total{attention="dense",reason="dense layer"}'] == 733
     assert found['stem_tokens_total{attention="dense",reason="decode"}'] == 2 * 3 * 2
     assert 0 < found["stem_kept_blocks_total"] < found["stem_causal_blocks_total"]
+    assert found["stem_selections_total"] > 0
     assert found["stem_selection_seconds_total"] > 0
 
 

@@ -26,5 +26,7 @@ def test_kept_blocks_of_many_selections_are_added_up(device):
     kept, causal = kept + 3 * grids[0].causal_blocks, causal + 3 * grids[0].causal_blocks
     assert counters.read()["density"] == kept / causal
     assert counters.read()["density"] == kept / causal  # reading changes nothing
+    assert counters.read()["selections"] == 10
     counters.reset()
+    assert counters.read()["selections"] == 0
     assert counters.read()["density"] is None

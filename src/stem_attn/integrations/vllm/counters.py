@@ -31,6 +31,7 @@ class Counters:
         self._dense_tokens: Counter[str] = Counter()
         self._unknown_prompt_len_tokens = 0
         self._selection_seconds = 0.0
+        self._selections = 0
         self._kept_blocks = 0
         self._causal_blocks = 0
         # A worker has one GPU. What it holds is added up once a step, by few launches, and nobody waits for it.
@@ -76,6 +77,8 @@ class Counters:
             self._waiting_causal += causal
             return
         kept = int(counts.sum())
+        self._selections += 1
+        _metrics()["selections"].inc()
         self._kept_blocks += kept
         self._causal_blocks += causal
         _metrics()["kept"].inc(kept)
@@ -95,6 +98,8 @@ class Counters:
         # In place: a copy of it may be under way.
         self._kept_on_gpu += torch.cat([counts.flatten() for counts in self._waiting]).sum()
         self._causal_blocks += self._waiting_causal
+        self._selections += len(self._waiting)
+        _metrics()["selections"].inc(len(self._waiting))
         self._waiting.clear()
         self._waiting_causal = 0
 
@@ -107,6 +112,7 @@ class Counters:
             "dense_tokens": dict(self._dense_tokens),
             "unknown_prompt_len_tokens": self._unknown_prompt_len_tokens,
             "density": kept / self._causal_blocks if self._causal_blocks else None,
+            "selections": self._selections,
             "selection_seconds": self._selection_seconds,
             **self.audits.read(),
         }
@@ -124,5 +130,6 @@ def _metrics() -> dict[str, Any]:
         "tokens": Metric("stem_tokens", "Tokens by attention, summed over layers", ["attention", "reason"]),
         "kept": Metric("stem_kept_blocks", "Key blocks kept by sparse attention"),
         "causal": Metric("stem_causal_blocks", "Key blocks that dense attention would have read in their place"),
+        "selections": Metric("stem_selections", "Times that a layer chose key blocks of a prompt or a chunk"),
         "seconds": Metric("stem_selection_seconds", "Seconds spent choosing key blocks"),
     }
