@@ -457,6 +457,19 @@ def test_audits_are_warmed_up(steps, cuda, monkeypatch):
     assert warmed == [0, 16]
 
 
+def test_where_stem_is_not_selected_the_builder_is_the_parents(steps, cuda, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    from stem_attn.integrations.vllm import builder
+
+    _, config, spec, names = steps
+    monkeypatch.setattr(builder, "settings_of", lambda _: None)
+    monkeypatch.setattr(cuda.StemCudaBuilder, "_init_reorder_batch_threshold", lambda *_, **__: pytest.fail("set"))
+    monkeypatch.setattr(cuda.StemCudaBuilder, "_warm_up", lambda *_: pytest.fail("warmed up"))
+    with set_current_vllm_config(config):
+        cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+
+
 def test_graphs_and_names(cuda):
     from vllm.v1.attention.backend import AttentionCGSupport
 

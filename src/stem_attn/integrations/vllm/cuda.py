@@ -86,9 +86,11 @@ class StemCudaBuilder(StemBuilder, FlashAttentionMetadataBuilder):  # type: igno
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kwargs: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+        if self._settings is None:
+            return
         # Decodes come first in a batch, so that the dense rest is mostly a slice of it.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        if self._settings is not None and self._sparse and device.type == "cuda":
+        if self._sparse and device.type == "cuda":
             self._warm_up(choices(self._settings) if self._per_request else [self._settings])
 
     def _warm_up(self, chosen: Sequence[Settings]) -> None:
