@@ -56,7 +56,7 @@ class Audits:
         if self._table is not None and self._table.is_cuda:
             new = self._late.read(self._table, self._added)
             if new is not None:
-                _show(list(self._places), new[0])
+                _show(list(self._places)[: len(new[0])], new[0])  # later layers have not arrived yet
 
     def _add_up(self) -> None:
         if not self._waiting:
