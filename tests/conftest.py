@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 # The backend imports these at its first call. Were that in a test that has patched a name which they take from
 # `attention`, they would keep the patch, and later tests would run another kernel than they say.
 with contextlib.suppress(ModuleNotFoundError):
-    from stem_attn.backends.triton import attention, exact_rows, fp8, residual, selection  # noqa: F401
+    from stem_attn.backends.triton import attention, exact_rows, fp8, prepared, residual, selection  # noqa: F401
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -58,6 +58,8 @@ def test_one_ratio_is_a_single_step():
         ({"sink_blocks": 1 << 31}, "sink_blocks must be an int from 0 to 1073741824"),
         ({"local_blocks": 10**400}, "local_blocks must be an int from 1 to 1073741824"),
         ({"value_weight": 1e308}, "value_weight"),
+        ({"budget_scale": 10**400}, "budget_scale must be a finite number"),
+        ({"decay": 10**400}, "decay must be a finite number"),
         ({"spread_weight": 1e39}, "spread_weight"),
         ({"decay_from": "middle"}, "decay_from"),
         ({"forced_blocks": "maybe"}, "forced_blocks"),

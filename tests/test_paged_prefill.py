@@ -90,8 +90,9 @@ def test_a_layer_that_keeps_everything_and_one_that_keeps_more_than_there_is_roo
     run_all([few, few, everything, few, more, few], layer)
     assert asked == [few, everything, more]
     asked.clear()
-    run_all([few, few, everything, few, more, few], lambda n: layer(n, [(61, 175)]))  # they are known by now
-    assert asked == [few]
+    for lengths in (LENGTHS, [(61, 175)]):  # they are known by now, at the length where they were met and at another
+        run_all([few, few, everything, few, more, few], lambda n, lengths=lengths: layer(n, lengths))
+    assert asked == [few, few]
 
 
 @pytest.mark.parametrize("sinks", [False, True])

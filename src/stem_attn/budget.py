@@ -105,6 +105,12 @@ def budget_of(config: StemConfig, prompt_lens: tuple[int, ...]) -> Budget:
     return _make(*key) if budget is None else budget
 
 
+def budgets_of_layers(config: StemConfig, prompt_lens: tuple[int, ...]) -> list[Budgets]:
+    """Return the budgets of all configs alike that have asked for any so far, as they were made; see `budget_of`."""
+    alike = [*_asked.get(_unscaled(config), {}), config]
+    return list({id(made): made for made in (budget_of(one, prompt_lens).of_layers for one in alike)}.values())
+
+
 def _make(config: StemConfig, prompt_blocks: tuple[int, ...]) -> Budget:
     """Make the budgets of some prompts for a config, and for those like it that have asked for budgets before."""
     with _lock:

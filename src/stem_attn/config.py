@@ -284,8 +284,9 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 def check_float(name: str, value: Any, low: float, high: float) -> None:
     """Check that a field is a finite number within bounds."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Asked in this order: an int that no float holds has no `isfinite`.
+    if not number or not low <= value <= min(high, sys.float_info.max) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value!r}")
 
 

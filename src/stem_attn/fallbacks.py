@@ -45,7 +45,10 @@ def note_on_device(reason: str, count: Tensor) -> None:
 
 
 def settle() -> None:
-    """Take over what devices have counted so far, and leave no tensor behind: its memory may be about to go."""
+    """Take over what devices have counted so far, and leave no tensor behind: its memory may be about to go.
+
+    Not after a graph that counts was captured: it would add to memory that is another's by then.
+    """
     with _lock:
         for (reason, _), count in _on_devices.items():
             _counts[reason] += int(count)

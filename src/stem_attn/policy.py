@@ -94,6 +94,7 @@ class PrefillPolicy:
                     f"{name}={getattr(self, name)} needs audit_rows of at least {rows_to_show(share)}: fewer rows "
                     f"cannot show it, however true the attention is; got {self.audit_rows}"
                 )
+            object.__setattr__(self, name, float(getattr(self, name)))  # kernels are compiled for floats
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PrefillPolicy:

@@ -153,6 +153,10 @@ def converted(gguf: Path) -> Path:
 def _check_folder(source: str) -> None:
     """Refuse a path that leads nowhere, which would otherwise be looked up on the hub."""
     path = Path(source).expanduser()
+    try:
+        path.exists()
+    except OSError as error:  # a name that no file can have
+        raise InputError(f"no such model folder: {source} ({error.strerror})") from error
     if path.is_file():
         raise InputError(f"--model takes a hub id or a folder, and {source} is a file; for a GGUF file use --gguf")
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):

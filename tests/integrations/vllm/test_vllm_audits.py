@@ -99,13 +99,37 @@ def test_a_gpus_sums_reach_the_page_late(page, monkeypatch):
     assert page["stem_audit_tokens", "2"] == 100
 
 
-def test_what_is_no_number_is_told_as_none_and_not_shown(page):
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_no_number_is_left_out(page, wrong):
+    """But for whether it was attended again."""
     counted = Audits()
-    counted.add(0, sums(100, math.nan, math.nan), 100, torch.tensor(True))
+    counted.add(0, sums(100, 0.5, wrong), 100, torch.tensor(True))
+    assert counted.read() == {"audit": {}, "redone": {0: 1}, "redone_tokens": {0: 100}}
     counted.add(0, sums(100, 0.8, 0.5), 100, torch.tensor(False))
     (found,) = counted.read()["audit"].values()
-    assert found["recall"] == found["error"] == [None] * 3
-    assert page["stem_audit_recall", "0"] == pytest.approx(80)
+    assert found["recall"][0] == pytest.approx(0.8)
+    assert page["stem_audit_recall", "0"] / page["stem_audit_tokens", "0"] == pytest.approx(0.8)
+    assert page["stem_audit_lost_power", "0"] / page["stem_audit_power", "0"] == pytest.approx(0.25)
+    assert page["stem_redone_tokens", "0"] == 100
+
+
+def test_layers_that_come_after_a_copy_was_begun(page, monkeypatch):
+    """Through the counters, as a step does; the device and its events are made up."""
+    from stem_attn.integrations.vllm import counters as module
+    from stem_attn.integrations.vllm import late
+
+    monkeypatch.setattr(module, "_metrics", lambda: None)
+    monkeypatch.setattr(module.Counters, "_add_up", lambda self: None)
+    over = SimpleNamespace(query=lambda: True)
+    monkeypatch.setattr(late, "_to_host", lambda sums, count: (sums.clone(), count, over))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    counters = Counters()
+    for layers in ((5, 1), (5, 2), (), ()):
+        for layer in layers:
+            counters.audits.add(layer, sums(100, 0.8, 0.5), 100, torch.tensor(layer == 2))
+        counters.count_step(0, {}, 0)
+    assert {layer: page["stem_audit_tokens", layer] for layer in "125"} == {"1": 100, "2": 100, "5": 200}
+    assert page["stem_redone_tokens", "2"] == 100
 
 
 def test_seeds_differ_and_are_the_same_after_a_reset():

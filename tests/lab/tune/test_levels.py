@@ -22,6 +22,10 @@ def test_levels_rise_to_everything_and_scales_give_them():
     assert levels(dataclasses.replace(CONFIG, budget_bias=0, budget_ratio=0.0), LENGTH) == []
 
 
+def test_a_bias_beyond_all_floats_has_levels_too():
+    assert [step.density for step in levels(dataclasses.replace(CONFIG, budget_bias=10**400), LENGTH)][-1] == 1
+
+
 def test_spread_holds_both_ends():
     assert spread(3, 10) == [0, 1, 2]
     found = spread(100, 10)

@@ -155,18 +155,21 @@ def test_the_answer_follows_from_speed_and_accuracy(stem_seconds, top1, answer):
 
 
 @pytest.mark.parametrize(
-    ("points", "interval", "answer"),
+    ("points", "interval", "samples", "answer"),
     [
-        (0.0, (-1.0, 1.0), YES),
-        (-5.0, (-7.0, -3.0), NO),
-        (-5.0, (-12.0, 2.0), PERHAPS),
-        (-0.5, (-0.6, -0.4), YES),
-        (-50.0, None, PERHAPS),
-        (-50.0, (-50.0, -50.0), PERHAPS),
+        (0.0, (-1.0, 1.0), 50, YES),
+        (-5.0, (-7.0, -3.0), None, NO),
+        (-5.0, (-12.0, 2.0), 50, PERHAPS),
+        (-0.5, (-0.6, -0.4), 50, YES),
+        (-50.0, None, 1, PERHAPS),
+        (-50.0, (-50.0, -50.0), 2, PERHAPS),
+        (-50.0, (-60.0, -40.0), 2, PERHAPS),
+        (-100.0, (-100.0, -100.0), 50, NO),
     ],
 )
-def test_a_task_counts_beyond_chance(points, interval, answer):
-    assert verdict(SPEED, dataclasses.replace(TASK, points=points, interval=interval)).answer == answer
+def test_a_task_counts_beyond_chance(points, interval, samples, answer):
+    measured = dataclasses.replace(TASK, points=points, interval=interval, samples=samples)
+    assert verdict(SPEED, measured).answer == answer
 
 
 def test_the_worst_task_counts():

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from stem_attn.backends.triton.attention import goes_in_one, hopper_fits, packing_of, rows_of
 from stem_attn.backends.triton.attention_launches import AttentionLaunch, Operands, find_hopper, find_portable
-from stem_attn.backends.triton.keep_table import KeepTable, keep_table
+from stem_attn.backends.triton.keep_table import KeepTable, keep_table, keep_tables
 from stem_attn.backends.triton.launch import is_captured, on_device, stream_of
 from stem_attn.backends.triton.selection import SelectionLaunches, launches_for, without_budget
 from stem_attn.blocks import BlockSelection
-from stem_attn.budget import budget_of
+from stem_attn.budget import budget_of, budgets_of_layers
 from stem_attn.call import Call
 from stem_attn.config import StemConfig
 from stem_attn.layout import Part
@@ -57,10 +57,13 @@ class TritonPreparedCall:
         self._config = without_budget(config)
         found = []
         for part in call.parts:
-            launches, budget = launches_for(call, part, config), budget_of(config, part.prompt_lens)
+            launches = launches_for(call, part, config)
             # Layers share a launch of attention, and so the width of all that prune and are known by now.
-            widths = keep_table(budget, launches.rivals, self._device).tables.widths(launches.grid)
-            whole = budget.of_layers.keep_everything(launches.grid)
+            widths: list[int] = []
+            whole: list[bool] = []
+            for made in budgets_of_layers(config, part.prompt_lens):
+                widths += keep_tables(made, launches.rivals, self._device)[0].tables.widths(launches.grid)
+                whole += made.keep_everything(launches.grid)
             width = max((width for width, all_of_it in zip(widths, whole, strict=True) if not all_of_it), default=1)
             found.append((part, launches, launches.buffers(width), any(whole)))
         size = max(sum(_bytes(*buffer) for buffer in buffers.values()) for _, _, buffers, _ in found)

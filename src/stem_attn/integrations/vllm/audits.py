@@ -68,7 +68,10 @@ class Audits:
         known = [(one.queries, one.rows, n, 1) for one, n in zip(sums, tokens, strict=True)]
         sizes = torch.tensor(known, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
         again = torch.stack(redone)[:, None] * sizes[:, 2:]
-        found = torch.cat((sizes[:, :3], again, torch.stack([one.values for one in sums])), 1)
+        values = torch.stack([one.values for one in sums])
+        # Of activations that are no numbers an audit says nothing, and what is added to them would be none either.
+        there = values.isfinite().all(1, keepdim=True)
+        found = torch.cat((sizes[:, :3] * there, again, values.where(there, 0.0)), 1)
         places = [self._places.setdefault(layer, len(self._places)) for layer in layers]
         at = torch.tensor(places, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         self._table = _grown(self._table, len(self._places), found)
@@ -80,17 +83,19 @@ class Audits:
         """Return what was found so far as plain values; waits for the device.
 
         Returns:
-            `audit`: of every layer `recall` and `error`, each as a value and its lower and upper limit (None where it
-            is no number), and how many `rows` were sampled. `redone` and `redone_tokens`: calls that missed the target
-            and were attended again, and their tokens, of layers that have any.
+            `audit`: of every layer `recall` and `error`, each as a value and its lower and upper limit, and how many
+            `rows` were sampled; calls whose audit is no number are left out. `redone` and `redone_tokens`: calls that
+            missed the target and were attended again, and their tokens, of layers that have any.
         """
         self._add_up()
         audit, redone, redone_tokens = {}, {}, {}
         table = [] if self._table is None else self._table.tolist()
         for layer, place in sorted(self._places.items()):
             queries, rows, _, tokens_again, calls_again, *values = table[place]
-            found = AuditSums(int(queries), int(rows), torch.tensor(values, dtype=torch.float64, device="cpu")).read()
-            audit[layer] = {"recall": _plain(found.recall), "error": _plain(found.error), "rows": found.rows}
+            if queries:
+                sums = AuditSums(int(queries), int(rows), torch.tensor(values, dtype=torch.float64, device="cpu"))
+                found = sums.read()
+                audit[layer] = {"recall": _plain(found.recall), "error": _plain(found.error), "rows": found.rows}
             if calls_again:
                 redone[layer], redone_tokens[layer] = int(calls_again), int(tokens_again)
         return {"audit": audit, "redone": redone, "redone_tokens": redone_tokens}
@@ -118,18 +123,10 @@ def _show(layers: Sequence[int], rows: Tensor) -> None:
     for layer, (queries, _, tokens, tokens_again, _, recall, _, _, lost, power, *_) in zip(
         layers, rows.tolist(), strict=True
     ):
-        if not queries:
-            continue
-        amounts = {
-            "tokens": tokens,
-            "recall": recall / queries * tokens,
-            "lost": lost,
-            "power": power,
-            "redone": tokens_again,
-        }
+        mean = recall / queries if queries else 0.0
+        amounts = {"tokens": tokens, "recall": mean * tokens, "lost": lost, "power": power, "redone": tokens_again}
         for name, amount in amounts.items():
-            if amount >= 0:  # a sum that is no number would stay so
-                metrics[name].labels(str(layer)).inc(amount)
+            metrics[name].labels(str(layer)).inc(max(amount, 0.0))  # a difference of sums may be off by rounding
 
 
 @cache

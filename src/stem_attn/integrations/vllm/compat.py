@@ -58,7 +58,7 @@ def lacks(part: str) -> tuple[str, ...]:
 
 
 def does_without() -> list[str]:
-    """Say for each such part what the installed vLLM lacks of it, and what happens without; of runners in use only."""
+    """Say for each such part what the installed vLLM lacks of it, and what happens without; of loaded runners only."""
     parts = [part for part in _WITHOUT if _RUNNERS.get(part, "vllm") in sys.modules and lacks(part)]
     return [f"{'; '.join(lacks(part))}: {_WITHOUT[part]}" for part in parts]
 

@@ -130,6 +130,6 @@ def _metrics() -> dict[str, Any]:
         "tokens": Metric("stem_tokens", "Tokens by attention, summed over layers", ["attention", "reason"]),
         "kept": Metric("stem_kept_blocks", "Key blocks kept by sparse attention"),
         "causal": Metric("stem_causal_blocks", "Key blocks that dense attention would have read in their place"),
-        "selections": Metric("stem_selections", "Times that a layer chose key blocks of a prompt or a chunk"),
+        "selections": Metric("stem_selections", "Sparse calls of layers, one a prompt or chunk"),
         "seconds": Metric("stem_selection_seconds", "Seconds spent choosing key blocks"),
     }

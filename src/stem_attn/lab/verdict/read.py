@@ -67,6 +67,7 @@ class Accuracy:
         kl_nats: Mean KL(dense || sparse).
         points: Score minus dense, on a scale of 100.
         interval: Of the points, 95%.
+        samples: Prompts that the points are of; None: not told.
     """
 
     kind: str
@@ -81,6 +82,7 @@ class Accuracy:
     kl_nats: float | None = None
     points: float | None = None
     interval: tuple[float, float] | None = None
+    samples: int | None = None
 
 
 @dataclass(slots=True)
@@ -293,6 +295,7 @@ def _tasks(record: Record, file: str) -> Iterator[Speed | Accuracy]:
             file,
             points=cell["minus_dense"]["mean"],
             interval=None if interval is None else (interval[0], interval[1]),
+            samples=cell.get("samples"),
         )
 
 

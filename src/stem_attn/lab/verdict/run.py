@@ -14,6 +14,8 @@ SAME, CLOSE = 0.97, 0.9
 """Shares of the same next tokens: from the first one on the model is called the same, from the second on close."""
 POINTS = -1.0
 """Of 100; a task that loses more, beyond chance, has suffered."""
+FEWEST_SAMPLES = 8
+"""Prompts of a task from which a loss may count as beyond chance."""
 _KINDS = ("first token in vLLM", "prefill of a real model", "whole model, random weights", ATTENTION)
 _CLOSE_LENGTH = 1.5
 _CLOSE_DENSITY = 0.05
@@ -168,9 +170,10 @@ def _effect_of(one: Accuracy) -> tuple[str, str]:
         own = YES if share >= SAME else PERHAPS if share >= CLOSE else NO
         return own, f"the same next token at {share:.1%} of the positions"
     points = one.points or 0.0
-    # One prompt has no interval, and the same loss in a few has one of no width: neither tells chance from loss.
-    low, high = one.interval or (0.0, 0.0)
-    own = YES if points >= POINTS else NO if low < high < 0 else PERHAPS
+    # Too few prompts tell no loss from chance, whatever their interval says.
+    enough = one.samples is None or one.samples >= FEWEST_SAMPLES
+    beyond_chance = enough and one.interval is not None and one.interval[1] < 0
+    own = YES if points >= POINTS else NO if beyond_chance else PERHAPS
     return own, f"{one.kind} {points:+.1f} points against dense"
 
 
