@@ -113,8 +113,21 @@ def cuda(monkeypatch):
     return cuda
 
 
-def make_impl(cuda, head_size=32):
-    return cuda.StemCudaImpl(4, head_size, head_size**-0.5, 2, None, None, "auto")
+def make_impl(cuda, head_size=32, window=None):
+    return cuda.StemCudaImpl(4, head_size, head_size**-0.5, 2, None, window, "auto")
+
+
+def make_builder(cuda, steps, monkeypatch, windows=(None,) * LAYERS):
+    """Give the recorded engine's layers attention of the module under test; return it by layer, and their builder."""
+    from vllm.config import set_current_vllm_config
+
+    _, config, spec, names = steps
+    layers = config.compilation_config.static_forward_context
+    with set_current_vllm_config(config):
+        impls = {name: make_impl(cuda, window=window) for name, window in zip(names, windows, strict=True)}
+        for name, impl in impls.items():
+            monkeypatch.setattr(layers[name], "impl", impl)
+        return impls, cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -134,15 +147,8 @@ def prepared(monkeypatch):
 
 
 def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, prepared, monkeypatch):
-    from vllm.config import set_current_vllm_config
-
-    recorded, config, spec, names = steps
-    layers = config.compilation_config.static_forward_context
-    with set_current_vllm_config(config):
-        impls = {name: make_impl(cuda) for name in names}
-        for name in names:
-            monkeypatch.setattr(layers[name], "impl", impls[name])
-        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    recorded, _, _, names = steps
+    impls, builder = make_builder(cuda, steps, monkeypatch)
     scales = [config and config.budget_scale for config in (impls[name].config_of(builder._settings) for name in names)]
     assert scales[0] is None
     assert len(set(scales[1:])) == LAYERS - 1
@@ -176,16 +182,10 @@ def test_replayed_steps_give_what_the_cpu_engine_gave(steps, cuda, prepared, mon
 
 
 def test_a_step_of_decodes_counts_its_tokens_and_not_what_pads_it(steps, cuda, monkeypatch):
-    from vllm.config import set_current_vllm_config
-
     from stem_attn.integrations.vllm.counters import counters
 
-    recorded, config, spec, names = steps
-    with set_current_vllm_config(config):
-        for name, window in zip(names, (16, *[None] * (LAYERS - 1)), strict=True):
-            impl = cuda.StemCudaImpl(4, 32, 32**-0.5, 2, None, window, "auto")
-            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", impl)
-        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    recorded = steps[0]
+    _, builder = make_builder(cuda, steps, monkeypatch, windows=(16, *[None] * (LAYERS - 1)))
     common = next(step.common for step in recorded if not step.common.is_prefilling.any())
     rows, starts = len(common.is_prefilling), common.query_start_loc_cpu
     padded = torch.cat([starts, starts[-1:].repeat(3)])
@@ -415,16 +415,10 @@ def test_what_the_kernels_cannot_do_is_known_at_startup(steps, cuda, monkeypatch
 
 
 def test_nothing_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, cuda, monkeypatch):
-    from vllm.config import set_current_vllm_config
-
     from stem_attn import fallbacks
     from stem_attn.backends.triton.keep_table import keep_table, keep_tables
 
-    _, config, spec, names = steps
-    with set_current_vllm_config(config):
-        for name in names:
-            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", make_impl(cuda))
-        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    _, builder = make_builder(cuda, steps, monkeypatch)
     warmed = []
 
     def warm_up(*, config, device, **_):
@@ -441,15 +435,9 @@ def test_nothing_of_the_warm_up_stays_in_memory_that_sleep_mode_forgets(steps, c
 
 
 def test_audits_are_warmed_up(steps, cuda, monkeypatch):
-    from vllm.config import set_current_vllm_config
-
     from stem_attn.integrations.vllm.settings import parse
 
-    _, config, spec, names = steps
-    with set_current_vllm_config(config):
-        for name in names:
-            monkeypatch.setattr(config.compilation_config.static_forward_context[name], "impl", make_impl(cuda))
-        builder = cuda.StemCudaBuilder(spec, names, config, torch.device("cpu"))
+    _, builder = make_builder(cuda, steps, monkeypatch)
     warmed = []
     monkeypatch.setattr(cuda, "warm_up", lambda *, audit_rows, **_: warmed.append(audit_rows))
     for rows in (0, 16):
