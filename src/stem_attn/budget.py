@@ -29,7 +29,6 @@ LAYERS = 128
 """Scales that are made together at most, the latest to be asked for."""
 CHUNKS = 64
 """Chunks of which something is remembered: a server's begin and end anywhere, but a step's layers ask for the same."""
-_MOST = 1e300  # blocks: no budget is larger, so that none overflows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +156,7 @@ def _prompt_budget(configs: tuple[StemConfig, ...], n: int) -> Tensor:
         return torch.full((len(configs), n), n, dtype=torch.int32, device="cpu")
     rows = torch.empty(len(configs), n, dtype=torch.int32, device="cpu")
     for row, config in zip(rows.unbind(0), configs, strict=True):
-        start = min(config.budget_scale * (config.ratio(n) * n + min(config.budget_bias, _MOST)), _MOST)
+        start = config.start(n)
         if config.decay_from == "first_row":
             places = torch.arange(n, dtype=torch.float64, device="cpu")
             budget = start - start * (1 - config.decay) / n * places

@@ -22,6 +22,7 @@ Residual = Literal["none", "mean"]
 Precision = Literal["auto", "fp8"]
 RatioSteps = tuple[tuple[int | None, float], ...]
 _MOST_BLOCKS = 1 << 30  # numbers that kernels take in 32 bits
+_MOST_BUDGET = 1e300  # blocks: no budget is larger, so that none overflows
 _MOST_WEIGHT = 1e9
 
 
@@ -162,6 +163,11 @@ class StemConfig:
     def ratio(self, n: int) -> float:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
         return next(ratio for below, ratio in _ratio_steps(self.budget_ratio) if below is None or n < below)
+
+    def start(self, n: int) -> float:
+        """Return the blocks that the first row of a prompt of n blocks would keep, before any bound but the largest."""
+        unscaled = self.ratio(n) * n + min(self.budget_bias, _MOST_BUDGET)
+        return min(self.budget_scale * unscaled, _MOST_BUDGET)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> StemConfig:

@@ -14,7 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stem_attn.audit import Audit, rows_to_show
+from torch import Tensor
+
+from stem_attn.audit import Audit, AuditSums, rows_to_show
 from stem_attn.backends.base import Backend, Geometry
 from stem_attn.blocks import BlockGrid
 from stem_attn.budget import budget_of
@@ -155,6 +157,19 @@ class PrefillPolicy:
         # Asked this way round, a limit that is no number misses.
         recalls = self.min_recall is None or audit.recall.low >= self.min_recall
         return not (recalls and (self.max_error is None or audit.error.high <= self.max_error))
+
+    def missed_by(self, sums: AuditSums, backend: Backend) -> bool | Tensor:
+        """Tell whether audited attention misses the targets; see `misses`.
+
+        Args:
+            sums: What the audit found.
+            backend: That attended.
+
+        Returns:
+            bool [] on the device if the backend can tell there, so that nobody waits; otherwise a bool.
+        """
+        missed = backend.misses(sums.values, sums.queries, sums.rows, self.min_recall, self.max_error)
+        return self.misses(sums.read()) if missed is None else missed
 
     def why_dense(
         self,

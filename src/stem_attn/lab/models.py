@@ -154,12 +154,12 @@ def _check_folder(source: str) -> None:
     """Refuse a path that leads nowhere, which would otherwise be looked up on the hub."""
     path = Path(source).expanduser()
     try:
-        path.exists()
+        exists = path.exists()
     except OSError as error:  # a name that no file can have
         raise InputError(f"no such model folder: {source} ({error.strerror})") from error
     if path.is_file():
         raise InputError(f"--model takes a hub id or a folder, and {source} is a file; for a GGUF file use --gguf")
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):
+    if not exists and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):
         raise InputError(f"no such model folder: {source}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{source} is not a model folder: it has no config.json")

@@ -80,10 +80,7 @@ class SparseCall:
         if sums is None or backend is None:
             return False
         self._state.counters.audit(layer, sums)
-        if not policy.has_target:
-            return False
-        missed = backend.misses(sums.values, sums.queries, sums.rows, policy.min_recall, policy.max_error)
-        return policy.misses(sums.read()) if missed is None else missed
+        return policy.has_target and policy.missed_by(sums, backend)
 
     def attend_if(self, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Attend to all blocks if a flag says so: bool [] on the device; out [B, Hq, Tq, Dv] is then overwritten."""

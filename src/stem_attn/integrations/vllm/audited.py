@@ -33,12 +33,9 @@ def audit(
     chosen = backends.for_call(backend, exact, again=True)
     seed = counters.audits.next_seed()
     sums = run.audit(exact, [selection], out, chosen, rows=policy.audit_rows, seed=seed)
-    missed: Tensor | None
+    missed = policy.has_target and policy.missed_by(sums, chosen)
+    if not isinstance(missed, Tensor):
+        missed = torch.full((), missed, dtype=torch.bool, device=out.device)
     if policy.has_target:
-        missed = chosen.misses(sums.values, sums.queries, sums.rows, policy.min_recall, policy.max_error)
-        if missed is None:
-            missed = torch.tensor(policy.misses(sums.read()), dtype=torch.bool, device=out.device)
         chosen.attend_if(exact, missed, out)
-    else:
-        missed = torch.zeros((), dtype=torch.bool, device=out.device)
     counters.audits.add(layer, sums, call.q.shape[2], missed)
