@@ -49,8 +49,9 @@ def engine(folder, stem=None, **options):
         "gpu_memory_utilization": 0.3,
         "max_model_len": 4096,
         "max_num_batched_tokens": 512,
+        "skip_tokenizer_init": True,
     }
-    llm = LLM(folder, skip_tokenizer_init=True, **{**usual, **options})
+    llm = LLM(folder, **{**usual, **options})
     if stem is not None:
         llm.collective_rpc("stem_reset_stats")  # this process may have had other engines
     try:

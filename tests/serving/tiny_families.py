@@ -5,7 +5,16 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB = 512
 WINDOW = 96
@@ -67,10 +76,46 @@ def save(family, folder, **changed):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changed})
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    _save_words(folder)
+    return str(folder)
+
+
+def save_llava(folder, image_size=224, patch_size=14):
+    """Write a tiny LLaVA: images of 16 x 16 patches, whose token is the last of the vocabulary but one."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "projection_dim": 64,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=AutoConfig.for_model("llama", **_COMMON),
+        image_token_index=VOCAB - 2,
+    )
+    LlavaForConditionalGeneration(config).float().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tower = "vision_tower."
+    weights = {name.replace(tower, f"{tower}vision_model."): x for name, x in load_file(file).items()}  # vLLM's names
+    save_file(weights, file, metadata={"format": "pt"})
+    images = CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=image_size)
+    tokenizer = _save_words(folder, additional_special_tokens=[f"w{VOCAB - 2}"])
+    LlavaProcessor(
+        images, tokenizer, patch_size, "default", image_token=f"w{VOCAB - 2}", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def _save_words(folder, **options):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
-    return str(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}", **options)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def save_lora(folder, hidden=128, rank=4):

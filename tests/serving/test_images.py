@@ -1,0 +1,54 @@
+"""Images before text, in a tiny LLaVA: vLLM puts an image's tokens in the prompt, which is sparse as any other."""
+
+import pytest
+import torch
+from engines import DENSE, KEEP_ALL, SPARSE, attention_layers, engine, reconfigure, stats
+from tiny_families import VOCAB, prompt, save_llava
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("torchvision", reason="without torchvision vLLM reads no images", exc_type=ImportError)
+
+IMAGE_TOKENS = 256  # 16 x 16 patches
+LAYERS = 2
+ON_GPU = torch.cuda.is_available()
+OPTIONS = {"skip_tokenizer_init": False, "max_num_batched_tokens": 1024, "limit_mm_per_prompt": {"image": 2}}
+OPTIONS |= {"dtype": "bfloat16", "kv_cache_memory_bytes": 2**30} if ON_GPU else {}
+
+
+def ask(llm, images):
+    """Greedy tokens: some prompts with an image before the text, some without."""
+    from PIL import Image
+    from vllm import SamplingParams
+
+    random = torch.Generator().manual_seed(3)
+    asked = []
+    for n, tokens in enumerate((700, 33, 500)):
+        text = [token for token in prompt(tokens, n) if token < VOCAB - 2]  # an image's token is the last but one
+        if n < images:
+            pixels = torch.randint(256, (40, 60, 3), generator=random, dtype=torch.uint8)
+            image = Image.fromarray(pixels.numpy())
+            asked.append({"prompt_token_ids": [VOCAB - 2, *text], "multi_modal_data": {"image": image}})
+        else:
+            asked.append({"prompt_token_ids": text})
+    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    made = llm.generate(asked, wanted, use_tqdm=False)
+    return [len(out.prompt_token_ids) for out in made], [list(out.outputs[0].token_ids) for out in made]
+
+
+def test_images_before_text(tmp_path):
+    folder = save_llava(tmp_path)
+    with engine(folder, KEEP_ALL, **OPTIONS) as llm:
+        lengths, kept = ask(llm, images=2)
+        assert lengths[0] > 600 + IMAGE_TOKENS
+        counts = stats(llm)
+        language = [name for name in attention_layers(llm) if "vision" not in name]
+        assert len(language) == LAYERS
+        assert counts["sparse_tokens"] == sum(lengths) * LAYERS
+        assert set(counts["dense_tokens"]) == {"decode"}
+        reconfigure(llm, SPARSE)
+        _, sparse = ask(llm, images=2)
+        assert stats(llm)["density"] < 0.6
+        reconfigure(llm, DENSE)
+        assert ask(llm, images=2)[1] == kept != sparse
+        assert ask(llm, images=0)[1] != kept  # so they saw the images
