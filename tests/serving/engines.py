@@ -28,6 +28,7 @@ DECODE_GRAPHS = {
     "enforce_eager": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 }
+NEAR = 0.25  # nats; what bfloat16 may turn round
 EXTENSION = "stem_attn.integrations.vllm.worker.StemWorkerExtension"
 
 
@@ -70,6 +71,18 @@ def answer(llm, prompts, new_tokens=8, **sampling):
     wanted = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **sampling)
     asked = [{"prompt_token_ids": ids} for ids in prompts]
     return [list(out.outputs[0].token_ids) for out in llm.generate(asked, wanted, use_tqdm=False)]
+
+
+def differing(ours, theirs):
+    """Count the answers that differ; where one first does, both tokens must have been about as likely."""
+    count = 0
+    for (got, _), (expected, likely) in zip(ours, theirs, strict=True):
+        place = next((n for n, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]), None)
+        if place is not None:
+            count += 1
+            assert got[place] in likely[place]
+            assert likely[place][expected[place]].logprob - likely[place][got[place]].logprob < NEAR
+    return count
 
 
 def stats(llm):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import BLOCK, DECODE_GRAPHS, KEEP_ALL, SPARSE, engine, reconfigure, set_chunk, stats
+from engines import BLOCK, DECODE_GRAPHS, KEEP_ALL, SPARSE, differing, engine, reconfigure, set_chunk, stats
 from tiny_families import prompt, save
 
 from stem_attn.integrations.vllm.settings import CHOOSER
@@ -13,7 +13,6 @@ LAYERS = 2
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((1502, 33, 700, 64, 1025, 1, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS)) - 1  # the prompt of one token is a decode
 NEW_TOKENS = 8
-NEAR = 0.25  # nats; what bfloat16 may turn round
 OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 2048, "max_num_seqs": 16}
 # A cache of a size, so that no engine measures what other programs leave it.
 OPTIONS |= {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2**30}
@@ -40,18 +39,6 @@ def scenario(llm):
     """Chunks, decodes and prompts of many lengths in the same steps; then a prompt behind a cached prefix."""
     set_chunk(llm, 300)
     return answers(llm, PROMPTS) + answers(llm, [PROMPTS[0][:1024] + prompt(500, 9)])
-
-
-def differing(ours, theirs):
-    """Count the answers that differ; where one first does, both tokens must have been about as likely."""
-    count = 0
-    for (got, _), (expected, likely) in zip(ours, theirs, strict=True):
-        place = next((n for n, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]), None)
-        if place is not None:
-            count += 1
-            assert got[place] in likely[place]
-            assert likely[place][expected[place]].logprob - likely[place][got[place]].logprob < NEAR
-    return count
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import DENSE, KEEP_ALL, SPARSE, attention_layers, engine, reconfigure, stats
+from engines import DENSE, KEEP_ALL, SPARSE, attention_layers, differing, engine, reconfigure, stats
 from tiny_families import VOCAB, prompt, save_llava
 
 pytestmark = pytest.mark.slow
@@ -31,12 +31,13 @@ def ask(llm, images):
             asked.append({"prompt_token_ids": [VOCAB - 2, *text], "multi_modal_data": {"image": image}})
         else:
             asked.append({"prompt_token_ids": text})
-    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=5)
     made = llm.generate(asked, wanted, use_tqdm=False)
-    return [len(out.prompt_token_ids) for out in made], [list(out.outputs[0].token_ids) for out in made]
+    answers = [(list(out.outputs[0].token_ids), out.outputs[0].logprobs) for out in made]
+    return [len(out.prompt_token_ids) for out in made], answers
 
 
-def test_images_before_text(tmp_path):
+def test_images_before_text(tmp_path, record_property):
     folder = save_llava(tmp_path)
     with engine(folder, KEEP_ALL, **OPTIONS) as llm:
         lengths, kept = ask(llm, images=2)
@@ -50,5 +51,11 @@ def test_images_before_text(tmp_path):
         _, sparse = ask(llm, images=2)
         assert stats(llm)["density"] < 0.6
         reconfigure(llm, DENSE)
-        assert ask(llm, images=2)[1] == kept != sparse
-        assert ask(llm, images=0)[1] != kept  # so they saw the images
+        dense = ask(llm, images=2)[1]
+        differ = differing(kept, dense)
+        record_property("answers that differ, both tokens about as likely", f"{differ} of {len(dense)}")
+        assert differ <= ON_GPU
+        assert any(one[0] != other[0] for one, other in zip(sparse, dense, strict=True))
+        without = ask(llm, images=0)[1]
+        assert without[0][0] != dense[0][0]
+        assert without[1][0] != dense[1][0]
