@@ -25,7 +25,7 @@ except ImportError:  # 0.26's V2 runner takes no logits processors, and leaves a
     V2LogitsProcessor = object
 
 VLLM_VERSION: str = __version__
-_RUN = {"cuda": ("0.26", "0.33"), "cpu": ("0.32",)}
+_RUN = {"cuda": ("0.26", "0.32", "0.33"), "cpu": ("0.32",)}
 
 # Parts that the plugin can do without, and what then happens. Read where an engine has Stem: their files are large.
 _WITHOUT = {
@@ -72,7 +72,7 @@ def why_unknown(platform: str, version: str = VLLM_VERSION) -> str | None:
     numbers = re.match(r"\d+\.\d+", version)
     if numbers and numbers[0] in _RUN[platform]:
         return None
-    return f"stem-attn was run on vLLM {' and '.join(_RUN[platform])} on {platform.upper()}, and this is {version}"
+    return f"stem-attn was run on vLLM {', '.join(_RUN[platform])} on {platform.upper()}, and this is {version}"
 
 
 def names_backends() -> bool:
