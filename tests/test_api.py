@@ -369,20 +369,15 @@ def test_what_no_backend_computes_is_told_ahead_of_prompts():
 def test_importing_needs_torch_only():
     program = """
 import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        optional = {"transformers", "triton", "flash_attn", "rich", "typer", "gguf", "accelerate", "matplotlib"}
-        if name.split(".")[0] in optional:
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
+for name in ("transformers", "triton", "flash_attn", "rich", "typer", "gguf", "accelerate", "matplotlib"):
+    sys.modules[name] = None  # importing it raises, and torch, which looks for Triton, finds none
 import torch
 before = torch.nn.functional.scaled_dot_product_attention
 import stem_attn
 assert torch.nn.functional.scaled_dot_product_attention is before
-assert "transformers" not in sys.modules
 q = torch.randn(1, 2, 100, 16)
 stem_attn.stem_attention(q, q, q, config=stem_attn.StemConfig(block_size=16))
-assert "blocked" in stem_attn.backends.available()["triton"]
+assert "not installed" in stem_attn.backends.available()["triton"]
 print("ok")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
