@@ -47,14 +47,19 @@ def cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
+# Bytes on the stack that were seen beyond those of Triton 3.6, which the tests run with: with 3.7 by three kernels of
+# eight bits, with 3.8 by two of them and by the Hopper mass kernel.
+MORE_STACK = {(3, 6): 0, (3, 7): 64, (3, 8): 104}
+
+
 def assert_no_spills(binary: Path, stack: int = 0) -> None:
     """Read off a kernel's binary that its threads use no local memory, and no more stack than some bytes.
 
-    The bytes are of Triton 3.6, which the tests run with; the assemblers of others may take a few registers' more.
+    With another Triton than 3.6 it may be as much more as was seen with it.
     """
-    import triton
+    from stem_attn.backends.triton.devices import TRITON
 
-    stack += 0 if triton.__version__.startswith("3.6.") else 112
+    stack += MORE_STACK.get(TRITON, max(MORE_STACK.values()))
     report = subprocess.run([cuobjdump(), "-res-usage", binary], capture_output=True, text=True, check=True).stdout
     usage = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report)
     assert usage is not None, report

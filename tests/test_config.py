@@ -31,6 +31,20 @@ def test_one_ratio_is_a_single_step():
 
 
 @pytest.mark.parametrize(
+    ("fields", "blocks"),
+    [
+        ({}, 11.0),
+        ({"budget_scale": 0.0}, 0.0),
+        ({"budget_bias": 10**400}, 1e300),
+        ({"budget_scale": sys.float_info.max}, 1e300),
+    ],
+)
+def test_where_budgets_decay_from(fields, blocks):
+    config = StemConfig(**({"budget_ratio": 0.25, "budget_bias": 3, "budget_scale": 2.0} | fields))
+    assert config.full_budget(10) == blocks
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"block_size": 24}, "multiple of 16"),

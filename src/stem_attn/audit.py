@@ -157,15 +157,19 @@ def _half_width(variance: float, squares: float, whole: float, rows: int) -> flo
     of its rows wholly: what no sample has shown may still be there. Where rows are kept or lost wholly, that gives
     about the limits of Clopper and Pearson.
 
+    Of numbers too large or too small to be squared it is no number.
+
     Args:
         variance: Of the sum, from the cells.
         squares: Sum of the squares of the cells' variances.
         whole: What the sum is a share of.
         rows: Sampled rows.
     """
-    guard = (whole / rows) ** 2
+    guard = (whole / rows) * (whole / rows)  # not a power, which raises where a product is infinite
     total = variance + guard
-    return _t_quantile(max(total**2 / (squares + guard**2), _LEAST_FREEDOM)) * math.sqrt(total) / whole
+    square, below = total * total, squares + guard * guard
+    freedom = square / below if below else square * math.inf
+    return _t_quantile(max(freedom, _LEAST_FREEDOM)) * math.sqrt(total) / whole
 
 
 def _t_quantile(freedom: float) -> float:

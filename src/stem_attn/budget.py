@@ -156,7 +156,7 @@ def _prompt_budget(configs: tuple[StemConfig, ...], n: int) -> Tensor:
         return torch.full((len(configs), n), n, dtype=torch.int32, device="cpu")
     rows = torch.empty(len(configs), n, dtype=torch.int32, device="cpu")
     for row, config in zip(rows.unbind(0), configs, strict=True):
-        start = config.start(n)
+        start = config.full_budget(n)
         if config.decay_from == "first_row":
             places = torch.arange(n, dtype=torch.float64, device="cpu")
             budget = start - start * (1 - config.decay) / n * places

@@ -164,8 +164,11 @@ class StemConfig:
         """Return the step of `budget_ratio` that applies to a prompt of n blocks."""
         return next(ratio for below, ratio in _ratio_steps(self.budget_ratio) if below is None or n < below)
 
-    def start(self, n: int) -> float:
-        """Return the blocks that the first row of a prompt of n blocks would keep, before any bound but the largest."""
+    def full_budget(self, n: int) -> float:
+        """Return the blocks from which the budgets of a prompt of n blocks decay, not yet held in any bounds.
+
+        They are `budget_scale * (ratio * n + budget_bias)`, but no more than 1e300.
+        """
         unscaled = self.ratio(n) * n + min(self.budget_bias, _MOST_BUDGET)
         return min(self.budget_scale * unscaled, _MOST_BUDGET)
 

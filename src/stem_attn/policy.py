@@ -163,7 +163,7 @@ class PrefillPolicy:
 
         Args:
             sums: What the audit found.
-            backend: That attended.
+            backend: Asked first, since it may tell on the device.
 
         Returns:
             bool [] on the device if the backend can tell there, so that nobody waits; otherwise a bool.

@@ -69,6 +69,10 @@ def test_the_verdict_turns_where_the_limits_that_are_read_do(freedom):
         [1000, 0, 0, 0, math.nan, 0, 0],
         [1000, math.inf, math.inf, 0, 1, 0, 0],
         [1000, 0, 0, math.inf, math.inf, 0, 0],
+        [1000, 0, 0, 1e78, 1e80, 0, 0],  # too large to be squared twice
+        [1000, 0, 0, 1e-86, 1e-84, 0, 0],  # too small
+        [1000, 0, 0, 0, 1e80, 1e300, math.inf],
+        [1000, 0, 0, 1e-302, 1e-300, 0, 0],
     ],
 )
 def test_limits_that_are_no_numbers_miss_as_on_the_host(values, target):

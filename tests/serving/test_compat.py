@@ -51,7 +51,9 @@ def test_a_version_that_nobody_has_run_is_registered_with_and_warned_of(monkeypa
     from stem_attn.integrations.vllm import compat
 
     assert compat.why_unknown("cpu", "0.32.1.dev3+cpu") is None
-    assert compat.why_unknown("cuda", "0.26.0") is None
+    assert compat.why_unknown("cuda", "0.26.0") is compat.why_unknown("cuda", "0.32.0") is None
+    newer = "stem-attn was run on vLLM 0.26, 0.32, 0.33 on CUDA, and this is 0.34.0"
+    assert compat.why_unknown("cuda", "0.34.0") == newer
     unknown = compat.why_unknown("cpu", "0.320.1")
     assert unknown == "stem-attn was run on vLLM 0.32 on CPU, and this is 0.320.1"
     monkeypatch.setattr(compat, "why_unknown", lambda platform: unknown)

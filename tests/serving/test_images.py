@@ -3,13 +3,13 @@
 import pytest
 import torch
 from engines import DENSE, KEEP_ALL, SPARSE, attention_layers, differing, engine, reconfigure, stats
-from tiny_families import VOCAB, prompt, save_llava
+from tiny_families import IMAGE_SIZE, IMAGE_TOKEN, PATCH_SIZE, prompt, save_llava
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("torchvision", reason="without torchvision vLLM reads no images", exc_type=ImportError)
 
-IMAGE_TOKENS = 256  # 16 x 16 patches
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 LAYERS = 2
 ON_GPU = torch.cuda.is_available()
 OPTIONS = {"skip_tokenizer_init": False, "max_num_batched_tokens": 1024, "limit_mm_per_prompt": {"image": 2}}
@@ -24,11 +24,11 @@ def ask(llm, images):
     random = torch.Generator().manual_seed(3)
     asked = []
     for n, tokens in enumerate((700, 33, 500)):
-        text = [token for token in prompt(tokens, n) if token < VOCAB - 2]  # an image's token is the last but one
+        text = [token for token in prompt(tokens, n) if token != IMAGE_TOKEN]
         if n < images:
             pixels = torch.randint(256, (40, 60, 3), generator=random, dtype=torch.uint8)
             image = Image.fromarray(pixels.numpy())
-            asked.append({"prompt_token_ids": [VOCAB - 2, *text], "multi_modal_data": {"image": image}})
+            asked.append({"prompt_token_ids": [IMAGE_TOKEN, *text], "multi_modal_data": {"image": image}})
         else:
             asked.append({"prompt_token_ids": text})
     wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=5)
@@ -54,8 +54,8 @@ def test_images_before_text(tmp_path, record_property):
         dense = ask(llm, images=2)[1]
         differ = differing(kept, dense)
         record_property("answers that differ, both tokens about as likely", f"{differ} of {len(dense)}")
-        assert differ <= ON_GPU
+        assert differ <= (1 if ON_GPU else 0)  # bfloat16 turns ties round
         assert any(one[0] != other[0] for one, other in zip(sparse, dense, strict=True))
-        without = ask(llm, images=0)[1]
+        without = ask(llm, images=0)[1]  # otherwise nobody looked at the images
         assert without[0][0] != dense[0][0]
         assert without[1][0] != dense[1][0]

@@ -5,18 +5,11 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 512
+IMAGE_TOKEN = VOCAB - 2
+IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels; a token a patch
 WINDOW = 96
 _COMMON = {
     "vocab_size": VOCAB,
@@ -80,33 +73,41 @@ def save(family, folder, **changed):
     return str(folder)
 
 
-def save_llava(folder, image_size=224, patch_size=14):
-    """Write a tiny LLaVA: images of 16 x 16 patches, whose token is the last of the vocabulary but one."""
+def save_llava(folder):
+    """Write a tiny LLaVA; its processor of images wants torchvision."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
     torch.manual_seed(0)
     vision = {
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "image_size": image_size,
-        "patch_size": patch_size,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
         "projection_dim": 64,
     }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
         text_config=AutoConfig.for_model("llama", **_COMMON),
-        image_token_index=VOCAB - 2,
+        image_token_index=IMAGE_TOKEN,
     )
     LlavaForConditionalGeneration(config).float().save_pretrained(folder)
     file = folder / "model.safetensors"
     tower = "vision_tower."
     weights = {name.replace(tower, f"{tower}vision_model."): x for name, x in load_file(file).items()}  # vLLM's names
     save_file(weights, file, metadata={"format": "pt"})
-    images = CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=image_size)
-    tokenizer = _save_words(folder, additional_special_tokens=[f"w{VOCAB - 2}"])
-    LlavaProcessor(
-        images, tokenizer, patch_size, "default", image_token=f"w{VOCAB - 2}", num_additional_image_tokens=1
-    ).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE)
+    word = f"w{IMAGE_TOKEN}"
+    tokenizer = _save_words(folder, additional_special_tokens=[word])
+    made = LlavaProcessor(images, tokenizer, PATCH_SIZE, "default", image_token=word, num_additional_image_tokens=1)
+    made.save_pretrained(folder)
     return str(folder)
 
 

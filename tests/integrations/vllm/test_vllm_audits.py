@@ -17,10 +17,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 HEADS = 4
 
 
-def sums(tokens, recall, error, device="cpu"):
-    """Those of a call whose heads all have a recall and an error."""
+def sums(tokens, recall, error, device="cpu", power=1.0):
+    """Those of a call whose heads all have a recall and an error, and rows of some power."""
     queries = HEADS * tokens
-    values = [recall * queries, 0.1, 0.001, error**2 * queries, queries, 0.2, 0.002]
+    values = [recall * queries, 0.1, 0.001, error**2 * queries * power, queries * power, 0.2, 0.002]
     return AuditSums(queries, 64, torch.tensor(values, dtype=torch.float64, device=device))
 
 
@@ -111,6 +111,13 @@ def test_what_is_no_number_is_left_out(page, wrong):
     assert page["stem_audit_recall", "0"] / page["stem_audit_tokens", "0"] == pytest.approx(0.8)
     assert page["stem_audit_lost_power", "0"] / page["stem_audit_power", "0"] == pytest.approx(0.25)
     assert page["stem_redone_tokens", "0"] == 100
+
+
+def test_of_huge_outputs_the_error_has_no_interval(page):
+    counted = Audits()
+    counted.add(0, sums(100, 0.8, 0.5, power=1e82), 100, torch.tensor(False))
+    assert counted.read()["audit"][0]["error"] == [pytest.approx(0.5), None, None]
+    json.dumps(counted.read(), allow_nan=False)
 
 
 def test_layers_that_come_after_a_copy_was_begun(page, monkeypatch):

@@ -5,6 +5,7 @@ The same numbers go to Prometheus, as sums too, so that those of workers add up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -111,8 +112,9 @@ def _grown(table: Tensor | None, layers: int, like: Tensor) -> Tensor:
     return larger
 
 
-def _plain(estimate: Estimate) -> list[float]:
-    return [estimate.value, estimate.low, estimate.high]
+def _plain(estimate: Estimate) -> list[float | None]:
+    # Of activations near the largest numbers an interval is none, which JSON cannot say.
+    return [x if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high)]
 
 
 def _show(layers: Sequence[int], rows: Tensor) -> None:

@@ -41,7 +41,7 @@ def levels(config: StemConfig, length: int) -> list[Level]:
     """
     grid = BlockGrid(length, length, config.block_size)
     n = grid.k_blocks
-    start = dataclasses.replace(config, budget_scale=1.0).start(n)
+    start = dataclasses.replace(config, budget_scale=1.0).full_budget(n)
     if not start:  # nothing to scale
         return []
     # In the middle of a block, where rounding cannot reach the next one.
