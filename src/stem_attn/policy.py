@@ -159,7 +159,7 @@ class PrefillPolicy:
         return not (recalls and (self.max_error is None or audit.error.high <= self.max_error))
 
     def missed_by(self, sums: AuditSums, backend: Backend) -> bool | Tensor:
-        """Tell whether audited attention misses the targets; see `misses`.
+        """Tell whether audited attention misses the targets; see `misses`. Where there are none it does not.
 
         Args:
             sums: What the audit found.
@@ -168,6 +168,8 @@ class PrefillPolicy:
         Returns:
             bool [] on the device if the backend can tell there, so that nobody waits; otherwise a bool.
         """
+        if not self.has_target:
+            return False
         missed = backend.misses(sums.values, sums.queries, sums.rows, self.min_recall, self.max_error)
         return self.misses(sums.read()) if missed is None else missed
 

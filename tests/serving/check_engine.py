@@ -15,7 +15,18 @@ import traceback
 
 import torch
 import torch.nn.functional as F
-from engines import DECODE_GRAPHS, KEEP_ALL, SPARSE, engine, reconfigure, relative_error, set_chunk, stats, trace
+from engines import (
+    DECODE_GRAPHS,
+    KEEP_ALL,
+    SPARSE,
+    engine,
+    reconfigure,
+    relative_error,
+    sampling,
+    set_chunk,
+    stats,
+    trace,
+)
 
 from stem_attn.policy import make_settings
 
@@ -77,10 +88,7 @@ HIT = [PREFIX + ids(611, 8)]
 
 
 def answers(llm, prompts, new=12):
-    from vllm import SamplingParams
-
-    wanted = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=3)
-    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], wanted, use_tqdm=False)
+    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(new, logprobs=3), use_tqdm=False)
     return [
         (list(o.outputs[0].token_ids), [{t: e.logprob for t, e in d.items()} for d in o.outputs[0].logprobs])
         for o in outs

@@ -64,13 +64,19 @@ def engine(folder, stem=None, **options):
         cleanup_dist_env_and_memory()
 
 
-def answer(llm, prompts, new_tokens=8, **sampling):
-    """Greedy answers to lists of tokens, all asked at once."""
+def sampling(new_tokens=8, **changed):
+    """Ask for so many of the likeliest tokens, whatever they are, and for no text."""
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **sampling)
+    usual = {"temperature": 0, "max_tokens": new_tokens, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(**{**usual, **changed})
+
+
+def answer(llm, prompts, new_tokens=8, **changed):
+    """Greedy answers to lists of tokens, all asked at once."""
     asked = [{"prompt_token_ids": ids} for ids in prompts]
-    return [list(out.outputs[0].token_ids) for out in llm.generate(asked, wanted, use_tqdm=False)]
+    outs = llm.generate(asked, sampling(new_tokens, **changed), use_tqdm=False)
+    return [list(out.outputs[0].token_ids) for out in outs]
 
 
 def differing(ours, theirs):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import SPARSE, attention_layers, builders, config_of, engine, relative_error, runner, set_chunk
+from engines import SPARSE, attention_layers, builders, config_of, engine, relative_error, runner, sampling, set_chunk
 from tiny_families import prompt, save
 
 from stem_attn import budget, stem_attention
@@ -40,10 +40,7 @@ class Step:
 
 def ask(llm):
     """Have all prompts answered."""
-    from vllm import SamplingParams
-
-    usual = {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
-    wanted = [SamplingParams(**usual, extra_args=x and {"stem": x}) for x in PROMPTS.values()]
+    wanted = [sampling(3, extra_args=x and {"stem": x}) for x in PROMPTS.values()]
     asked = [{"prompt_token_ids": prompt(n, n)} for n in PROMPTS]
     llm.generate(asked, wanted, use_tqdm=False)
 

@@ -16,6 +16,7 @@ from engines import (
     engine,
     reconfigure,
     relative_error,
+    sampling,
     stats,
     trace,
 )
@@ -53,17 +54,15 @@ def test_qwen3(folders, family):
 
 
 def test_lora(folders, tmp_path):
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     adapter = LoRARequest("adapter", 1, save_lora(tmp_path))
-    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     asked = [{"prompt_token_ids": ids} for ids in PROMPTS]
     with engine(folders("llama"), KEEP_ALL, enable_lora=True, max_lora_rank=8) as llm:
         plain, found = answer(llm, PROMPTS), []
         for stem in (KEEP_ALL, DENSE):
             reconfigure(llm, stem)
-            outs = llm.generate(asked, wanted, use_tqdm=False, lora_request=adapter)
+            outs = llm.generate(asked, sampling(), use_tqdm=False, lora_request=adapter)
             found.append([list(out.outputs[0].token_ids) for out in outs])
             assert (stats(llm)["sparse_tokens"] == PROMPT_TOKENS * 2) == (stem is KEEP_ALL)
     assert found[0] == found[1] != plain

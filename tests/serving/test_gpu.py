@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import BLOCK, DECODE_GRAPHS, KEEP_ALL, SPARSE, differing, engine, reconfigure, set_chunk, stats
+from engines import BLOCK, DECODE_GRAPHS, KEEP_ALL, SPARSE, differing, engine, reconfigure, sampling, set_chunk, stats
 from tiny_families import prompt, save
 
 from stem_attn.integrations.vllm.settings import CHOOSER
@@ -12,7 +12,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 LAYERS = 2
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((1502, 33, 700, 64, 1025, 1, 512))]
 PROMPT_TOKENS = sum(map(len, PROMPTS)) - 1  # the prompt of one token is a decode
-NEW_TOKENS = 8
 OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 2048, "max_num_seqs": 16}
 # A cache of a size, so that no engine measures what other programs leave it.
 OPTIONS |= {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2**30}
@@ -23,15 +22,10 @@ EXECUTION = {
 }
 
 
-def answers(llm, prompts, salt=None, **sampling):
+def answers(llm, prompts, salt=None, **changed):
     """Greedy tokens, and the log-probabilities of the likeliest at every place."""
-    from vllm import SamplingParams
-
-    wanted = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=5, **sampling
-    )
     asked = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
-    made = [out.outputs[0] for out in llm.generate(asked, wanted, use_tqdm=False)]
+    made = [out.outputs[0] for out in llm.generate(asked, sampling(logprobs=5, **changed), use_tqdm=False)]
     return [(list(out.token_ids), out.logprobs) for out in made]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import DENSE, KEEP_ALL, SPARSE, attention_layers, differing, engine, reconfigure, stats
+from engines import DENSE, KEEP_ALL, SPARSE, attention_layers, differing, engine, reconfigure, sampling, stats
 from tiny_families import IMAGE_SIZE, IMAGE_TOKEN, PATCH_SIZE, prompt, save_llava
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,6 @@ OPTIONS |= {"dtype": "bfloat16", "kv_cache_memory_bytes": 2**30} if ON_GPU else 
 def ask(llm, images):
     """Greedy tokens: some prompts with an image before the text, some without."""
     from PIL import Image
-    from vllm import SamplingParams
 
     random = torch.Generator().manual_seed(3)
     asked = []
@@ -31,8 +30,7 @@ def ask(llm, images):
             asked.append({"prompt_token_ids": [IMAGE_TOKEN, *text], "multi_modal_data": {"image": image}})
         else:
             asked.append({"prompt_token_ids": text})
-    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=5)
-    made = llm.generate(asked, wanted, use_tqdm=False)
+    made = llm.generate(asked, sampling(logprobs=5), use_tqdm=False)
     answers = [(list(out.outputs[0].token_ids), out.outputs[0].logprobs) for out in made]
     return [len(out.prompt_token_ids) for out in made], answers
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from engines import SPARSE, answer, builders, core, engine, reconfigure, set_chunk, stats
+from engines import SPARSE, answer, builders, core, engine, reconfigure, sampling, set_chunk, stats
 from servers import server
 from tiny_families import greedy, prompt
 
@@ -16,20 +16,9 @@ CHOICES = [None, "dense", 3, 1.5]
 
 def ask(llm, prompts, choices, salts="named", new_tokens=8):
     """Greedy answers to prompts, each with its own choice, all asked at once."""
-    from vllm import SamplingParams
-
     if salts == "named":
         salts = [None if asked is None else f"tenant stem={asked}" for asked in choices]
-    wanted = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=new_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=None if asked is None else {"stem": asked},
-        )
-        for asked in choices
-    ]
+    wanted = [sampling(new_tokens, extra_args=None if asked is None else {"stem": asked}) for asked in choices]
     asked = [
         {"prompt_token_ids": ids, **({} if salt is None else {"cache_salt": salt})}
         for ids, salt in zip(prompts, salts, strict=True)

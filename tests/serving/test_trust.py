@@ -14,6 +14,7 @@ from engines import (
     engine,
     reconfigure,
     runner,
+    sampling,
     set_chunk,
     stats,
 )
@@ -47,12 +48,9 @@ def poisoned(llm):
         weight[POISON] = kept
 
 
-def outcome(llm, prompts, **sampling):
+def outcome(llm, prompts, **changed):
     """What an engine answers: of each request its texts' tokens, reasons to stop and log-probabilities, rounded."""
-    from vllm import SamplingParams
-
-    wanted = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, "detokenize": False, **sampling})
-    outs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
+    outs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling(**changed), use_tqdm=False)
     return [
         (
             [(list(one.token_ids), one.finish_reason) for one in out.outputs],
@@ -80,16 +78,13 @@ def test_a_request_with_nan_activations_fails_alone(llm, poisoned, stem):
 
 
 def test_an_aborted_prefill_leaves_the_others_alone(llm):
-    from vllm import SamplingParams
-
     set_chunk(llm, 4 * 2048)
     alone = [tokens for ids in PROMPTS[1:] for tokens in answer(llm, [ids])]
     set_chunk(llm, 320)
     llm.reset_prefix_cache()
     inner = llm.llm_engine
-    wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     for name, ids in zip("abc", PROMPTS, strict=True):
-        inner.add_request(name, {"prompt_token_ids": ids}, wanted)
+        inner.add_request(name, {"prompt_token_ids": ids}, sampling())
     inner.step()
     (first, *_) = core(llm).scheduler.running
     assert 0 < first.num_computed_tokens < len(PROMPTS[0])  # in its prompt
@@ -102,17 +97,17 @@ def test_an_aborted_prefill_leaves_the_others_alone(llm):
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"prompt_logprobs": 2}, {"n": 3, "temperature": 1.0}], ids=["prompt log-probabilities", "n"]
+    "changed", [{"prompt_logprobs": 2}, {"n": 3, "temperature": 1.0}], ids=["prompt log-probabilities", "n"]
 )
-def test_more_than_tokens_is_what_the_dense_backend_gives(llm, sampling):
+def test_more_than_tokens_is_what_the_dense_backend_gives(llm, changed):
     found = []
     for stem in (DENSE, KEEP_ALL):
         reconfigure(llm, stem)
         torch.manual_seed(0)  # not a request's own seed: vLLM 0.32 stumbles over those in chunks on a CPU
-        found.append(outcome(llm, PROMPTS, **sampling))
+        found.append(outcome(llm, PROMPTS, **changed))
         assert (stats(llm)["sparse_tokens"] > 0) == (stem is KEEP_ALL)
     dense, ours = found
-    assert [len(texts) for texts, _ in ours] == [sampling.get("n", 1)] * len(PROMPTS)
+    assert [len(texts) for texts, _ in ours] == [changed.get("n", 1)] * len(PROMPTS)
     assert ours == dense
 
 
@@ -138,12 +133,10 @@ def test_a_preempted_prefill_is_done_again(llm):
 
 
 def test_an_urgent_request_takes_the_pages_of_another_one_and_both_answer_as_ever(folders):
-    from vllm import SamplingParams
-
     # 40 pages of 32 tokens: both prompts fit, and not both answers.
     prompts = [ids[:600] for ids in PROMPTS[:2]]
     options = {"block_size": 32, "num_gpu_blocks_override": 40, "scheduling_policy": "priority"}
-    wanted = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
+    wanted = sampling(100)
     found = []
     with engine(folders("llama"), DENSE, max_num_batched_tokens=320, max_model_len=1200, **options) as llm:
         inner = llm.llm_engine

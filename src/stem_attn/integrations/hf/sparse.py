@@ -80,7 +80,7 @@ class SparseCall:
         if sums is None or backend is None:
             return False
         self._state.counters.audit(layer, sums)
-        return policy.has_target and policy.missed_by(sums, backend)
+        return policy.missed_by(sums, backend)
 
     def attend_if(self, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Attend to all blocks if a flag says so: bool [] on the device; out [B, Hq, Tq, Dv] is then overwritten."""

@@ -33,7 +33,7 @@ def audit(
     chosen = backends.for_call(backend, exact, again=True)
     seed = counters.audits.next_seed()
     sums = run.audit(exact, [selection], out, chosen, rows=policy.audit_rows, seed=seed)
-    missed = policy.has_target and policy.missed_by(sums, chosen)
+    missed = policy.missed_by(sums, chosen)
     if not isinstance(missed, Tensor):
         missed = torch.full((), missed, dtype=torch.bool, device=out.device)
     if policy.has_target:
